@@ -1,0 +1,37 @@
+"""Patch Gradient Descent in JAX: end-to-end training on images of any size, in constant memory.
+
+Everything public is re-exported here by hand; nothing else is. Importing it loads jax, flax and
+optax, but no command line, data pipeline or plotting.
+"""
+
+from patchgd_jax._version import __version__ as __version__
+from patchgd_jax.config import DataConfig as DataConfig
+from patchgd_jax.config import ModelConfig as ModelConfig
+from patchgd_jax.config import OptimizerConfig as OptimizerConfig
+from patchgd_jax.config import PatchGDConfig as PatchGDConfig
+from patchgd_jax.config import TrainConfig as TrainConfig
+from patchgd_jax.errors import CheckpointError as CheckpointError
+from patchgd_jax.errors import ConfigError as ConfigError
+from patchgd_jax.errors import DataError as DataError
+from patchgd_jax.errors import DeviceError as DeviceError
+from patchgd_jax.errors import DiskError as DiskError
+from patchgd_jax.errors import DivergedError as DivergedError
+from patchgd_jax.errors import Interrupted as Interrupted
+from patchgd_jax.errors import PatchGDError as PatchGDError
+from patchgd_jax.grid import PatchGrid as PatchGrid
+from patchgd_jax.latents import fill as fill
+from patchgd_jax.models import ENCODERS as ENCODERS
+from patchgd_jax.models import HEADS as HEADS
+from patchgd_jax.models import build_model as build_model
+from patchgd_jax.optimizer import make_optimizer as make_optimizer
+from patchgd_jax.optimizer import make_schedule as make_schedule
+from patchgd_jax.patch_model import PatchModel as PatchModel
+from patchgd_jax.patch_model import from_linen as from_linen
+from patchgd_jax.patch_model import from_nnx as from_nnx
+from patchgd_jax.presets import PRESETS as PRESETS
+from patchgd_jax.presets import get_preset as get_preset
+from patchgd_jax.sampling import sample_groups as sample_groups
+from patchgd_jax.step import TrainState as TrainState
+from patchgd_jax.step import eval_step as eval_step
+from patchgd_jax.step import init_state as init_state
+from patchgd_jax.step import train_step as train_step

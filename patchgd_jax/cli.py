@@ -1,0 +1,240 @@
+"""The command line: `patchgd-jax train | resume | evaluate | predict | presets`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from patchgd_jax._version import __version__
+from patchgd_jax.config import TrainConfig, to_dict
+from patchgd_jax.errors import PatchGDError, unknown_name
+from patchgd_jax.presets import PRESETS, get_preset
+
+PROGRAM = "patchgd-jax"
+Device = Literal["auto", "cpu", "gpu", "tpu"]
+
+
+def train_command(arguments: Sequence[str]) -> None:
+    """Train a model: train [PRESET] [--SETTING VALUE ...]."""
+    preset = "default"
+    if arguments and not arguments[0].startswith("-"):
+        preset, *arguments = arguments
+    config = tyro.cli(
+        TrainConfig,
+        prog=f"{PROGRAM} train {preset}",
+        description=(
+            f"Train a model: {PROGRAM} train [PRESET] [--SETTING VALUE ...]. Presets: "
+            f"{', '.join(PRESETS)}. The defaults shown are those of the preset {preset!r}."
+        ),
+        args=list(arguments),
+        default=get_preset(preset),
+    )
+    run_dir = config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{preset}"
+    config = dataclasses.replace(config, run_dir=run_dir)
+
+    from patchgd_jax.progress import ConsoleProgress
+    from patchgd_jax.run_folder import EXAMPLES
+    from patchgd_jax.train import train
+
+    train(config, run_dir, progress=ConsoleProgress())
+    examples = sorted((Path(run_dir) / EXAMPLES).glob("*.png"))
+    print(f"Try it on an image:  {PROGRAM} predict {run_dir} {examples[0]}")
+
+
+def resume_command(arguments: Sequence[str]) -> None:
+    """Continue an interrupted run exactly where it was."""
+
+    def resume_run(run: Positional[str]) -> None:
+        """Continue an interrupted run from its newest intact checkpoint.
+
+        Args:
+            run: Run folder.
+        """
+        from patchgd_jax.progress import ConsoleProgress
+        from patchgd_jax.train import resume
+
+        resume(run, progress=ConsoleProgress())
+
+    tyro.cli(resume_run, prog=f"{PROGRAM} resume", args=list(arguments))
+
+
+def evaluate_command(arguments: Sequence[str]) -> None:
+    """Score a run's checkpoint on its validation images again."""
+
+    def evaluate_run(
+        run: Positional[str],
+        checkpoint: Literal["best", "last"] = "best",
+        device: Device = "auto",
+        as_json: Annotated[bool, arg(name="json"), FlagCreatePairsOff] = False,
+    ) -> None:
+        """Score a run's checkpoint on its validation images, and compare with the run's own log.
+
+        Args:
+            run: Run folder.
+            checkpoint: The one with the best validation accuracy, or the last.
+            device: Device to run on.
+            as_json: Print one JSON object.
+        """
+        model, progress = _load(run, checkpoint, device)
+        metrics = model.evaluate(progress)
+        if as_json:
+            print(json.dumps(metrics))
+            return
+        from patchgd_jax.progress import describe
+
+        print(f"step {metrics['step']}: {describe(metrics)}")
+        recorded = metrics["recorded"]
+        print(f"recorded in training: {describe(recorded) if recorded else 'nothing'}")
+        print("confusion matrix (rows: label, columns: prediction):")
+        for name, row in zip(
+            model.preprocess.class_names, metrics["confusion_matrix"], strict=True
+        ):
+            print(f"{name:>6} " + " ".join(f"{count:5d}" for count in row))
+
+    tyro.cli(evaluate_run, prog=f"{PROGRAM} evaluate", args=list(arguments))
+
+
+def predict_command(arguments: Sequence[str]) -> None:
+    """Label image files with a trained run."""
+
+    def predict_images(
+        run: Positional[str],
+        images: Positional[tuple[str, ...]],
+        checkpoint: Literal["best", "last"] = "best",
+        device: Device = "auto",
+        as_json: Annotated[bool, arg(name="json"), FlagCreatePairsOff] = False,
+    ) -> None:
+        """Label image files with a trained run; they may have another size than those it saw.
+
+        Args:
+            run: Run folder.
+            images: Image files (PNG, JPEG, TIFF, WebP or BMP).
+            checkpoint: The one with the best validation accuracy, or the last.
+            device: Device to run on.
+            as_json: Print one JSON list.
+        """
+        from patchgd_jax.errors import ConfigError
+
+        if not images:
+            raise ConfigError(f"no image named; usage: {PROGRAM} predict RUN IMAGE [IMAGE ...]")
+        model, _ = _load(run, checkpoint, device)
+        results = model.predict_files(images)
+        if as_json:
+            print(json.dumps(results))
+            return
+        for result in results:
+            odds = sorted(result["probabilities"].items(), key=lambda item: -item[1])
+            listed = "  ".join(f"{name}: {value:.3f}" for name, value in odds)
+            print(f"{result['image']}  label {result['label']}  ({listed})")
+
+    tyro.cli(predict_images, prog=f"{PROGRAM} predict", args=list(arguments))
+
+
+def presets_command(arguments: Sequence[str]) -> None:
+    """List the presets, or show one in full."""
+
+    def show_presets(name: Positional[str | None] = None) -> None:
+        """List the presets, or show every setting of one as JSON.
+
+        Args:
+            name: Preset to show.
+        """
+        if name is not None:
+            print(json.dumps(to_dict(get_preset(name)), indent=2))
+            return
+        for key, preset in PRESETS.items():
+            print(f"{key:<14} {preset.about}")
+
+    tyro.cli(show_presets, prog=f"{PROGRAM} presets", args=list(arguments))
+
+
+def _load(run: str, checkpoint: Literal["best", "last"], device: str) -> tuple[Any, Any]:
+    from patchgd_jax.experiment import select_device, use_compilation_cache
+    from patchgd_jax.predict import TrainedModel
+    from patchgd_jax.progress import StderrProgress
+
+    select_device(device)
+    use_compilation_cache()
+    progress = StderrProgress()
+    return TrainedModel(run, checkpoint, progress), progress
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train_command,
+    "resume": resume_command,
+    "evaluate": evaluate_command,
+    "predict": predict_command,
+    "presets": presets_command,
+}
+
+
+def _usage() -> str:
+    lines = [
+        f"usage: {PROGRAM} COMMAND [ARGUMENTS] [--debug]",
+        "",
+        "Train an ordinary network on very large images, end to end, with Patch Gradient Descent.",
+        "",
+        *(f"  {name:<10} {function.__doc__}" for name, function in COMMANDS.items()),
+        "",
+        f"{PROGRAM} COMMAND --help shows a command's settings. --debug adds tracebacks to errors.",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        The exit code: 0 for success, 1 for a defect of the program, and those of `errors.py`.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    try:
+        command, *rest = arguments
+        if command not in COMMANDS:
+            raise unknown_name("command", command, COMMANDS)
+        COMMANDS[command](rest)
+        sys.stdout.flush()
+        return 0
+    except PatchGDError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has gone; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(
+            f"error: a defect of {PROGRAM}: {type(error).__name__}: {error}\n"
+            "Please report it with the output of the same command and --debug.",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    sys.exit(main())

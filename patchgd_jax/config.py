@@ -1,0 +1,338 @@
+"""Every setting of a run: frozen dataclasses, one field one default, checked when made.
+
+This module imports no command-line library; `cli.py` turns the classes into flags and the text
+under each field into its help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from patchgd_jax.errors import ConfigError, unknown_name
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images of handwritten digits, generated on the fly (UltraMNIST and a simpler variant)."""
+
+    task: Literal["most-frequent", "digit-sum"] = "most-frequent"
+    """most-frequent: the label is the digit that occurs most often. digit-sum: UltraMNIST, the
+    label is the sum of three to five digits."""
+    classes: int = 10
+    """10, or 28 for the benchmark's sums 0..27 (digit-sum only)."""
+    size: tuple[int, int] = (256, 256)
+    """Image height and width in pixels."""
+    channels: Literal[1, 3] = 1
+    """1: grey; 3: the grey image repeated, for encoders that expect colour."""
+    digits: Literal["sklearn", "mnist", "font"] = "sklearn"
+    """Where digits come from: scikit-learn's 1,797 handwritten ones, MNIST files you have, or a
+    font."""
+    digits_dir: str | None = None
+    """Folder of MNIST idx files (or of a prepared tensorflow-datasets `mnist`)."""
+    digit_count: int = 8
+    """Digits per image (most-frequent only)."""
+    label_share: float = 0.625
+    """Share of the digits that show the label (most-frequent only)."""
+    object_ratio: tuple[float, float] = (0.15625, 0.25)
+    """Smallest and largest side of a digit over the image's shorter side (most-frequent only)."""
+    scale: Literal["relative", "absolute"] = "relative"
+    """Whether digits grow with the image, or keep the pixels they have at the reference side:
+    256 px for most-frequent, 512 px for digit-sum (whose official law is absolute)."""
+    noise: bool = False
+    """Add the UltraMNIST benchmark's background of checkers, discs and triangles."""
+    downscale: int = 1
+    """Shrink each image by this integer factor (area average) before training on it."""
+    train_size: int = 16_000
+    """Number of different training images."""
+    val_size: int = 1_000
+    """Number of validation images, drawn from digits that training never sees."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.classes == 10 or (self.classes == 28 and self.task == "digit-sum"),
+            f"data.classes is {self.classes}; it must be 10, or 28 with data.task digit-sum",
+        )
+        _require(min(self.size) >= 1, f"data.size is {self.size}; both sides must be positive")
+        _require(self.downscale >= 1, f"data.downscale is {self.downscale}; it must be at least 1")
+        _require(
+            all(side % self.downscale == 0 for side in self.size),
+            f"data.downscale {self.downscale} does not divide data.size {self.size}",
+        )
+        _require(
+            self.train_size >= 1 and self.val_size >= 1,
+            f"data.train_size {self.train_size} and data.val_size {self.val_size} must be positive",
+        )
+        low, high = self.object_ratio
+        _require(
+            0 < low <= high <= 1,
+            f"data.object_ratio is {self.object_ratio}; it must be 0 < smallest <= largest <= 1",
+        )
+        _require(self.digit_count >= 1, f"data.digit_count is {self.digit_count}; at least 1")
+        _require(
+            0 < self.label_share <= 1,
+            f"data.label_share is {self.label_share}; it must be in (0, 1]",
+        )
+        _require(
+            self.digits != "mnist" or self.digits_dir is not None,
+            "data.digits is mnist; say where the files are with data.digits_dir",
+        )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images the model sees."""
+        height, width = self.size
+        return height // self.downscale, width // self.downscale, self.channels
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder (theta1) and the head (theta2)."""
+
+    encoder: str = "small-cnn"
+    """Backbone that turns a patch into a latent vector: small-cnn, resnet18, resnet34, resnet50."""
+    norm: Literal["group", "batch"] = "batch"
+    """Normalisation inside the encoder. What batch statistics do is `patchgd.norm_policy`."""
+    latent_dim: int = 128
+    """Length D of a patch's latent vector."""
+    head: str = "attention"
+    """Network that reads Z: attention, max-mean (both for any grid), or one of the paper's
+    cnn-original, cnn-smaller, cnn-larger, cnn-smaller-feat, cnn-larger-feat."""
+    dropout: float | None = None
+    """Dropout rate inside the head. None: the head's own (0.2 for the paper's, else 0)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the encoder's computation; parameters stay float32."""
+
+    def __post_init__(self) -> None:
+        _require(self.latent_dim >= 1, f"model.latent_dim is {self.latent_dim}; at least 1")
+        _require(
+            self.dropout is None or 0 <= self.dropout < 1,
+            f"model.dropout is {self.dropout}; it must be in [0, 1)",
+        )
+
+
+@dataclass(frozen=True)
+class PatchGDConfig:
+    """The patch grid and how the model is updated from it."""
+
+    patch: int = 64
+    """Side p of a patch in pixels."""
+    stride: int | None = None
+    """Pixels between neighbouring patches; less than the patch side makes them overlap. None:
+    the patch side."""
+    fraction: float = 0.25
+    """Sampling fraction: the share of an image's patches one inner step re-encodes."""
+    inner_steps: int | None = None
+    """Inner steps J per outer step. None: ceil(1 / fraction), so that each patch gets exactly
+    one gradient."""
+    mode: Literal["patchgd", "accumulate", "exact", "full"] = "patchgd"
+    """Gradient: the paper's (update every epsilon inner steps), accumulate (one update per outer
+    step), exact (whole-image gradient at the memory of one chunk), full (plain autodiff)."""
+    epsilon: int = 1
+    """Inner steps per update in mode patchgd; must divide J."""
+    sampling: Literal["partition", "uniform"] = "partition"
+    """partition: each patch once per outer step (the paper). uniform: with replacement."""
+    sample_per: Literal["batch", "image"] = "batch"
+    """Whether all images of a batch share the sampled positions."""
+    norm_policy: Literal["inner", "paper", "frozen"] = "inner"
+    """When batch statistics move: in inner steps, in the fill as well, or never."""
+    encoder_grad_scale: float | Literal["unbiased"] = 1.0
+    """Factor on the encoder's gradient. unbiased: N / k, which undoes the paper's 1 / J."""
+    fill_chunk: int = 4
+    """Grid positions encoded at a time where no gradient is kept, and in mode exact."""
+    remat: bool = False
+    """Mode full: recompute activations chunk by chunk instead of keeping them."""
+
+    def __post_init__(self) -> None:
+        _require(self.patch >= 1, f"patchgd.patch is {self.patch}; at least 1")
+        _require(
+            self.stride is None or 1 <= self.stride <= self.patch,
+            f"patchgd.stride is {self.stride}; it must be in 1..{self.patch}, the patch side",
+        )
+        _require(
+            0 < self.fraction <= 1,
+            f"patchgd.fraction is {self.fraction}; it must be in (0, 1]",
+        )
+        _require(
+            self.inner_steps is None or self.inner_steps >= 1,
+            f"patchgd.inner_steps is {self.inner_steps}; at least 1",
+        )
+        _require(self.fill_chunk >= 1, f"patchgd.fill_chunk is {self.fill_chunk}; at least 1")
+        _require(self.epsilon >= 1, f"patchgd.epsilon is {self.epsilon}; at least 1")
+        if self.mode == "patchgd":
+            _require(
+                self.num_inner_steps % self.epsilon == 0,
+                f"patchgd.epsilon {self.epsilon} does not divide the {self.num_inner_steps} inner "
+                f"steps that fraction {self.fraction} gives",
+            )
+
+    @property
+    def num_inner_steps(self) -> int:
+        """J, the number of inner steps of one outer step."""
+        # 1 / (1 / 49) is 49.00000000000001 in floating point; the ceiling must be 49.
+        return self.inner_steps or math.ceil(1 / self.fraction - 1e-9)
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates of one outer step."""
+        return self.num_inner_steps // self.epsilon if self.mode == "patchgd" else 1
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its schedule, which counts outer steps."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    """Update rule."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """Decay after the warm-up: linear is the paper's and ends near 1 - 1 / decay_factor of the
+    peak; cosine ends at zero."""
+    decay_factor: float = 2.0
+    """Linear: the run's length is multiplied by this before the rate would reach zero."""
+    warmup_epochs: float = 0.05
+    """Epochs of linear warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (adamw only)."""
+    momentum: float = 0.9
+    """Momentum (sgd only)."""
+    clip_norm: float | None = None
+    """Clip the gradient to this global norm."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.learning_rate > 0 and math.isfinite(self.learning_rate),
+            f"optimizer.learning_rate is {self.learning_rate}; it must be positive and finite",
+        )
+        _require(
+            self.decay_factor >= 1, f"optimizer.decay_factor is {self.decay_factor}; at least 1"
+        )
+        _require(self.warmup_epochs >= 0, "optimizer.warmup_epochs must not be negative")
+        _require(
+            self.weight_decay == 0 or self.name == "adamw",
+            f"optimizer.weight_decay needs optimizer.name adamw, not {self.name}",
+        )
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"optimizer.clip_norm is {self.clip_norm}; it must be positive",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    patchgd: PatchGDConfig = field(default_factory=PatchGDConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch_size: int = 16
+    """Images per outer step."""
+    eval_batch_size: int = 16
+    """Images per evaluation step."""
+    epochs: int = 1
+    """Passes over the training images."""
+    eval_every: int | None = None
+    """Outer steps between evaluations. None: once an epoch."""
+    save_every: int | None = None
+    """Outer steps between checkpoints. None: with every evaluation."""
+    init_encoder: str | None = None
+    """Run folder whose best checkpoint's encoder this run starts from."""
+    seed: int = 0
+    """Seed of the parameters, the data and the sampling."""
+    run_dir: str | None = None
+    """Folder of the run; must not hold another. None: runs/<date>-<preset>."""
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """Device to train on; anything but auto is an error where it is missing."""
+    reader_threads: int = 1
+    """Threads that prepare images ahead of the training step."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "eval_batch_size", "epochs", "reader_threads"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}; at least 1")
+        for name in ("eval_every", "save_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} is {value}; at least 1")
+        _require(
+            self.seed >= 0 and self.seed < 2**31, f"seed is {self.seed}; it must be in [0, 2^31)"
+        )
+        _require(
+            self.batch_size <= self.data.train_size,
+            f"batch_size {self.batch_size} is more than the {self.data.train_size} training images",
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Outer steps per epoch; batches straddle epochs, so nothing is dropped."""
+        return max(1, self.data.train_size // self.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Outer steps of the whole run."""
+        return self.data.train_size * self.epochs // self.batch_size
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain JSON types."""
+    return {
+        key: list(value)
+        if isinstance(value, tuple)
+        else value
+        if not isinstance(value, dict)
+        else {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+        for key, value in dataclasses.asdict(config).items()
+    }
+
+
+def from_dict(cls: type[Any], values: dict[str, Any], where: str = "config") -> Any:
+    """The inverse of `to_dict`; unknown keys and wrong types raise `ConfigError`."""
+    hints = typing.get_type_hints(cls)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be an object, not {type(values).__name__}")
+    arguments = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise unknown_name("setting", f"{where}.{key}", (f"{where}.{h}" for h in hints))
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            arguments[key] = from_dict(typing.cast(type, hint), value, f"{where}.{key}")
+            continue
+        arguments[key] = tuple(value) if isinstance(value, list) else value
+        if not _matches(arguments[key], hint):
+            raise ConfigError(f"{where}.{key} is {value!r}; expected {_type_name(hint)}")
+    return cls(**arguments)
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in typing.get_args(hint))
+    if origin is tuple:
+        options = typing.get_args(hint)
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(options)
+            and all(map(_matches, value, options))
+        )
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

@@ -1,0 +1,176 @@
+"""From a config to the objects a run is made of: sources, grid, model and optimizer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from patchgd_jax.config import TrainConfig
+from patchgd_jax.data.digits import Split
+from patchgd_jax.data.pipeline import ExampleSource
+from patchgd_jax.data.ultramnist import UltraMnist
+from patchgd_jax.errors import CheckpointError, ConfigError, DeviceError
+from patchgd_jax.grid import PatchGrid
+from patchgd_jax.models import build_model
+from patchgd_jax.optimizer import make_optimizer
+from patchgd_jax.patch_model import PatchModel
+from patchgd_jax.sampling import group_size
+
+_STATISTICS_EXAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What a model's input must go through; it belongs to the weights and stays with them."""
+
+    mean: tuple[float, ...]
+    """Per channel, of pixels in [0, 1]."""
+    std: tuple[float, ...]
+    background: int
+    """uint8 value outside an image and under transparent pixels."""
+    class_names: tuple[str, ...]
+
+    @classmethod
+    def measure(cls, source: ExampleSource) -> Preprocess:
+        """Statistics over the first training examples."""
+        images = [source[i]["image"] / 255 for i in range(min(_STATISTICS_EXAMPLES, len(source)))]
+        mean = np.mean([image.mean((0, 1)) for image in images], axis=0)
+        square = np.mean([(image**2).mean((0, 1)) for image in images], axis=0)
+        std = np.sqrt(np.maximum(square - mean**2, 1e-6))
+        # Rounded, so that a last bit of difference between NumPy versions does not matter.
+        return cls(
+            mean=tuple(round(float(m), 6) for m in mean),
+            std=tuple(round(float(s), 6) for s in std),
+            background=0,
+            class_names=tuple(str(c) for c in range(source.num_classes)),
+        )
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Preprocess:
+        """The inverse of `dataclasses.asdict`, from JSON.
+
+        Raises:
+            CheckpointError: if anything is missing.
+        """
+        try:
+            return cls(
+                mean=tuple(map(float, values["mean"])),
+                std=tuple(map(float, values["std"])),
+                background=int(values["background"]),
+                class_names=tuple(map(str, values["class_names"])),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the run's preprocess.json is damaged: {error!r}") from error
+
+
+def make_source(config: TrainConfig, split: Split) -> UltraMnist:
+    """The examples of one split."""
+    return UltraMnist(config.data, split, config.seed)
+
+
+def make_grid(config: TrainConfig, height: int, width: int, background: int = 0) -> PatchGrid:
+    """The patch grid for images of one size.
+
+    Raises:
+        ConfigError: if the patch is larger than the image.
+    """
+    return PatchGrid(height, width, config.patchgd.patch, config.patchgd.stride, background)
+
+
+def training_grid(config: TrainConfig) -> PatchGrid:
+    """The patch grid of the training images, checked against the sampling.
+
+    Raises:
+        ConfigError: if the patch is larger than the image, or there are more inner steps than
+            patches.
+    """
+    height, width, _ = config.data.image_shape
+    grid = make_grid(config, height, width)
+    if config.patchgd.mode in ("patchgd", "accumulate"):
+        group_size(grid.num_patches, config.patchgd.num_inner_steps)
+    return grid
+
+
+def make_model(config: TrainConfig, grid: PatchGrid, preprocess: Preprocess) -> PatchModel:
+    """The model for one grid.
+
+    Raises:
+        ConfigError: for an unknown encoder or head.
+    """
+    if (
+        config.patchgd.mode == "exact"
+        and config.model.norm == "batch"
+        and config.patchgd.norm_policy != "frozen"
+    ):
+        raise ConfigError(
+            "patchgd.mode exact needs model.norm group, or patchgd.norm_policy frozen: batch "
+            "statistics taken chunk by chunk are not those of the whole image"
+        )
+    return build_model(
+        config.model,
+        grid=grid,
+        channels=config.data.channels,
+        classes=config.data.classes,
+        mean=preprocess.mean,
+        std=preprocess.std,
+    )
+
+
+def make_run_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """The optimizer for the length of the run."""
+    return make_optimizer(
+        config.optimizer,
+        total_steps=config.total_steps,
+        steps_per_epoch=config.steps_per_epoch,
+        updates_per_step=config.patchgd.updates_per_step,
+    )
+
+
+def select_device(name: str) -> jax.Device:
+    """Makes the named platform JAX's only one, and returns its first device.
+
+    Must run before anything else touches JAX.
+
+    Raises:
+        DeviceError: if the platform is not there.
+    """
+    if name != "auto":
+        jax.config.update("jax_platforms", {"gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}[name])
+    try:
+        return jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:
+        # A missing CUDA plugin shows as an AssertionError without a message.
+        install = {"gpu": "patchgd-jax[cuda13] or [cuda12]", "tpu": "patchgd-jax[tpu]"}.get(name)
+        hint = f"; install {install}, or use --device cpu" if install else ""
+        raise DeviceError(f"no {name} device{hint} ({error or 'no plugin for it'})") from error
+
+
+def use_compilation_cache() -> Path | None:
+    """Keeps compiled programs between processes, in a folder only this user can write.
+
+    A folder that the environment or the caller has set stays. Returns the folder, or None if a
+    safe one cannot be made.
+    """
+    chosen = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if chosen is not None:
+        return Path(chosen)
+    import platformdirs
+
+    path = Path(platformdirs.user_cache_dir("patchgd-jax")) / "xla"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+        # Whoever can write here can make this process run code of theirs.
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            return None
+    except OSError:
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return path

@@ -1,0 +1,141 @@
+"""PatchGrid: which pixels belong to which patch, and where a patch's latent stands in Z."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from patchgd_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Windows of one side and stride over an image, numbered row by row.
+
+    Patch `i` stands at row `i // cols` and column `i % cols` of Z, and its top-left pixel is
+    `(row * stride, col * stride)`. An image that the windows do not tile is continued with
+    `background` to the right and below, so every pixel is in at least one patch.
+
+    The grid is hashable and holds no arrays: it is a static argument of the jitted step.
+
+    Args:
+        height: image height in pixels.
+        width: image width in pixels.
+        patch: patch side in pixels.
+        stride: pixels between neighbouring patches, at most `patch`; None means `patch`.
+        background: uint8 value of pixels outside the image.
+
+    Raises:
+        ConfigError: if the patch is larger than the image, or the stride larger than the patch.
+    """
+
+    height: int
+    width: int
+    patch: int
+    stride: int | None = None
+    background: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stride is None:
+            object.__setattr__(self, "stride", self.patch)
+        if self.patch < 1 or not 1 <= self.step <= self.patch:
+            raise ConfigError(
+                f"patch side {self.patch} and stride {self.step}: the stride must be between 1 and "
+                "the patch side"
+            )
+        if self.patch > min(self.height, self.width):
+            raise ConfigError(
+                f"patch side {self.patch} is larger than the image ({self.height} x {self.width} "
+                "px, height x width); use a smaller patch or a larger image"
+            )
+
+    @property
+    def step(self) -> int:
+        """The stride as an int."""
+        return self.patch if self.stride is None else self.stride
+
+    @property
+    def rows(self) -> int:
+        """Rows of Z."""
+        return -(-(self.height - self.patch) // self.step) + 1
+
+    @property
+    def cols(self) -> int:
+        """Columns of Z."""
+        return -(-(self.width - self.patch) // self.step) + 1
+
+    @property
+    def num_patches(self) -> int:
+        """N = rows * cols."""
+        return self.rows * self.cols
+
+    @property
+    def padded_height(self) -> int:
+        """Height that the windows cover, at least `height`."""
+        return (self.rows - 1) * self.step + self.patch
+
+    @property
+    def padded_width(self) -> int:
+        """Width that the windows cover, at least `width`."""
+        return (self.cols - 1) * self.step + self.patch
+
+    def mask(self, sizes: jax.Array) -> jax.Array:
+        """Which patches hold at least one real pixel, for images smaller than the grid.
+
+        Args:
+            sizes: `int [B, 2]`, the true height and width of each image inside the array.
+
+        Returns:
+            `bool [B, rows, cols]`; False where the patch is nothing but padding.
+        """
+        row_used = jnp.arange(self.rows) * self.step < sizes[:, :1]
+        col_used = jnp.arange(self.cols) * self.step < sizes[:, 1:]
+        return row_used[:, :, None] & col_used[:, None, :]
+
+    def take(self, images: jax.Array, ids: jax.Array) -> jax.Array:
+        """Cuts patches out of a batch of images.
+
+        Args:
+            images: `[B, height, width, C]`, any dtype.
+            ids: `int [B, k]`, patch numbers; those outside `0..N-1` are clipped into it.
+
+        Returns:
+            `[B, k, patch, patch, C]`, of the images' dtype.
+        """
+        if images.shape[1:3] != (self.height, self.width):
+            raise ConfigError(
+                f"the images are {images.shape[1]} x {images.shape[2]} px, but the grid is for "
+                f"{self.height} x {self.width} px"
+            )
+        ids = jnp.clip(ids, 0, self.num_patches - 1)
+
+        def one(image: jax.Array, patch_id: jax.Array) -> jax.Array:
+            return self._window(
+                image, (patch_id // self.cols) * self.step, (patch_id % self.cols) * self.step
+            )
+
+        return jax.vmap(lambda image, row: jax.vmap(lambda i: one(image, i))(row))(images, ids)
+
+    def _window(self, image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+        side = (self.patch, self.patch, image.shape[-1])
+        window = lax.dynamic_slice(image, (y, x, 0), side)
+        # A slice that would leave the image is moved back inside by dynamic_slice. Undoing the
+        # move costs one patch; padding the image instead would cost a second image.
+        for axis, start, length, padded in (
+            (0, y, self.height, self.padded_height),
+            (1, x, self.width, self.padded_width),
+        ):
+            if padded == length:
+                continue
+            pixel = start + jnp.arange(self.patch)
+            moved = jnp.minimum(start, length - self.patch)
+            window = jnp.take(window, pixel - moved, axis=axis, mode="clip")
+            shape = [1, 1, 1]
+            shape[axis] = self.patch
+            window = jnp.where((pixel < length).reshape(shape), window, self.background).astype(
+                image.dtype
+            )
+        return window

@@ -1,0 +1,107 @@
+"""Heads (theta2): networks that read the whole latent block Z and give logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from patchgd_jax.models.conv import Conv
+
+
+class CNNHead(nn.Module):
+    """The papers' head: blocks of [3x3 conv, ReLU, BatchNorm, Dropout2d], then a dense layer.
+
+    The dense layer reads the flattened map, so the grid is fixed at initialisation.
+    Source: arXiv 2301.13817, section 4; five sizes in its ablation.
+    """
+
+    classes: int
+    same_size_blocks: int = 1
+    stride_2_blocks: int = 3
+    features: int = 256
+    dropout: float = 0.2
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
+        """Classifies `z float [B, rows, cols, D]`; entries where `mask` is False are zeroed."""
+        if mask is not None:
+            z = jnp.where(mask[..., None], z, 0)
+        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
+        strides = [1] * self.same_size_blocks + [2] * self.stride_2_blocks
+        for stride in strides:
+            z = Conv(self.features, stride=stride, use_bias=True, dtype=self.dtype)(z)
+            z = nn.relu(z)
+            z = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                dtype=self.dtype,
+                param_dtype=param_dtype,
+            )(z)
+            # Dropout2d drops whole maps.
+            z = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(z)
+        z = z.reshape(z.shape[0], -1)
+        return nn.Dense(self.classes, dtype=self.dtype, param_dtype=param_dtype)(z)
+
+
+class AttentionHead(nn.Module):
+    """Gated attention pooling over the patches of Z, for any grid.
+
+    Source: Ilse et al., Attention-based Deep Multiple Instance Learning, arXiv 1802.04712, eq. 9.
+    """
+
+    classes: int
+    features: int = 128
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
+        """Classifies `z float [B, rows, cols, D]`; patches where `mask` is False have no weight."""
+        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
+
+        def dense(features: int, x: jax.Array) -> jax.Array:
+            return nn.Dense(features, dtype=self.dtype, param_dtype=param_dtype)(x)
+
+        batch, rows, cols, width = z.shape
+        z = z.reshape(batch, rows * cols, width)
+        x = nn.relu(dense(self.features, z))
+        gate = nn.sigmoid(dense(self.features // 2, x))
+        score = dense(1, nn.tanh(dense(self.features // 2, x)) * gate)
+        if mask is not None:
+            score = jnp.where(mask.reshape(batch, rows * cols, 1), score, -jnp.inf)
+        pooled = (nn.softmax(score, axis=1) * x).sum(1)
+        pooled = nn.Dropout(self.dropout, deterministic=not train)(pooled)
+        return dense(self.classes, pooled)
+
+
+class MaxMeanHead(nn.Module):
+    """Maximum and mean of a per-patch layer over the patches of Z, for any grid."""
+
+    classes: int
+    features: int = 256
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
+        """Classifies `z float [B, rows, cols, D]`; patches where `mask` is False do not count."""
+        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
+
+        def dense(features: int, x: jax.Array) -> jax.Array:
+            return nn.Dense(features, dtype=self.dtype, param_dtype=param_dtype)(x)
+
+        batch, rows, cols, width = z.shape
+        z = z.reshape(batch, rows * cols, width)
+        x = nn.relu(dense(self.features, z))
+        weight = jnp.ones((batch, rows * cols, 1), x.dtype)
+        if mask is not None:
+            weight = mask.reshape(batch, rows * cols, 1).astype(x.dtype)
+        mean = (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
+        # x is not negative, so masked zeros never win over a real patch.
+        pooled = jnp.concatenate([mean, (x * weight).max(1)], axis=-1)
+        pooled = nn.Dropout(self.dropout, deterministic=not train)(pooled)
+        return dense(self.classes, pooled)

@@ -1,0 +1,243 @@
+"""PatchModel: the contract between the PatchGD steps and a model library.
+
+Three pure functions, as Optax has two for an optimizer. `step.py` knows nothing else of a model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+from patchgd_jax.grid import PatchGrid
+
+Tree = Any
+"""A pytree of arrays."""
+Parts = dict[str, Tree]
+"""A pytree with one entry each for `encoder` (theta1) and `head` (theta2)."""
+
+
+class Init(Protocol):
+    """Makes the parameters and the model state (batch statistics)."""
+
+    def __call__(self, key: jax.Array) -> tuple[Parts, Parts]:
+        """Returns `(params, model_state)`, both with the entries `encoder` and `head`."""
+        ...
+
+
+class Encode(Protocol):
+    """theta1: patches to latents."""
+
+    def __call__(
+        self,
+        params: Parts,
+        model_state: Parts,
+        patches: jax.Array,
+        *,
+        train: bool,
+        rng: jax.Array,
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, Parts]:
+        """Encodes patches.
+
+        Args:
+            params: of both parts.
+            model_state: of both parts.
+            patches: `[M, p, p, C]`, as the images come (uint8); normalised here.
+            train: whether dropout is on and batch statistics are taken from this batch.
+            rng: PRNG key for dropout.
+            mask: `bool [M]`, False for patches that batch statistics must leave out.
+
+        Returns:
+            latents `float [M, D]` and the new model state.
+        """
+        ...
+
+
+class Classify(Protocol):
+    """theta2: the latent block to logits."""
+
+    def __call__(
+        self,
+        params: Parts,
+        model_state: Parts,
+        z: jax.Array,
+        mask: jax.Array | None,
+        *,
+        train: bool,
+        rng: jax.Array,
+    ) -> tuple[jax.Array, Parts]:
+        """Classifies `z float [B, rows, cols, D]`.
+
+        Args:
+            params: of both parts.
+            model_state: of both parts.
+            z: the latent block; `z[b, r, c]` is the patch at pixel `(r * stride, c * stride)`.
+            mask: `bool [B, rows, cols]`, False where a patch is nothing but padding; None if
+                every patch is real.
+            train: whether dropout is on and batch statistics are taken from this batch.
+            rng: PRNG key for dropout.
+
+        Returns:
+            logits `float [B, classes]` and the new model state.
+        """
+        ...
+
+
+class PatchModel(NamedTuple):
+    """An encoder and a head as pure functions over `{"encoder": ..., "head": ...}` trees."""
+
+    init: Init
+    encode: Encode
+    classify: Classify
+
+
+def _normalizer(mean: float | tuple[float, ...], std: float | tuple[float, ...], dtype: Any) -> Any:
+    def normalize(patches: jax.Array) -> jax.Array:
+        shape = (1, 1, 1, -1)
+        center = jnp.asarray(mean, dtype).reshape(shape)
+        spread = jnp.asarray(std, dtype).reshape(shape)
+        if jnp.issubdtype(patches.dtype, jnp.integer):
+            patches = patches.astype(dtype) / 255
+        return (patches.astype(dtype) - center) / spread
+
+    return normalize
+
+
+def from_linen(
+    encoder: nn.Module,
+    head: nn.Module,
+    *,
+    grid: PatchGrid,
+    channels: int,
+    mean: float | tuple[float, ...] = 0.0,
+    std: float | tuple[float, ...] = 1.0,
+    dtype: Any = jnp.float32,
+) -> PatchModel:
+    """Makes a PatchModel of two Flax Linen modules.
+
+    Args:
+        encoder: called as `encoder(patches, train=...)`, and with `mask=` if it takes one;
+            `float [M, p, p, C]` to `[M, D]`.
+        head: called as `head(z, mask, train=...)`; `float [B, rows, cols, D]` to `[B, classes]`.
+        grid: gives the shapes that the parameters are made for.
+        channels: C.
+        mean: per-channel mean of pixels in [0, 1].
+        std: per-channel standard deviation of pixels in [0, 1].
+        dtype: of the normalised patches.
+
+    Integer patches are divided by 255; floating-point ones are taken to be in [0, 1] already.
+    """
+    normalize = _normalizer(mean, std, dtype)
+    takes_mask = "mask" in inspect.signature(type(encoder).__call__).parameters
+
+    def apply(
+        module: nn.Module, part: str, params: Parts, model_state: Parts, *args: Any, **kwargs: Any
+    ) -> tuple[jax.Array, Parts]:
+        rng = kwargs.pop("rng")
+        variables = {"params": params[part], **model_state[part]}
+        # Passing what may change explicitly keeps a frozen pass from ever touching the state.
+        mutable = list(model_state[part]) if kwargs["train"] else []
+        out, changed = module.apply(
+            variables, *args, rngs={"dropout": rng}, mutable=mutable, **kwargs
+        )
+        return out, {**model_state, part: {**model_state[part], **changed}}
+
+    def init(key: jax.Array) -> tuple[Parts, Parts]:
+        encoder_key, head_key = jax.random.split(key)
+        patches = jnp.zeros((1, grid.patch, grid.patch, channels), dtype)
+        latents, encoder_vars = encoder.init_with_output(encoder_key, patches, train=False)
+        z = jnp.zeros((1, grid.rows, grid.cols, latents.shape[-1]), latents.dtype)
+        head_vars = head.init(head_key, z, None, train=False)
+        params, state = {}, {}
+        for part, variables in (("encoder", encoder_vars), ("head", head_vars)):
+            variables = dict(variables)
+            params[part] = variables.pop("params", {})
+            state[part] = variables
+        return params, state
+
+    def encode(params, model_state, patches, *, train, rng, mask=None):  # type: ignore[no-untyped-def]
+        extra = {"mask": mask} if takes_mask else {}
+        return apply(
+            encoder,
+            "encoder",
+            params,
+            model_state,
+            normalize(patches),
+            train=train,
+            rng=rng,
+            **extra,
+        )
+
+    def classify(params, model_state, z, mask, *, train, rng):  # type: ignore[no-untyped-def]
+        return apply(head, "head", params, model_state, z, mask, train=train, rng=rng)
+
+    return PatchModel(init, encode, classify)
+
+
+def from_nnx(
+    make_encoder: Any,
+    make_head: Any,
+    *,
+    mean: float | tuple[float, ...] = 0.0,
+    std: float | tuple[float, ...] = 1.0,
+    dtype: Any = jnp.float32,
+) -> PatchModel:
+    """Makes a PatchModel of two Flax NNX module constructors.
+
+    Train and eval mode are set on every call, since NNX would otherwise silently keep the mode
+    that a module had when it was split.
+
+    Args:
+        make_encoder: `make_encoder(rngs)` gives a module called as `encoder(patches)`.
+        make_head: `make_head(rngs)` gives a module called as `head(z, mask)`.
+        mean: per-channel mean of pixels in [0, 1].
+        std: per-channel standard deviation of pixels in [0, 1].
+        dtype: of the normalised patches.
+    """
+    normalize = _normalizer(mean, std, dtype)
+    makers = {"encoder": make_encoder, "head": make_head}
+
+    def split(part: str, key: jax.Array) -> tuple[Any, Tree, Tree]:
+        graph, params, rest = nnx.split(makers[part](nnx.Rngs(key)), nnx.Param, ...)
+        _, kept = nnx.split_state(rest, nnx.RngState, ...)
+        return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(kept)
+
+    def init(key: jax.Array) -> tuple[Parts, Parts]:
+        params, state = {}, {}
+        for part, part_key in zip(makers, jax.random.split(key), strict=True):
+            _, params[part], state[part] = split(part, part_key)
+        return params, state
+
+    def apply(
+        part: str,
+        params: Parts,
+        model_state: Parts,
+        args: tuple[Any, ...],
+        train: bool,
+        rng: jax.Array,
+    ) -> tuple[jax.Array, Parts]:
+        module = makers[part](nnx.Rngs(rng))
+        abstract = nnx.state(module)
+        nnx.replace_by_pure_dict(abstract, {**params[part]}) if params[part] else None
+        nnx.update(module, abstract)
+        rest = nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
+        if model_state[part]:
+            nnx.replace_by_pure_dict(rest, model_state[part])
+            nnx.update(module, rest)
+        module.train() if train else module.eval()
+        out = module(*args)
+        changed = nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState))))
+        return out, {**model_state, part: changed if train else model_state[part]}
+
+    def encode(params, model_state, patches, *, train, rng, mask=None):  # type: ignore[no-untyped-def]
+        return apply("encoder", params, model_state, (normalize(patches),), train, rng)
+
+    def classify(params, model_state, z, mask, *, train, rng):  # type: ignore[no-untyped-def]
+        return apply("head", params, model_state, (z, mask), train, rng)
+
+    return PatchModel(init, encode, classify)

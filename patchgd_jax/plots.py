@@ -1,0 +1,46 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def plot_curves(
+    lines: Sequence[Mapping[str, Any]], shortcuts: Mapping[str, float], path: Path
+) -> None:
+    """Draws loss and accuracy over outer steps into a PNG file.
+
+    Args:
+        lines: of `metrics.jsonl`.
+        shortcuts: accuracies of simple guesses; the best is drawn as a line.
+        path: the file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+        for kind, label, style in (("train", "training", "-"), ("eval", "validation", "o-")):
+            chosen = [line for line in lines if line["kind"] == kind]
+            steps = np.array([line["step"] for line in chosen])
+            values = np.array([line[name] for line in chosen])
+            if kind == "train" and len(values) > 100:
+                width = len(values) // 50
+                values = np.convolve(values, np.ones(width) / width, "valid")
+                steps, label = steps[width - 1 :], f"training, mean of {width} steps"
+            axis.plot(steps, values, style, label=label, markersize=4)
+        axis.set(xlabel="outer step", ylabel="loss (nats)" if name == "loss" else name)
+    best = max(shortcuts, key=lambda name: shortcuts[name])
+    axes[1].axhline(shortcuts[best], color="grey", linestyle=":", label=f"shortcut: {best}")
+    axes[1].set_ylim(0, 1)
+    for axis in axes:
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

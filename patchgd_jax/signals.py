@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM as a request to save and stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Self
+
+from patchgd_jax.errors import Interrupted
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """A context manager that turns the first SIGINT or SIGTERM into a request.
+
+    The training loop polls `signal_number`; within `immediate()`, where there is nothing to save,
+    the signal raises `Interrupted` at once. A second signal ends the process without saving.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._immediate = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            os._exit(128 + number)
+        self.signal_number = number
+        if self._immediate:
+            raise Interrupted(number, self.message("before the first step; nothing to save"))
+
+    def message(self, when: str) -> str:
+        """What to tell the user about the signal that came."""
+        return f"stopped by {signal.Signals(self.signal_number or 0).name} {when}"
+
+    @contextmanager
+    def immediate(self) -> Iterator[None]:
+        """Within it a signal raises `Interrupted` instead of being noted."""
+        self._immediate = True
+        try:
+            yield
+        finally:
+            self._immediate = False
