@@ -52,7 +52,7 @@ class DataConfig:
     """Add the UltraMNIST benchmark's background of checkers, discs and triangles."""
     downscale: int = 1
     """Shrink each image by this integer factor (area average) before training on it."""
-    train_size: int = 16_000
+    train_size: int = 9_600
     """Number of different training images."""
     val_size: int = 1_000
     """Number of validation images, drawn from digits that training never sees."""
@@ -105,8 +105,8 @@ class ModelConfig:
     latent_dim: int = 128
     """Length D of a patch's latent vector."""
     head: str = "attention"
-    """Network that reads Z: attention, max-mean (both for any grid), or one of the paper's
-    cnn-original, cnn-smaller, cnn-larger, cnn-smaller-feat, cnn-larger-feat."""
+    """Network that reads Z: attention (for any grid), or one of the paper's, for the grid it was
+    trained on: cnn-original, cnn-smaller, cnn-larger, cnn-smaller-feat, cnn-larger-feat."""
     dropout: float | None = None
     """Dropout rate inside the head. None: the head's own (0.2 for the paper's, else 0)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -134,9 +134,10 @@ class PatchGDConfig:
     inner_steps: int | None = None
     """Inner steps J per outer step. None: ceil(1 / fraction), so that each patch gets exactly
     one gradient."""
-    mode: Literal["patchgd", "accumulate", "exact", "full"] = "patchgd"
-    """Gradient: the paper's (update every epsilon inner steps), accumulate (one update per outer
-    step), exact (whole-image gradient at the memory of one chunk), full (plain autodiff)."""
+    mode: Literal["patchgd", "accumulate", "exact", "full"] = "accumulate"
+    """Gradient. patchgd: the paper's algorithm, an update every epsilon inner steps. accumulate:
+    one update per outer step (the papers' default setting). exact: the whole-image gradient at
+    the memory of one chunk. full: plain autodiff through all patches at once."""
     epsilon: int = 1
     """Inner steps per update in mode patchgd; must divide J."""
     sampling: Literal["partition", "uniform"] = "partition"

@@ -121,7 +121,7 @@ class PatchGrid:
 
     def _window(self, image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
         side = (self.patch, self.patch, image.shape[-1])
-        window = lax.dynamic_slice(image, (y, x, 0), side)
+        window = lax.dynamic_slice(image, (y, x, jnp.zeros_like(y)), side)
         # A slice that would leave the image is moved back inside by dynamic_slice. Undoing the
         # move costs one patch; padding the image instead would cost a second image.
         for axis, start, length, padded in (

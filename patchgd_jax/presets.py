@@ -24,7 +24,7 @@ class Preset(NamedTuple):
 
 PRESETS: Mapping[str, Preset] = {
     "default": Preset(
-        TrainConfig(),
+        TrainConfig(eval_every=150),
         "most frequent of eight handwritten digits, 256 px; under 10 minutes on two CPU cores",
     ),
     "tiny": Preset(

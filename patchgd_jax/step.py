@@ -128,7 +128,7 @@ def _update(
     metrics = {
         "loss": gradient.loss,
         "accuracy": (right * weight).sum() / jnp.maximum(weight.sum(), 1),
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
     }
     return TrainState(state.step, params, gradient.model_state, opt_state), metrics
 

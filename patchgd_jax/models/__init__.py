@@ -12,7 +12,7 @@ from flax import linen as nn
 from patchgd_jax.config import ModelConfig
 from patchgd_jax.errors import ConfigError, unknown_name
 from patchgd_jax.grid import PatchGrid
-from patchgd_jax.models.heads import AttentionHead, CNNHead, MaxMeanHead
+from patchgd_jax.models.heads import AttentionHead, CNNHead
 from patchgd_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from patchgd_jax.models.small_cnn import SmallCNN
 from patchgd_jax.patch_model import PatchModel, from_linen
@@ -35,7 +35,6 @@ ENCODERS: Mapping[str, Callable[..., nn.Module]] = {
 
 HEADS: Mapping[str, HeadEntry] = {
     "attention": HeadEntry(AttentionHead, fixed_grid=False),
-    "max-mean": HeadEntry(MaxMeanHead, fixed_grid=False),
     "cnn-original": HeadEntry(CNNHead, fixed_grid=True),
     "cnn-smaller": HeadEntry(partial(CNNHead, same_size_blocks=0), fixed_grid=True),
     "cnn-larger": HeadEntry(partial(CNNHead, stride_2_blocks=4), fixed_grid=True),
