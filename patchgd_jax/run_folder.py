@@ -148,7 +148,8 @@ class MetricsLog:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             fsync_path(partial)
             partial.replace(path)
-            self._file = path.open("a", encoding="utf-8")
+            # By line, so that whoever follows the file sees every step at once.
+            self._file = path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
         self.lines = kept
@@ -160,7 +161,6 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Puts every line on disk; a checkpoint must not be ahead of its log."""
-        self._guard(self._file.flush)
         self._guard(lambda: os.fsync(self._file.fileno()))
 
     def close(self) -> None:

@@ -86,7 +86,7 @@ def test_damaged_json_is_refused(change, message):
 
 def test_a_patch_larger_than_the_image_is_refused():
     config = TrainConfig(data=DataConfig(size=(128, 48)))
-    with pytest.raises(ConfigError, match="patch side 64 is larger than the image .128 x 48"):
+    with pytest.raises(ConfigError, match=r"patch side 64 is larger than the image .128 x 48"):
         training_grid(config)
 
 

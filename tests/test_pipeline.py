@@ -72,11 +72,8 @@ def test_evaluation_has_each_example_once_and_says_what_is_padding(count):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_broken_example_is_named(threads):
     source = Numbers(12, broken=7)
-    with (
-        pytest.raises(DataError, match="example 7: OSError: image file is truncated"),
-        TrainBatches(source, batch_size=4, seed=0, start=0, threads=threads) as stream,
-    ):
-        for _ in range(3):
-            next(stream)
+    stream = TrainBatches(source, batch_size=4, seed=0, start=0, threads=threads)
+    with stream, pytest.raises(DataError, match="example 7: OSError: image file is truncated"):
+        all(next(stream) for _ in range(3))
     with pytest.raises(DataError, match="example 7"):
         list(eval_batches(source, 4))

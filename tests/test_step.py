@@ -377,7 +377,7 @@ def test_examples_of_weight_zero_change_nothing(float64):
     two = {k: v[:2] for k, v in batch.items()}
     padded = {**batch, "weight": np.array([1.0, 1.0, 0.0])}
     _, alone, _ = step_once(model, grid, config, two, recording_sgd(0.1))
-    _, with_padding, metrics = step_once(model, grid, config, padded, recording_sgd(0.1))
+    _, with_padding, _ = step_once(model, grid, config, padded, recording_sgd(0.1))
     assert max_relative(with_padding.opt_state, alone.opt_state) < 1e-12
 
 

@@ -1,0 +1,346 @@
+"""The command line as a user meets it: real processes, exit codes, messages, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+MICRO = [
+    "--data.size", 32, 32, "--data.digits", "font", "--data.digit-count", 1,
+    "--data.label-share", 1, "--data.object-ratio", 0.8, 1, "--data.train-size", 64,
+    "--data.val-size", 21, "--patchgd.patch", 16, "--patchgd.fraction", 0.5,
+    "--model.latent-dim", 16, "--batch-size", 8, "--eval-batch-size", 8,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, request):
+    """A finished run, made by the command itself."""
+    folder = tmp_path_factory.mktemp("run")
+    process = subprocess.run(
+        [sys.executable, "-m", "patchgd_jax", "train", *map(str, MICRO), "--run-dir", "first"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    return folder / "first", process
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_train_fills_the_run_folder_and_says_where_it_is(run):
+    folder, process = run
+    assert "Run folder: first" in process.stdout
+    assert "Best shortcut" in process.stdout
+    assert "Compiled 2 programs" in process.stdout
+    assert "\r" not in process.stdout, "no live line where there is no terminal"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["batch_size"] == 8
+    assert config["data"]["size"] == [32, 32]
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["jax"]
+    steps = [line["step"] for line in lines_of(folder) if line["kind"] == "train"]
+    assert steps == list(range(1, 9))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["best"]["examples"] == 21
+    with Image.open(folder / "curves.png") as image:
+        assert image.size[0] > 800
+    assert len(list((folder / "examples").glob("*.png"))) == 4
+    assert (folder / "checkpoints" / "best.json").exists()
+
+
+def test_evaluate_reproduces_the_recorded_score(run, command):
+    folder, _ = run
+    result = command("evaluate", folder, "--json")
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads(result.stdout)
+    recorded = metrics.pop("recorded")
+    assert {k: v for k, v in metrics.items() if k != "step"} == {
+        k: v for k, v in recorded.items() if k != "step"
+    }
+    text = command("evaluate", folder, "--checkpoint", "last").stdout
+    assert "recorded in training" in text
+    assert "confusion matrix" in text
+
+
+def test_predict_labels_images_of_other_sizes(run, command, tmp_path):
+    folder, _ = run
+    example = sorted((folder / "examples").glob("*.png"))[0]
+    wide = tmp_path / "wide.png"
+    Image.fromarray(np.zeros((41, 77, 3), np.uint8)).save(wide)
+    result = command("predict", folder, example, wide, "--json")
+    assert result.returncode == 0, result.stderr
+    answers = json.loads(result.stdout)
+    assert [a["image"] for a in answers] == [str(example), str(wide)]
+    for answer in answers:
+        probabilities = answer["probabilities"]
+        assert set(probabilities) == set("0123456789")
+        assert abs(sum(probabilities.values()) - 1) < 1e-6
+        assert answer["label"] == max(probabilities, key=probabilities.get)
+    text = command("predict", folder, example).stdout
+    assert f"label {answers[0]['label']}" in text
+
+
+def test_presets_are_listed_and_shown(command):
+    listed = command("presets")
+    assert listed.returncode == 0
+    assert "ultramnist" in listed.stdout
+    shown = json.loads(command("presets", "paper").stdout)
+    assert shown["model"]["encoder"] == "resnet50"
+
+
+def test_help_shows_every_setting_with_its_default(command):
+    text = command("train", "--help").stdout
+    for flag in ("--patchgd.fraction FLOAT", "--optimizer.learning-rate", "--data.size INT INT"):
+        assert flag in text
+    words = " ".join(text.replace("│", " ").split())
+    assert "one inner step re-encodes. (default: 0.25)" in words
+    assert "usage" in command().stdout
+    assert command("--version").stdout.startswith("patchgd-jax 0.")
+
+
+def bad(command, code, *words, arguments, **options):
+    """The command fails with one clear message and no traceback."""
+    result = command(*arguments, **options)
+    assert result.returncode == code, (result.returncode, result.stdout, result.stderr)
+    text = result.stderr + result.stdout
+    assert "Traceback" not in text
+    for word in words:
+        assert str(word) in text.replace("\n", " "), text
+    return result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["unknown command 'trian'; did you mean 'train'"]),
+        (["train", "defalt"], ["unknown preset 'defalt'; did you mean 'default'"]),
+        (["train", "--batchsize", 3], ["--batchsize", "--batch-size"]),
+        (["train", "--batch-size", "many"], ["--batch-size", "INT"]),
+        (["train", "--patchgd.mode", "fast"], ["--patchgd.mode", "accumulate"]),
+        (["train", "--patchgd.fraction", 1.5], ["patchgd.fraction is 1.5", "(0, 1]"]),
+        (
+            ["train", "--patchgd.mode", "patchgd", "--patchgd.epsilon", 3],
+            ["epsilon 3 does not divide the 4 inner steps"],
+        ),
+        (["train", "--patchgd.patch", 300], ["patch side 300 is larger than the image", "256"]),
+        (["train", "--patchgd.fraction", 0.01], ["100 inner steps for a grid of 16 patches"]),
+        (["train", "--model.encoder", "resnet-50"], ["unknown encoder", "resnet50"]),
+        (["train", "--model.head", "atention"], ["unknown head", "attention"]),
+        (["train", "--patchgd.mode", "exact"], ["patchgd.mode exact needs model.norm group"]),
+        (["presets", "papper"], ["unknown preset 'papper'; did you mean 'paper'"]),
+        (["predict", "somewhere"], ["no image named"]),
+    ],
+)
+def test_wrong_settings_are_told_and_nothing_is_written(command, tmp_path, arguments, words):
+    extra = ["--run-dir", "new"] if arguments[0] == "train" else []
+    bad(command, 2, *words, arguments=[*arguments, *extra])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_used_run_folder_is_left_alone(run, command):
+    folder, _ = run
+    before = sorted(folder.rglob("*"))
+    bad(command, 2, "is in use", "resume", arguments=["train", *MICRO, "--run-dir", folder])
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_written_is_a_disk_error(command, tmp_path):
+    (tmp_path / "file").touch()
+    arguments = ["train", *MICRO, "--run-dir", tmp_path / "file" / "run"]
+    bad(command, 7, "cannot write run folder", arguments=arguments)
+
+
+@pytest.mark.parametrize("name", ["resume", "evaluate", "predict"])
+def test_folders_without_a_run_are_told(command, tmp_path, name):
+    image = ["a.png"] if name == "predict" else []
+    bad(command, 6, "does not exist", arguments=[name, tmp_path / "nowhere", *image])
+    (tmp_path / "empty").mkdir()
+    bad(command, 6, "holds no run", arguments=[name, tmp_path / "empty", *image])
+
+
+def test_a_checkpoint_of_another_model_is_refused(run, command, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run[0], copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["model"]["latent_dim"] = 17
+    (copy / "config.json").write_text(json.dumps(config))
+    for arguments in (["resume", copy], ["evaluate", copy]):
+        bad(
+            command, 6, "another model", "float32[256, 16]", "float32[256, 17]", arguments=arguments
+        )
+    config["model"]["latentdim"] = 3
+    (copy / "config.json").write_text(json.dumps(config))
+    bad(command, 2, "latentdim", "did you mean", arguments=["evaluate", copy])
+    (copy / "config.json").write_text("{")
+    bad(command, 2, "cannot read", arguments=["evaluate", copy])
+
+
+def test_changed_data_is_refused(run, command, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run[0], copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["object_ratio"] = [0.7, 1]
+    (copy / "config.json").write_text(json.dumps(config))
+    bad(command, 6, "the data has changed since checkpoint 8", arguments=["resume", copy])
+
+
+def test_damaged_checkpoints_fall_back_and_then_end(run, command, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run[0], copy)
+    for path in (copy / "checkpoints").glob("0*/meta.json"):
+        path.write_text("{}")
+    bad(command, 6, "is damaged: meta.json has changed", "no usable", arguments=["evaluate", copy])
+
+
+def test_bad_images_are_told(run, command, tmp_path):
+    folder, _ = run
+    good = sorted((folder / "examples").glob("*.png"))[0]
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(good.read_bytes()[:120])
+    small = tmp_path / "small.png"
+    Image.fromarray(np.zeros((8, 40), np.uint8)).save(small)
+    from test_safe_image import bomb
+
+    cases = {
+        tmp_path / "missing.png": "there is no such file",
+        cut: "cut.png",
+        small: "patch side 16 is larger than the image (8 x 40 px",
+        bomb(tmp_path / "bomb.png"): "claims",
+    }
+    for path, reason in cases.items():
+        result = bad(command, 3, reason, path, arguments=["predict", folder, good, path, "--json"])
+        assert result.stdout == "", "nothing is printed for the images before it"
+
+
+def test_a_fixed_head_says_which_grid_it_needs(command, tmp_path):
+    arguments = ["train", *MICRO, "--model.head", "cnn-smaller-feat", "--run-dir", "cnn"]
+    assert command(*arguments).returncode == 0
+    wide = tmp_path / "wide.png"
+    Image.fromarray(np.zeros((32, 48), np.uint8)).save(wide)
+    words = ["2 x 3 patches", "cnn-smaller-feat works only on the 2 x 2", "--model.head attention"]
+    bad(command, 2, *words, arguments=["predict", "cnn", wide])
+
+
+def test_a_missing_device_is_told(command, tmp_path):
+    arguments = ["train", *MICRO, "--device", "gpu", "--run-dir", "new"]
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    result = subprocess.run(
+        [sys.executable, "-m", "patchgd_jax", *map(str, arguments)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+    if result.returncode == 0:
+        pytest.skip("this machine has a GPU")
+    assert result.returncode == 8
+    assert "no gpu device; install patchgd-jax[cuda13]" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_batch(command, tmp_path):
+    arguments = ["train", *MICRO, "--optimizer.learning-rate", 1e30, "--optimizer.name", "sgd",
+                 "--save-every", 1, "--run-dir", "nan"]  # fmt: skip
+    result = bad(command, 5, "step ", "batch ", "examples ", arguments=arguments)
+    assert "loss" in result.stderr
+    from patchgd_jax.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(tmp_path / "nan" / "checkpoints")
+    for step in checkpoints.steps():
+        for leaf in _leaves(checkpoints.restore_arrays(step)["params"]):
+            assert np.isfinite(leaf).all(), "no checkpoint may hold what is not finite"
+
+
+def _leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+def test_debug_adds_the_traceback(command):
+    result = command("train", "defalt", "--debug")
+    assert result.returncode == 2
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resume_ends_like_an_uninterrupted_run(command, tmp_path, number):
+    long = [*MICRO, "--epochs", 60, "--eval-every", 100]
+    straight = command("train", *long, "--run-dir", "straight")
+    assert straight.returncode == 0, straight.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-m", "patchgd_jax", "train", *map(str, long), "--run-dir", "stopped"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "stopped" / "checkpoints" / "latest.json"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert f"stopped by {signal.Signals(number).name} after step" in errors
+    assert "patchgd-jax resume stopped" in errors
+    assert "Traceback" not in errors
+    resumed = command("resume", "stopped")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def assert_same_run(a, b):
+    """Bit for bit: every parameter, optimizer moment and metric but the wall-clock ones."""
+    from patchgd_jax.checkpoint import Checkpoints
+
+    def without_clock(folder):
+        return [{k: v for k, v in line.items() if k != "perf"} for line in lines_of(folder)]
+
+    assert without_clock(a) == without_clock(b)
+    last = [Checkpoints(folder / "checkpoints") for folder in (a, b)]
+    assert last[0].newest_intact() == last[1].newest_intact()
+    trees = [c.restore_arrays(c.newest_intact()) for c in last]
+    for x, y in zip(*map(_leaves, trees), strict=True):
+        np.testing.assert_array_equal(x, y)
+    best = [json.loads((folder / "checkpoints" / "best.json").read_text()) for folder in (a, b)]
+    assert best[0] == best[1]
+
+
+def test_the_encoder_of_another_run_is_taken_over(run, command, tmp_path):
+    folder, _ = run
+    arguments = ["train", *MICRO, "--init-encoder", folder, "--optimizer.learning-rate", 1e-30]
+    result = command(*arguments, "--run-dir", "second")
+    assert result.returncode == 0, result.stderr
+    from patchgd_jax.checkpoint import Checkpoints
+
+    first = Checkpoints(folder / "checkpoints")
+    second = Checkpoints(tmp_path / "second" / "checkpoints")
+    wanted = first.restore_arrays(first.best())["params"]["encoder"]
+    got = second.restore_arrays(second.best())["params"]["encoder"]
+    for x, y in zip(_leaves(got), _leaves(wanted), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+    other = ["train", *MICRO, "--init-encoder", folder, "--model.latent-dim", 8]
+    bad(command, 6, "the encoder of", "another one", arguments=[*other, "--run-dir", "third"])
+    assert not (tmp_path / "third").exists()

@@ -1,0 +1,105 @@
+"""A run that is killed and resumed ends bit for bit like one that was not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import assert_same_run, lines_of
+
+# The worker kills itself, with the signal that nothing can catch, right after a given step.
+WORKER = """
+import os, signal, sys
+from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig
+from patchgd_jax.train import resume, train
+
+folder, kill_at = sys.argv[1], int(sys.argv[2])
+
+def on_step(step):
+    if step == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+config = TrainConfig(
+    data=DataConfig(
+        digits="font", size=(32, 32), digit_count=1, label_share=1.0, object_ratio=(0.8, 1.0),
+        train_size=100, val_size=10,
+    ),
+    model=ModelConfig(latent_dim=16, dropout=0.2),
+    patchgd=PatchGDConfig(patch=16, fraction=0.5, mode="patchgd"),
+    batch_size=8, eval_batch_size=10, epochs=4, eval_every=9, save_every=4, reader_threads=2,
+)
+if os.path.exists(os.path.join(folder, "config.json")):
+    resume(folder, on_step=on_step)
+else:
+    train(config, folder, on_step=on_step)
+"""
+TOTAL = 50
+
+
+def work(folder: Path, kill_at: int = 0) -> int:
+    process = subprocess.run(
+        [sys.executable, "-c", WORKER, str(folder), str(kill_at)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+    assert process.returncode in (0, -9), process.stderr
+    return process.returncode
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    assert work(folder) == 0
+    assert lines_of(folder)[-1]["step"] == TOTAL
+    return folder
+
+
+def kill_and_resume(straight, folder, step):
+    assert work(folder, step) == -9, "the worker must have died"
+    assert lines_of(folder)[-1]["step"] <= step
+    assert work(folder) == 0
+    assert_same_run(straight, folder)
+
+
+# Before the first save, between saves, at an evaluation.
+@pytest.mark.parametrize("step", [2, 23, 36])
+def test_killed_and_resumed_is_like_uninterrupted(straight, tmp_path, step):
+    kill_and_resume(straight, tmp_path / "run", step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step", np.random.default_rng(2026).choice(np.arange(1, TOTAL), 20, replace=False).tolist()
+)
+def test_twenty_random_kills(straight, tmp_path, step):
+    kill_and_resume(straight, tmp_path / "run", step)
+
+
+def test_killed_twice_and_with_a_damaged_newest_checkpoint(straight, tmp_path):
+    folder = tmp_path / "run"
+    work(folder, 14)
+    work(folder, 31)
+    newest = sorted((folder / "checkpoints").glob("0*"))[-1]
+    meta = newest / "meta.json"
+    meta.write_text(meta.read_text().replace("step", "steq"))
+    # What a kill in the middle of a write leaves of the log's last line.
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert work(folder) == 0
+    assert_same_run(straight, folder)
+
+
+def test_a_finished_run_resumes_to_itself(straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    before = (folder / "metrics.jsonl").read_text()
+    assert work(folder) == 0
+    assert (folder / "metrics.jsonl").read_text() == before
+    assert_same_run(straight, folder)
