@@ -146,6 +146,8 @@ class Checkpoints:
 
     def mark_best(self, step: int) -> None:
         """Names the best step in `best.json`."""
+        if self._named_best() == step:
+            return
         try:
             write_json(self.folder / "best.json", {"step": step})
         except OSError as error:
@@ -157,6 +159,12 @@ class Checkpoints:
             return int(json.loads(text)["step"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def discard_after(self, step: int) -> None:
+        """Removes the steps after the one a run continues from: they did not verify."""
+        for later in self.steps():
+            if later > step:
+                shutil.rmtree(self._path(later))
 
     def prune(self) -> None:
         """Removes all steps but the last two and the best."""

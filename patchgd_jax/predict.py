@@ -25,10 +25,11 @@ from patchgd_jax.experiment import (
     training_grid,
 )
 from patchgd_jax.grid import PatchGrid
+from patchgd_jax.metrics_log import read_metrics
 from patchgd_jax.models import head_entry
 from patchgd_jax.patch_model import Parts
 from patchgd_jax.progress import Progress
-from patchgd_jax.run_folder import METRICS, PREPROCESS, RunFolder, read_metrics
+from patchgd_jax.run_folder import METRICS, PREPROCESS, RunFolder
 from patchgd_jax.step import eval_step, init_state
 
 Which = Literal["best", "last"]

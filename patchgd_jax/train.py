@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import psutil
 
 from patchgd_jax.checkpoint import Checkpoints, describe_difference, tree_spec
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.pipeline import TrainBatches
 from patchgd_jax.data.shortcuts import shortcut_scores
-from patchgd_jax.errors import CheckpointError, DivergedError, Interrupted
+from patchgd_jax.errors import CheckpointError, DiskError, Interrupted
 from patchgd_jax.evaluate import evaluate
 from patchgd_jax.experiment import (
     Preprocess,
@@ -33,17 +28,9 @@ from patchgd_jax.experiment import (
     training_grid,
     use_compilation_cache,
 )
-from patchgd_jax.plots import plot_curves
 from patchgd_jax.progress import Progress
-from patchgd_jax.run_folder import (
-    CURVES,
-    EXAMPLES,
-    METRICS,
-    PREPROCESS,
-    SUMMARY,
-    MetricsLog,
-    RunFolder,
-)
+from patchgd_jax.recorder import Recorder
+from patchgd_jax.run_folder import EXAMPLES, PREPROCESS, RunFolder
 from patchgd_jax.signals import StopRequest
 from patchgd_jax.step import TrainState, eval_step, init_state, train_step
 
@@ -104,12 +91,13 @@ def resume(
             folder = RunFolder(run_dir)
             preprocess = Preprocess.from_dict(folder.read(PREPROCESS))
             run = _Run(folder.config(), preprocess, progress, optimizer)
-            state, step = run.first_state(), 0
             checkpoints = Checkpoints(folder.checkpoints, progress.warn)
             if checkpoints.steps():
                 step = checkpoints.newest_intact()
                 run.check_identity(checkpoints.meta(step), step)
-                state = checkpoints.restore(step, state)
+                state = checkpoints.restore(step, jax.eval_shape(run.init, run.key))
+            else:
+                state, step = run.first_state(), 0
             progress.message(f"Resuming {folder.path} after step {step}")
         return run.loop(folder, state, step, stop, on_step)
 
@@ -139,15 +127,14 @@ class _Run:
         self.model = make_model(config, self.grid, self.preprocess)
         self.optimizer = optimizer or make_run_optimizer(config)
         self.key = jax.random.key(config.seed)
+        self.init = jax.jit(partial(init_state, model=self.model, optimizer=self.optimizer))
 
     def first_state(self) -> TrainState:
-        """The state before the first step, with a pretrained encoder if one is asked for."""
-        init = jax.jit(partial(init_state, model=self.model, optimizer=self.optimizer))
-        state: TrainState = init(jax.random.fold_in(self.key, 0))
+        """The state before the first step, with another run's encoder if one is asked for."""
+        state: TrainState = self.init(jax.random.fold_in(self.key, 0))
         if self.config.init_encoder is None:
             return state
-        encoder = _load_encoder(self.config.init_encoder, state.params["encoder"], self.progress)
-        return state._replace(params={**state.params, "encoder": encoder})
+        return _take_encoder(state, self.config.init_encoder, self.progress)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -167,11 +154,16 @@ class _Run:
         """A few validation images as files, to look at and to try `predict` on."""
         from PIL import Image
 
-        (folder.path / EXAMPLES).mkdir()
-        for index in range(min(4, len(self.validation))):
-            example = self.validation[index]
-            image = Image.fromarray(example["image"].squeeze())
-            image.save(folder.path / EXAMPLES / f"{index}_label_{int(example['label'])}.png")
+        where = folder.path / EXAMPLES
+        try:
+            where.mkdir()
+            for index in range(min(4, len(self.validation))):
+                example = self.validation[index]
+                # Pillow wants grey images without a channel axis.
+                image = Image.fromarray(example["image"].squeeze())
+                image.save(where / f"{index}_label_{int(example['label'])}.png")
+        except OSError as error:
+            raise DiskError(f"cannot write {where}: {error.strerror or error}") from error
 
     def compile(self, state: TrainState) -> tuple[Any, Any]:
         """Compiles the training and the evaluation step before the first batch needs them."""
@@ -223,7 +215,15 @@ class _Run:
             train_fn, eval_fn = self.compile(state)
             shortcuts = shortcut_scores(self.source, self.validation)
             progress.shortcuts(shortcuts)
-        recorder = _Recorder(self, folder, upto=step)
+        recorder = Recorder(
+            folder,
+            progress,
+            upto=step,
+            batch_size=config.batch_size,
+            patches_per_image=self.grid.num_patches,
+            identity=self.identity,
+            device=self.device,
+        )
         eval_every = config.eval_every or config.steps_per_epoch
         batches = TrainBatches(
             self.source,
@@ -252,11 +252,18 @@ class _Run:
             progress.evaluating(done, len(self.validation))
             return stop.signal_number is None
 
+        def end_if_stopped(stopping: bool) -> None:
+            if stopping and not (step == config.total_steps and recorder.has_score(step)):
+                advice = f"saved. Continue with: patchgd-jax resume {folder.path}"
+                text = stop.message(f"after step {step}; {advice}")
+                raise Interrupted(stop.signal_number or 0, text)
+
         with batches, recorder, progress.running(step, config.total_steps):
             # A run that was stopped during an evaluation makes up for it first.
             if step and due(eval_every) and not recorder.has_score(step):
                 score()
                 recorder.save(step, state)
+                end_if_stopped(not recorder.has_score(step))
             while step < config.total_steps:
                 with recorder.data_wait():
                     batch = next(batches)
@@ -269,168 +276,29 @@ class _Run:
                 if due(eval_every) and stop.signal_number is None:
                     recorder.flush()
                     score()
-                if due(config.save_every or eval_every) or due(eval_every) or stop.signal_number:
+                # Read once: a signal that comes after the save waits for the next step.
+                stopping = stop.signal_number is not None
+                if stopping or due(eval_every) or due(config.save_every or eval_every):
                     recorder.flush()
                     recorder.save(step, state)
                 if on_step is not None:
                     on_step(step)
-                if stop.signal_number is not None and not (
-                    step == config.total_steps and recorder.has_score(step)
-                ):
-                    raise Interrupted(
-                        stop.signal_number,
-                        stop.message(
-                            f"after step {step}; saved. Continue with: "
-                            f"patchgd-jax resume {folder.path}"
-                        ),
-                    )
+                end_if_stopped(stopping)
         return recorder.finish(state, shortcuts)
 
 
-class _Recorder:
-    """Writes down what happens: metrics, checkpoints, the best score, the summary."""
-
-    def __init__(self, run: _Run, folder: RunFolder, upto: int) -> None:
-        self._run = run
-        self._folder = folder
-        self._checkpoints = Checkpoints(folder.checkpoints, run.progress.warn)
-        self._log = MetricsLog(folder.path / METRICS, upto)
-        self._pending: tuple[int, np.ndarray, dict[str, jax.Array]] | None = None
-        self._begun = self._last = time.monotonic()
-        self._first_step: int | None = None
-        self._waited = 0.0
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._log.close()
-
-    @contextmanager
-    def data_wait(self) -> Iterator[None]:
-        """Counts the time within it as waiting for data."""
-        begun = time.monotonic()
-        yield
-        self._waited += time.monotonic() - begun
-
-    def trained(self, step: int, ids: np.ndarray, metrics: dict[str, jax.Array]) -> None:
-        """Takes a step's metrics, which the device may still be computing."""
-        self._pending = (step, ids, metrics)
-
-    def flush(self) -> None:
-        """Logs the pending step's metrics.
-
-        Raises:
-            DivergedError: if they are not finite.
-        """
-        if self._pending is None:
-            return
-        step, ids, metrics = self._pending
-        self._pending = None
-        values = {name: float(value) for name, value in metrics.items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            self._log.sync()
-            raise DivergedError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} (batch "
-                f"{step - 1}: examples {', '.join(map(str, ids.tolist()))}). The last checkpoint "
-                "is from before; try a lower --optimizer.learning-rate or --optimizer.clip-norm 1"
-            )
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        waited, self._waited = self._waited, 0.0
-        images = self._run.config.batch_size / seconds
-        perf = {
-            "seconds": round(now - self._begun, 3),
-            "images_per_s": round(images, 2),
-            "patches_per_s": round(images * self._run.grid.num_patches, 1),
-            "data_wait": round(min(1.0, waited / seconds), 4),
-            "memory_mib": round(memory_in_use(self._run.device) / 2**20, 1),
-        }
-        self._log.append({"kind": "train", "step": step, **values, "perf": perf})
-        self._run.progress.trained(step, values, perf)
-
-    def scored(self, step: int, metrics: dict[str, Any]) -> None:
-        """Logs an evaluation."""
-        perf = {"seconds": round(time.monotonic() - self._begun, 3)}
-        self._log.append({"kind": "eval", "step": step, **metrics, "perf": perf})
-        self._run.progress.scored(step, metrics)
-        # The next step's speed must not include the evaluation.
-        self._last = time.monotonic()
-
-    def _scores(self) -> list[dict[str, Any]]:
-        return [line for line in self._log.lines if line["kind"] == "eval"]
-
-    def has_score(self, step: int) -> bool:
-        """Whether that step was evaluated."""
-        return any(line["step"] == step for line in self._scores())
-
-    def best(self) -> dict[str, Any] | None:
-        """The evaluation with the highest accuracy, the earliest of several."""
-        return max(self._scores(), key=lambda line: line["accuracy"], default=None)
-
-    def save(self, step: int, state: TrainState) -> None:
-        """Writes a checkpoint; the log is on disk before it."""
-        self._log.sync()
-        if step not in self._checkpoints.steps():
-            self._checkpoints.save(step, state, self._run.identity)
-        best = self.best()
-        if best is not None and best["step"] == step:
-            self._checkpoints.mark_best(step)
-        self._checkpoints.prune()
-        self._last = time.monotonic()
-
-    def finish(self, state: TrainState, shortcuts: dict[str, float]) -> dict[str, Any]:
-        """Writes the summary and the curves."""
-        run, scores = self._run, self._scores()
-        speeds = [
-            line["perf"]["images_per_s"] for line in self._log.lines if line["kind"] == "train"
-        ]
-        best = self.best()
-        assert best is not None
-        count = {
-            part: sum(leaf.size for leaf in jax.tree.leaves(tree))
-            for part, tree in state.params.items()
-        }
-        summary = {
-            "best": {k: v for k, v in best.items() if k not in ("kind", "perf")},
-            "last": {k: v for k, v in scores[-1].items() if k not in ("kind", "perf")},
-            "shortcuts": shortcuts,
-            "parameters": count,
-            "perf": {
-                "seconds": round(time.monotonic() - self._begun, 1),
-                "images_per_s": float(np.median(speeds)),
-                "peak_memory_mib": round(peak_memory(run.device) / 2**20, 1),
-            },
-        }
-        self._folder.write(SUMMARY, summary)
-        plot_curves(self._log.lines, shortcuts, self._folder.path / CURVES)
-        run.progress.finished(summary, self._folder.path)
-        return summary
-
-
-def memory_in_use(device: jax.Device) -> int:
-    """Bytes: of the device's allocator where it counts them, else of this process."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    return stats["bytes_in_use"] if stats else psutil.Process().memory_info().rss
-
-
-def peak_memory(device: jax.Device) -> int:
-    """The most bytes so far, counted as in `memory_in_use`."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats:
-        return int(stats["peak_bytes_in_use"])
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib * (1 if sys.platform == "darwin" else 1024)
-
-
-def _load_encoder(run_dir: str, encoder: Any, progress: Progress) -> Any:
-    """The encoder's parameters of another run's best checkpoint."""
+def _take_encoder(state: TrainState, run_dir: str, progress: Progress) -> TrainState:
+    """Replaces the encoder, statistics included, by that of another run's best checkpoint."""
     folder = RunFolder(run_dir)
     checkpoints = Checkpoints(folder.checkpoints, progress.warn)
     step = checkpoints.best()
-    stored = checkpoints.restore_arrays(step)["params"]["encoder"]
-    difference = describe_difference(tree_spec(stored), tree_spec(encoder))
-    if difference:
-        raise CheckpointError(f"the encoder of {run_dir} is another one:\n  {difference}")
+    stored = checkpoints.restore_arrays(step)
+    fields = {"params": state.params, "model_state": state.model_state}
+    for name, parts in fields.items():
+        encoder = (stored.get(name) or {}).get("encoder") or {}
+        difference = describe_difference(tree_spec(encoder), tree_spec(parts["encoder"]))
+        if difference:
+            raise CheckpointError(f"the encoder of {run_dir} is another one:\n  {difference}")
+        fields[name] = {**parts, "encoder": jax.device_put(encoder)}
     progress.message(f"The encoder starts from {run_dir}, step {step}.")
-    return jax.tree.map(jax.numpy.asarray, stored)
+    return state._replace(params=fields["params"], model_state=fields["model_state"])

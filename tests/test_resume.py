@@ -96,6 +96,15 @@ def test_killed_twice_and_with_a_damaged_newest_checkpoint(straight, tmp_path):
     assert_same_run(straight, folder)
 
 
+def test_a_kill_before_the_best_step_was_named(straight, tmp_path):
+    """The log knows the best step; a stale best.json must not cost its checkpoint."""
+    folder = tmp_path / "run"
+    work(folder, 20)
+    (folder / "checkpoints" / "best.json").write_text('{"step": 9}')
+    assert work(folder) == 0
+    assert_same_run(straight, folder)
+
+
 def test_a_finished_run_resumes_to_itself(straight, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)

@@ -189,7 +189,7 @@ def test_mnist_files(tmp_path, packed):
 
 
 def test_damaged_mnist_files_are_named(tmp_path):
-    with pytest.raises(DataError, match="no MNIST file .*train-images-idx3-ubyte"):
+    with pytest.raises(DataError, match=r"no MNIST file .*train-images-idx3-ubyte"):
         load_digits("mnist", "train", str(tmp_path))
     write_mnist(tmp_path)
     path = tmp_path / "train-images-idx3-ubyte"

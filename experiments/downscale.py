@@ -1,0 +1,59 @@
+"""What does shrinking the image cost? The default run against its down-scaled twin.
+
+Command:   python experiments/downscale.py
+Time:      about ten minutes on two CPU cores
+Expected:  EXPECTED
+
+Both runs have the same encoder, head, optimizer and wall-clock time. The first trains with PatchGD
+on 256 px images, in patches of 64 px; the second on the same images shrunk to 64 px, one patch
+each, for as many images as it can see in that time. Result: `benchmarks/results/downscale.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from patchgd_jax import TrainConfig, get_preset
+from patchgd_jax.progress import ConsoleProgress
+from patchgd_jax.train import train
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from record import record  # noqa: E402
+
+
+def run(config: TrainConfig, folder: Path) -> dict[str, float]:
+    begun = time.monotonic()
+    summary = train(config, folder, progress=ConsoleProgress())
+    return {
+        "accuracy": summary["best"]["accuracy"],
+        "loss": summary["best"]["loss"],
+        "images": config.data.train_size,
+        "seconds": round(time.monotonic() - begun, 1),
+        "images_per_s": summary["perf"]["images_per_s"],
+        "best_shortcut": max(summary["shortcuts"].values()),
+    }
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        patchgd = run(get_preset("default"), root / "patchgd")
+        twin = get_preset("downscale")
+
+        def sized(images: int) -> TrainConfig:
+            data = dataclasses.replace(twin.data, train_size=images)
+            return dataclasses.replace(twin, data=data, eval_every=max(1, images // 16 // 6))
+
+        probe = run(sized(8_000), root / "probe")
+        # Evaluations and start-up are in the budget, too: one correction is enough.
+        images = int(8_000 * patchgd["seconds"] / probe["seconds"])
+        downscaled = run(sized(images // 16 * 16), root / "downscaled")
+    record("downscale", {"patchgd": patchgd, "downscaled": downscaled})
+
+
+if __name__ == "__main__":
+    main()

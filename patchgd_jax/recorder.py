@@ -1,0 +1,183 @@
+"""Writes down a run: metrics, checkpoints, the best score, the summary."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import jax
+import numpy as np
+import psutil
+
+from patchgd_jax.checkpoint import Checkpoints
+from patchgd_jax.errors import DivergedError
+from patchgd_jax.metrics_log import MetricsLog
+from patchgd_jax.plots import plot_curves
+from patchgd_jax.progress import Progress
+from patchgd_jax.run_folder import CURVES, METRICS, SUMMARY, RunFolder
+from patchgd_jax.step import TrainState
+
+
+class Recorder:
+    """Writes down what happens in a run, and shows it.
+
+    Args:
+        folder: of the run.
+        progress: what shows it.
+        upto: the step that the run continues after; 0 for a new one.
+        batch_size: images per outer step.
+        patches_per_image: N.
+        identity: stored with every checkpoint: what must be the same when it is resumed.
+        device: whose memory is reported.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        progress: Progress,
+        *,
+        upto: int,
+        batch_size: int,
+        patches_per_image: int,
+        identity: dict[str, str],
+        device: jax.Device,
+    ) -> None:
+        self._folder = folder
+        self._progress = progress
+        self._batch_size = batch_size
+        self._patches_per_image = patches_per_image
+        self._identity = identity
+        self._device = device
+        self._checkpoints = Checkpoints(folder.checkpoints, progress.warn)
+        self._checkpoints.discard_after(upto)
+        self._log = MetricsLog(folder.path / METRICS, upto)
+        self._pending: tuple[int, np.ndarray, dict[str, jax.Array]] | None = None
+        self._begun = self._last = time.monotonic()
+        self._waited = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.close()
+
+    @contextmanager
+    def data_wait(self) -> Iterator[None]:
+        """Counts the time within it as waiting for data."""
+        begun = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begun
+
+    def trained(self, step: int, ids: np.ndarray, metrics: dict[str, jax.Array]) -> None:
+        """Takes a step's metrics, which the device may still be computing."""
+        self._pending = (step, ids, metrics)
+
+    def flush(self) -> None:
+        """Logs the pending step's metrics.
+
+        Raises:
+            DivergedError: if they are not finite.
+        """
+        if self._pending is None:
+            return
+        step, ids, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in metrics.items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            self._log.sync()
+            raise DivergedError(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} (batch "
+                f"{step - 1}: examples {', '.join(map(str, ids.tolist()))}). The last checkpoint "
+                "is from before; try a lower --optimizer.learning-rate or --optimizer.clip-norm 1"
+            )
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        waited, self._waited = self._waited, 0.0
+        images = self._batch_size / seconds
+        perf = {
+            "seconds": round(now - self._begun, 3),
+            "images_per_s": round(images, 2),
+            "patches_per_s": round(images * self._patches_per_image, 1),
+            "data_wait": round(min(1.0, waited / seconds), 4),
+            "memory_mib": round(memory_in_use(self._device) / 2**20, 1),
+        }
+        self._log.append({"kind": "train", "step": step, **values, "perf": perf})
+        self._progress.trained(step, values, perf)
+
+    def scored(self, step: int, metrics: dict[str, Any]) -> None:
+        """Logs an evaluation."""
+        perf = {"seconds": round(time.monotonic() - self._begun, 3)}
+        self._log.append({"kind": "eval", "step": step, **metrics, "perf": perf})
+        self._progress.scored(step, metrics)
+        # The next step's speed must not include the evaluation.
+        self._last = time.monotonic()
+
+    def _scores(self) -> list[dict[str, Any]]:
+        return [line for line in self._log.lines if line["kind"] == "eval"]
+
+    def has_score(self, step: int) -> bool:
+        """Whether that step was evaluated."""
+        return any(line["step"] == step for line in self._scores())
+
+    def best(self) -> dict[str, Any] | None:
+        """The evaluation with the highest accuracy, the earliest of several."""
+        return max(self._scores(), key=lambda line: line["accuracy"], default=None)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Writes a checkpoint; the log is on disk before it."""
+        self._log.sync()
+        if step not in self._checkpoints.steps():
+            self._checkpoints.save(step, state, self._identity)
+        best = self.best()
+        # Not only if it is this step: a kill may have come before an earlier best was named.
+        if best is not None and best["step"] in self._checkpoints.steps():
+            self._checkpoints.mark_best(best["step"])
+        self._checkpoints.prune()
+        self._last = time.monotonic()
+
+    def finish(self, state: TrainState, shortcuts: dict[str, float]) -> dict[str, Any]:
+        """Writes the summary and the curves."""
+        speeds = [
+            line["perf"]["images_per_s"] for line in self._log.lines if line["kind"] == "train"
+        ]
+        best = self.best()
+        assert best is not None
+        count = {
+            part: sum(leaf.size for leaf in jax.tree.leaves(tree))
+            for part, tree in state.params.items()
+        }
+        summary = {
+            "best": {k: v for k, v in best.items() if k not in ("kind", "perf")},
+            "last": {k: v for k, v in self._scores()[-1].items() if k not in ("kind", "perf")},
+            "shortcuts": shortcuts,
+            "parameters": count,
+            "perf": {
+                "seconds": round(time.monotonic() - self._begun, 1),
+                "images_per_s": float(np.median(speeds)),
+                "peak_memory_mib": round(peak_memory(self._device) / 2**20, 1),
+            },
+        }
+        self._folder.write(SUMMARY, summary)
+        plot_curves(self._log.lines, shortcuts, self._folder.path / CURVES)
+        self._progress.finished(summary, self._folder.path)
+        return summary
+
+
+def memory_in_use(device: jax.Device) -> int:
+    """Bytes: of the device's allocator where it counts them, else of this process."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return stats["bytes_in_use"] if stats else psutil.Process().memory_info().rss
+
+
+def peak_memory(device: jax.Device) -> int:
+    """The most bytes so far, counted as in `memory_in_use`."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats:
+        return int(stats["peak_bytes_in_use"])
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib * (1 if sys.platform == "darwin" else 1024)
