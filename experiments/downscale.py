@@ -22,7 +22,7 @@ from patchgd_jax.progress import ConsoleProgress
 from patchgd_jax.train import train
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from record import record  # noqa: E402
+from record import record
 
 
 def run(config: TrainConfig, folder: Path) -> dict[str, float]:
@@ -49,8 +49,9 @@ def main() -> None:
             return dataclasses.replace(twin, data=data, eval_every=max(1, images // 16 // 6))
 
         probe = run(sized(8_000), root / "probe")
-        # Evaluations and start-up are in the budget, too: one correction is enough.
-        images = int(8_000 * patchgd["seconds"] / probe["seconds"])
+        # Start-up and evaluations are in the budget, too.
+        fixed = probe["seconds"] - probe["images"] / probe["images_per_s"]
+        images = int((patchgd["seconds"] - fixed) * probe["images_per_s"])
         downscaled = run(sized(images // 16 * 16), root / "downscaled")
     record("downscale", {"patchgd": patchgd, "downscaled": downscaled})
 

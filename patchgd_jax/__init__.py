@@ -1,4 +1,4 @@
-"""Patch Gradient Descent in JAX: end-to-end training on images of any size, in constant memory.
+"""Patch Gradient Descent in JAX: end-to-end training with activations of a few patches only.
 
 Everything public is re-exported here by hand; nothing else is. Importing it loads jax, flax and
 optax, but no command line, data pipeline or plotting.

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,12 @@ import jax
 import numpy as np
 
 from patchgd_jax.errors import CheckpointError, DiskError
+from patchgd_jax.files import fsync_path, write_json
 from patchgd_jax.patch_model import Tree
 
 _MANIFEST = "manifest.json"
 _META = "meta.json"
 _KEEP_LAST = 2
-
-
-def fsync_path(path: Path) -> None:
-    """Makes a file's content, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file so that it is either the old or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    fsync_path(partial)
-    partial.replace(path)
-    fsync_path(path.parent)
 
 
 def _sha256(path: Path) -> str:
@@ -148,10 +131,8 @@ class Checkpoints:
         """Names the best step in `best.json`."""
         if self._named_best() == step:
             return
-        try:
+        with _disk_errors(f"cannot write {self.folder / 'best.json'}"):
             write_json(self.folder / "best.json", {"step": step})
-        except OSError as error:
-            raise DiskError(f"cannot write {self.folder / 'best.json'}: {error}") from error
 
     def _named_best(self) -> int | None:
         try:
@@ -161,17 +142,22 @@ class Checkpoints:
             return None
 
     def discard_after(self, step: int) -> None:
-        """Removes the steps after the one a run continues from: they did not verify."""
+        """Sets the steps after the one a run continues from aside: they did not verify."""
         for later in self.steps():
             if later > step:
-                shutil.rmtree(self._path(later))
+                path = self._path(later)
+                aside = path.with_name(f"{path.name}.damaged")
+                with _disk_errors(f"cannot set {path} aside"):
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
 
     def prune(self) -> None:
         """Removes all steps but the last two and the best."""
         best = self._named_best()
         for step in self.steps()[:-_KEEP_LAST]:
             if step != best:
-                shutil.rmtree(self._path(step))
+                with _disk_errors(f"cannot remove {self._path(step)}"):
+                    shutil.rmtree(self._path(step))
 
     def damage(self, step: int) -> str | None:
         """What is wrong with a step's files, or None if every byte is what was written."""
@@ -242,11 +228,42 @@ class Checkpoints:
         with _checkpointer() as checkpointer:
             return checkpointer.restore(self._path(step).absolute() / "state", target)
 
+    def restore_part(self, step: int, name: str, like: Tree) -> Tree:
+        """Reads one part of a verified step, `params` say, without knowing the rest.
+
+        It does not matter on which kind and number of devices the step was written.
+
+        Args:
+            step: from `newest_intact` or `best`.
+            name: field of the saved state, or a path of fields: `params/encoder`.
+            like: nested dicts of the same shapes and dtypes.
+
+        Raises:
+            CheckpointError: if the stored part is another model's.
+        """
+        part: Any = self.restore_arrays(step)
+        for field in name.split("/"):
+            part = (part.get(field) if part else None) or {}
+        difference = describe_difference(tree_spec(part), tree_spec(like))
+        if difference:
+            raise CheckpointError(
+                f"{name} of checkpoint {self._path(step)} is of another model:\n  {difference}"
+            )
+        # Orbax leaves empty dicts out, so the wanted structure decides.
+        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(jax.device_put(part)))
+
     def restore_arrays(self, step: int) -> Tree:
-        """Reads a verified step as nested dicts of NumPy arrays, whatever model it is of."""
-        with _checkpointer() as checkpointer:
-            restored = checkpointer.restore(self._path(step).absolute() / "state")
-        return jax.tree.map(np.asarray, restored)
+        """Reads a verified step as nested dicts of NumPy arrays, whatever model it is of.
+
+        It does not matter on which kind and number of devices the step was written.
+        """
+        import orbax.checkpoint as ocp
+
+        path = self._path(step).absolute() / "state"
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(path).item_metadata.tree
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+            return checkpointer.restore(path, restore_args=how)
 
 
 def _checkpointer() -> Any:
@@ -255,6 +272,14 @@ def _checkpointer() -> Any:
     # Orbax logs every save at a level that would break into the progress display.
     logging.getLogger("absl").setLevel(logging.ERROR)
     return ocp.StandardCheckpointer()
+
+
+@contextmanager
+def _disk_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{what}: {error.strerror or error}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ under each field into its help.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -145,9 +146,11 @@ class PatchGDConfig:
     sample_per: Literal["batch", "image"] = "batch"
     """Whether all images of a batch share the sampled positions."""
     norm_policy: Literal["inner", "paper", "frozen"] = "inner"
-    """When batch statistics move: in inner steps, in the fill as well, or never."""
+    """When the encoder's batch statistics move: in inner steps, in the fill as well, or never.
+    frozen runs the encoder in eval mode, so its dropout is off, too."""
     encoder_grad_scale: float | Literal["unbiased"] = 1.0
-    """Factor on the encoder's gradient. unbiased: N / k, which undoes the paper's 1 / J."""
+    """Factor on the encoder's gradient. unbiased: one over the share of inner steps a patch is in,
+    which undoes the paper's 1 / J."""
     fill_chunk: int = 4
     """Grid positions encoded at a time where no gradient is kept, and in mode exact."""
     remat: bool = False
@@ -275,7 +278,7 @@ class TrainConfig:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Outer steps per epoch; batches straddle epochs, so nothing is dropped."""
+        """Whole batches in an epoch; a batch may straddle two."""
         return max(1, self.data.train_size // self.batch_size)
 
     @property
@@ -286,14 +289,16 @@ class TrainConfig:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain JSON types."""
-    return {
-        key: list(value)
-        if isinstance(value, tuple)
-        else value
-        if not isinstance(value, dict)
-        else {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
-        for key, value in dataclasses.asdict(config).items()
-    }
+    return dict(json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, named as their flags are: `data.size`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
 
 
 def from_dict(cls: type[Any], values: dict[str, Any], where: str = "config") -> Any:

@@ -3,70 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.digits import Split
-from patchgd_jax.data.pipeline import ExampleSource
 from patchgd_jax.data.ultramnist import UltraMnist
-from patchgd_jax.errors import CheckpointError, ConfigError, DeviceError
+from patchgd_jax.errors import ConfigError, DeviceError
 from patchgd_jax.grid import PatchGrid
 from patchgd_jax.models import build_model
 from patchgd_jax.optimizer import make_optimizer
 from patchgd_jax.patch_model import PatchModel
+from patchgd_jax.preprocess import Preprocess
 from patchgd_jax.sampling import group_size
-
-_STATISTICS_EXAMPLES = 64
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """What a model's input must go through; it belongs to the weights and stays with them."""
-
-    mean: tuple[float, ...]
-    """Per channel, of pixels in [0, 1]."""
-    std: tuple[float, ...]
-    background: int
-    """uint8 value outside an image and under transparent pixels."""
-    class_names: tuple[str, ...]
-
-    @classmethod
-    def measure(cls, source: ExampleSource) -> Preprocess:
-        """Statistics over the first training examples."""
-        images = [source[i]["image"] / 255 for i in range(min(_STATISTICS_EXAMPLES, len(source)))]
-        mean = np.mean([image.mean((0, 1)) for image in images], axis=0)
-        square = np.mean([(image**2).mean((0, 1)) for image in images], axis=0)
-        std = np.sqrt(np.maximum(square - mean**2, 1e-6))
-        # Rounded, so that a last bit of difference between NumPy versions does not matter.
-        return cls(
-            mean=tuple(round(float(m), 6) for m in mean),
-            std=tuple(round(float(s), 6) for s in std),
-            background=0,
-            class_names=tuple(str(c) for c in range(source.num_classes)),
-        )
-
-    @classmethod
-    def from_dict(cls, values: Any) -> Preprocess:
-        """The inverse of `dataclasses.asdict`, from JSON.
-
-        Raises:
-            CheckpointError: if anything is missing.
-        """
-        try:
-            return cls(
-                mean=tuple(map(float, values["mean"])),
-                std=tuple(map(float, values["std"])),
-                background=int(values["background"]),
-                class_names=tuple(map(str, values["class_names"])),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the run's preprocess.json is damaged: {error!r}") from error
 
 
 def make_source(config: TrainConfig, split: Split) -> UltraMnist:
@@ -80,7 +31,7 @@ def make_grid(config: TrainConfig, height: int, width: int, background: int = 0)
     Raises:
         ConfigError: if the patch is larger than the image.
     """
-    return PatchGrid(height, width, config.patchgd.patch, config.patchgd.stride, background)
+    return PatchGrid(height, width, config.patchgd.patch, config.patchgd.stride or 0, background)
 
 
 def training_grid(config: TrainConfig) -> PatchGrid:
@@ -151,15 +102,17 @@ def select_device(name: str) -> jax.Device:
         raise DeviceError(f"no {name} device{hint} ({error or 'no plugin for it'})") from error
 
 
-def use_compilation_cache() -> Path | None:
+def use_compilation_cache() -> str:
     """Keeps compiled programs between processes, in a folder only this user can write.
 
-    A folder that the environment or the caller has set stays. Returns the folder, or None if a
-    safe one cannot be made.
+    A folder that the environment or the caller has set stays.
+
+    Returns:
+        Where they are kept, or why they are not, to show to the user.
     """
     chosen = getattr(jax.config, "jax_compilation_cache_dir", None)
     if chosen is not None:
-        return Path(chosen)
+        return f"kept in {chosen}"
     import platformdirs
 
     path = Path(platformdirs.user_cache_dir("patchgd-jax")) / "xla"
@@ -168,9 +121,9 @@ def use_compilation_cache() -> Path | None:
         status = path.stat()
         # Whoever can write here can make this process run code of theirs.
         if status.st_uid != os.getuid() or status.st_mode & 0o022:
-            return None
-    except OSError:
-        return None
+            return f"not kept: {path} can be written by others; remove it or make it private"
+    except OSError as error:
+        return f"not kept: {path}: {error.strerror}"
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return path
+    return f"kept in {path}"

@@ -37,7 +37,18 @@ def stream(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
-def head_loss(
+def real_patches(batch: Batch, grid: PatchGrid) -> jax.Array | None:
+    """Which patches are of a real example and hold a real pixel: `bool [B, N]`, or None for all."""
+    real = None
+    if "size" in batch:
+        real = grid.mask(batch["size"]).reshape(-1, grid.num_patches)
+    if "weight" in batch:
+        counts = jnp.repeat(batch["weight"][:, None] > 0, grid.num_patches, axis=1)
+        real = counts if real is None else real & counts
+    return real
+
+
+def read_z(
     params: Parts,
     model_state: Parts,
     z: jax.Array,
@@ -47,18 +58,35 @@ def head_loss(
     model: PatchModel,
     grid: PatchGrid,
     train: bool,
-) -> tuple[jax.Array, tuple[jax.Array, Parts]]:
+) -> tuple[jax.Array, jax.Array, Parts]:
     """Reads Z `[B, N, D]` with the head.
 
     Returns:
-        The mean cross-entropy over the batch's examples (by weight), the logits and the new model
-        state.
+        Logits `float [B, classes]`, the cross-entropy of each example `float [B]`, and the new
+        model state.
     """
     mask = grid.mask(batch["size"]) if "size" in batch else None
     z = z.reshape(z.shape[0], grid.rows, grid.cols, z.shape[-1])
     logits, model_state = model.classify(params, model_state, z, mask, train=train, rng=key)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return logits, losses, model_state
+
+
+def head_loss(
+    params: Parts,
+    model_state: Parts,
+    z: jax.Array,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    model: PatchModel,
+    grid: PatchGrid,
+) -> tuple[jax.Array, tuple[jax.Array, Parts]]:
+    """The mean cross-entropy of a training batch, by weight; the logits; the new model state."""
+    logits, losses, model_state = read_z(
+        params, model_state, z, batch, key, model=model, grid=grid, train=True
+    )
     weight = batch.get("weight", jnp.ones_like(losses))
     return (losses * weight).sum() / jnp.maximum(weight.sum(), 1), (logits, model_state)
 
@@ -94,10 +122,11 @@ def inner_gradient(
             model=model,
             grid=grid,
             train=train_encoder,
+            real=real_patches(batch, grid),
         )
         fresh = write_latents(z, ids, latents)
         loss, (logits, new_state) = head_loss(
-            params, new_state, fresh, batch, stream(key, "head"), model=model, grid=grid, train=True
+            params, new_state, fresh, batch, stream(key, "head"), model=model, grid=grid
         )
         return loss, (logits, new_state, lax.stop_gradient(fresh))
 
@@ -143,9 +172,7 @@ def exact_gradient(
     )
 
     def loss_fn(params: Parts, z: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Parts]]:
-        return head_loss(
-            params, model_state, z, batch, stream(key, "head"), model=model, grid=grid, train=True
-        )
+        return head_loss(params, model_state, z, batch, stream(key, "head"), model=model, grid=grid)
 
     (loss, (logits, new_state)), (grads, dz) = jax.value_and_grad(
         loss_fn, argnums=(0, 1), has_aux=True
@@ -213,10 +240,9 @@ def full_gradient(
             chunk=chunk if remat else grid.num_patches,
             train=train_encoder,
             remat=remat,
+            real=real_patches(batch, grid),
         )
-        return head_loss(
-            params, new_state, z, batch, stream(key, "head"), model=model, grid=grid, train=True
-        )
+        return head_loss(params, new_state, z, batch, stream(key, "head"), model=model, grid=grid)
 
     (loss, (logits, new_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return Gradient(grads, new_state, loss, logits)

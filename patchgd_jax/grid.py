@@ -25,8 +25,9 @@ class PatchGrid:
         height: image height in pixels.
         width: image width in pixels.
         patch: patch side in pixels.
-        stride: pixels between neighbouring patches, at most `patch`; None means `patch`.
-        background: uint8 value of pixels outside the image.
+        stride: pixels between neighbouring patches, at most `patch`; 0, the default, becomes
+            `patch`.
+        background: uint8 value of pixels outside the image; 1/255 of it in images of floats.
 
     Raises:
         ConfigError: if the patch is larger than the image, or the stride larger than the patch.
@@ -35,16 +36,16 @@ class PatchGrid:
     height: int
     width: int
     patch: int
-    stride: int | None = None
+    stride: int = 0
     background: int = 0
 
     def __post_init__(self) -> None:
-        if self.stride is None:
+        if self.stride == 0:
             object.__setattr__(self, "stride", self.patch)
-        if self.patch < 1 or not 1 <= self.step <= self.patch:
+        if self.patch < 1 or not 1 <= self.stride <= self.patch:
             raise ConfigError(
-                f"patch side {self.patch} and stride {self.step}: the stride must be between 1 and "
-                "the patch side"
+                f"patch side {self.patch} and stride {self.stride}: the stride must be between "
+                "1 and the patch side"
             )
         if self.patch > min(self.height, self.width):
             raise ConfigError(
@@ -53,19 +54,14 @@ class PatchGrid:
             )
 
     @property
-    def step(self) -> int:
-        """The stride as an int."""
-        return self.patch if self.stride is None else self.stride
-
-    @property
     def rows(self) -> int:
         """Rows of Z."""
-        return -(-(self.height - self.patch) // self.step) + 1
+        return -(-(self.height - self.patch) // self.stride) + 1
 
     @property
     def cols(self) -> int:
         """Columns of Z."""
-        return -(-(self.width - self.patch) // self.step) + 1
+        return -(-(self.width - self.patch) // self.stride) + 1
 
     @property
     def num_patches(self) -> int:
@@ -75,24 +71,29 @@ class PatchGrid:
     @property
     def padded_height(self) -> int:
         """Height that the windows cover, at least `height`."""
-        return (self.rows - 1) * self.step + self.patch
+        return (self.rows - 1) * self.stride + self.patch
 
     @property
     def padded_width(self) -> int:
         """Width that the windows cover, at least `width`."""
-        return (self.cols - 1) * self.step + self.patch
+        return (self.cols - 1) * self.stride + self.patch
 
     def mask(self, sizes: jax.Array) -> jax.Array:
-        """Which patches hold at least one real pixel, for images smaller than the grid.
+        """Which patches belong to the grid of an image that is smaller than this one's.
 
         Args:
             sizes: `int [B, 2]`, the true height and width of each image inside the array.
 
         Returns:
-            `bool [B, rows, cols]`; False where the patch is nothing but padding.
+            `bool [B, rows, cols]`, True for the patches that the image would have alone.
         """
-        row_used = jnp.arange(self.rows) * self.step < sizes[:, :1]
-        col_used = jnp.arange(self.cols) * self.step < sizes[:, 1:]
+
+        def used(number: jax.Array, length: jax.Array) -> jax.Array:
+            # As many windows as a grid of that length alone has: the last one may be padded.
+            return (number == 0) | ((number - 1) * self.stride < length - self.patch)
+
+        row_used = used(jnp.arange(self.rows), sizes[:, :1])
+        col_used = used(jnp.arange(self.cols), sizes[:, 1:])
         return row_used[:, :, None] & col_used[:, None, :]
 
     def take(self, images: jax.Array, ids: jax.Array) -> jax.Array:
@@ -114,7 +115,7 @@ class PatchGrid:
 
         def one(image: jax.Array, patch_id: jax.Array) -> jax.Array:
             return self._window(
-                image, (patch_id // self.cols) * self.step, (patch_id % self.cols) * self.step
+                image, (patch_id // self.cols) * self.stride, (patch_id % self.cols) * self.stride
             )
 
         return jax.vmap(lambda image, row: jax.vmap(lambda i: one(image, i))(row))(images, ids)
@@ -135,7 +136,8 @@ class PatchGrid:
             window = jnp.take(window, pixel - moved, axis=axis, mode="clip")
             shape = [1, 1, 1]
             shape[axis] = self.patch
-            window = jnp.where((pixel < length).reshape(shape), window, self.background).astype(
-                image.dtype
-            )
+            floats = jnp.issubdtype(image.dtype, jnp.floating)
+            value = self.background / 255 if floats else self.background
+            inside = (pixel < length).reshape(shape)
+            window = jnp.where(inside, window, jnp.asarray(value, image.dtype))
         return window

@@ -22,6 +22,7 @@ def encode_patches(
     model: PatchModel,
     grid: PatchGrid,
     train: bool,
+    real: jax.Array | None = None,
 ) -> tuple[jax.Array, Parts]:
     """Cuts patches out of the images and encodes them.
 
@@ -34,19 +35,23 @@ def encode_patches(
         model: the model.
         grid: the patch grid of the images.
         train: passed to the model.
+        real: `bool [B, N]`, False for patches that batch statistics must leave out.
 
     Returns:
         latents `[B, k, D]` and the new model state.
     """
     batch, count = ids.shape
     patches = grid.take(images, ids)
+    counts = ids < grid.num_patches
+    if real is not None:
+        counts &= jnp.take_along_axis(real, jnp.minimum(ids, grid.num_patches - 1), axis=1)
     latents, model_state = model.encode(
         params,
         model_state,
         patches.reshape(batch * count, *patches.shape[2:]),
         train=train,
         rng=key,
-        mask=(ids < grid.num_patches).reshape(-1),
+        mask=counts.reshape(-1),
     )
     return latents.reshape(batch, count, -1), model_state
 
@@ -82,6 +87,7 @@ def fill(
     chunk: int,
     train: bool = False,
     remat: bool = False,
+    real: jax.Array | None = None,
 ) -> tuple[jax.Array, Parts]:
     """Computes all of Z, some grid positions at a time.
 
@@ -96,6 +102,7 @@ def fill(
             `train` is set and the encoder has batch statistics, which then move once a chunk.
         train: encode in train mode, carrying batch statistics from chunk to chunk.
         remat: if the result is differentiated, recompute each chunk instead of keeping it.
+        real: `bool [B, N]`, False for patches that batch statistics must leave out.
 
     Returns:
         Z as `[B, N, D]` and the new model state.
@@ -112,6 +119,7 @@ def fill(
             model=model,
             grid=grid,
             train=train,
+            real=real,
         )
         return model_state, latents
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from patchgd_jax.checkpoint import fsync_path
 from patchgd_jax.errors import DiskError
+from patchgd_jax.files import fsync_path
 
 
 class MetricsLog:
@@ -58,7 +58,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that a kill cut short is left out."""
+    """The lines of a metrics file; one that a kill cut short is left out."""
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines
@@ -66,5 +66,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(text))
         except ValueError:
-            break
+            continue
     return lines

@@ -6,6 +6,7 @@ Three pure functions, as Optax has two for an optimizer. `step.py` knows nothing
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -96,7 +97,9 @@ class PatchModel(NamedTuple):
     classify: Classify
 
 
-def _normalizer(mean: float | tuple[float, ...], std: float | tuple[float, ...], dtype: Any) -> Any:
+def _normalizer(
+    mean: float | tuple[float, ...], std: float | tuple[float, ...], dtype: Any
+) -> Callable[[jax.Array], jax.Array]:
     def normalize(patches: jax.Array) -> jax.Array:
         shape = (1, 1, 1, -1)
         center = jnp.asarray(mean, dtype).reshape(shape)
@@ -160,28 +163,36 @@ def from_linen(
             state[part] = variables
         return params, state
 
-    def encode(params, model_state, patches, *, train, rng, mask=None):  # type: ignore[no-untyped-def]
+    def encode(
+        params: Parts,
+        model_state: Parts,
+        patches: jax.Array,
+        *,
+        train: bool,
+        rng: jax.Array,
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, Parts]:
+        x = normalize(patches)
         extra = {"mask": mask} if takes_mask else {}
-        return apply(
-            encoder,
-            "encoder",
-            params,
-            model_state,
-            normalize(patches),
-            train=train,
-            rng=rng,
-            **extra,
-        )
+        return apply(encoder, "encoder", params, model_state, x, train=train, rng=rng, **extra)
 
-    def classify(params, model_state, z, mask, *, train, rng):  # type: ignore[no-untyped-def]
+    def classify(
+        params: Parts,
+        model_state: Parts,
+        z: jax.Array,
+        mask: jax.Array | None,
+        *,
+        train: bool,
+        rng: jax.Array,
+    ) -> tuple[jax.Array, Parts]:
         return apply(head, "head", params, model_state, z, mask, train=train, rng=rng)
 
     return PatchModel(init, encode, classify)
 
 
 def from_nnx(
-    make_encoder: Any,
-    make_head: Any,
+    make_encoder: Callable[[nnx.Rngs], nnx.Module],
+    make_head: Callable[[nnx.Rngs], nnx.Module],
     *,
     mean: float | tuple[float, ...] = 0.0,
     std: float | tuple[float, ...] = 1.0,
@@ -193,51 +204,62 @@ def from_nnx(
     that a module had when it was split.
 
     Args:
-        make_encoder: `make_encoder(rngs)` gives a module called as `encoder(patches)`.
-        make_head: `make_head(rngs)` gives a module called as `head(z, mask)`.
+        make_encoder: gives a module called as `encoder(patches)`.
+        make_head: gives a module called as `head(z, mask)`.
         mean: per-channel mean of pixels in [0, 1].
         std: per-channel standard deviation of pixels in [0, 1].
         dtype: of the normalised patches.
     """
     normalize = _normalizer(mean, std, dtype)
-    makers = {"encoder": make_encoder, "head": make_head}
-
-    def split(part: str, key: jax.Array) -> tuple[Any, Tree, Tree]:
-        graph, params, rest = nnx.split(makers[part](nnx.Rngs(key)), nnx.Param, ...)
-        _, kept = nnx.split_state(rest, nnx.RngState, ...)
-        return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(kept)
+    makers: dict[str, Callable[[nnx.Rngs], Any]] = {"encoder": make_encoder, "head": make_head}
+    statistics = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
 
     def init(key: jax.Array) -> tuple[Parts, Parts]:
-        params, state = {}, {}
+        params, model_state = {}, {}
         for part, part_key in zip(makers, jax.random.split(key), strict=True):
-            _, params[part], state[part] = split(part, part_key)
-        return params, state
+            module = makers[part](nnx.Rngs(part_key))
+            params[part] = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+            model_state[part] = nnx.to_pure_dict(nnx.state(module, statistics))
+        return params, model_state
 
     def apply(
-        part: str,
+        part: str, params: Parts, model_state: Parts, *args: Any, train: bool, rng: jax.Array
+    ) -> tuple[jax.Array, Parts]:
+        # Making the module anew seeds all of its random streams; what it initialises besides is
+        # replaced, and the compiler drops it.
+        module = makers[part](nnx.Rngs(rng))
+        for kind, values in ((nnx.Param, params[part]), (statistics, model_state[part])):
+            state = nnx.state(module, kind)
+            nnx.replace_by_pure_dict(state, values)
+            nnx.update(module, state)
+        if train:
+            module.train()
+        else:
+            module.eval()
+        out = module(*args)
+        changed = nnx.to_pure_dict(nnx.state(module, statistics))
+        return out, {**model_state, part: changed if train else model_state[part]}
+
+    def encode(
         params: Parts,
         model_state: Parts,
-        args: tuple[Any, ...],
+        patches: jax.Array,
+        *,
+        train: bool,
+        rng: jax.Array,
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, Parts]:
+        return apply("encoder", params, model_state, normalize(patches), train=train, rng=rng)
+
+    def classify(
+        params: Parts,
+        model_state: Parts,
+        z: jax.Array,
+        mask: jax.Array | None,
+        *,
         train: bool,
         rng: jax.Array,
     ) -> tuple[jax.Array, Parts]:
-        module = makers[part](nnx.Rngs(rng))
-        abstract = nnx.state(module)
-        nnx.replace_by_pure_dict(abstract, {**params[part]}) if params[part] else None
-        nnx.update(module, abstract)
-        rest = nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
-        if model_state[part]:
-            nnx.replace_by_pure_dict(rest, model_state[part])
-            nnx.update(module, rest)
-        module.train() if train else module.eval()
-        out = module(*args)
-        changed = nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState))))
-        return out, {**model_state, part: changed if train else model_state[part]}
-
-    def encode(params, model_state, patches, *, train, rng, mask=None):  # type: ignore[no-untyped-def]
-        return apply("encoder", params, model_state, (normalize(patches),), train, rng)
-
-    def classify(params, model_state, z, mask, *, train, rng):  # type: ignore[no-untyped-def]
-        return apply("head", params, model_state, (z, mask), train, rng)
+        return apply("head", params, model_state, z, mask, train=train, rng=rng)
 
     return PatchModel(init, encode, classify)

@@ -17,10 +17,8 @@ from patchgd_jax.data.shrink import shrink
 from patchgd_jax.errors import ConfigError, DataError
 from patchgd_jax.evaluate import evaluate
 from patchgd_jax.experiment import (
-    Preprocess,
     make_grid,
     make_model,
-    make_run_optimizer,
     make_source,
     training_grid,
 )
@@ -29,8 +27,8 @@ from patchgd_jax.metrics_log import read_metrics
 from patchgd_jax.models import head_entry
 from patchgd_jax.patch_model import Parts
 from patchgd_jax.progress import Progress
-from patchgd_jax.run_folder import METRICS, PREPROCESS, RunFolder
-from patchgd_jax.step import eval_step, init_state
+from patchgd_jax.run_folder import METRICS, RunFolder
+from patchgd_jax.step import eval_step
 
 Which = Literal["best", "last"]
 
@@ -52,15 +50,14 @@ class TrainedModel:
     ) -> None:
         self.folder = RunFolder(run_dir)
         self.config: TrainConfig = self.folder.config()
-        self.preprocess = Preprocess.from_dict(self.folder.read(PREPROCESS))
+        self.preprocess = self.folder.preprocess()
         self._grid = training_grid(self.config)
         model = make_model(self.config, self._grid, self.preprocess)
-        init = partial(init_state, model=model, optimizer=make_run_optimizer(self.config))
         checkpoints = Checkpoints(self.folder.checkpoints, (progress or Progress()).warn)
         self.step = checkpoints.best() if which == "best" else checkpoints.newest_intact()
-        state = checkpoints.restore(self.step, jax.eval_shape(init, jax.random.key(0)))
-        self.params: Parts = state.params
-        self.model_state: Parts = state.model_state
+        params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+        self.params: Parts = checkpoints.restore_part(self.step, "params", params)
+        self.model_state: Parts = checkpoints.restore_part(self.step, "model_state", model_state)
         self._score = lru_cache(maxsize=None)(self._jitted_score)
 
     def _jitted_score(self, grid: PatchGrid) -> Any:

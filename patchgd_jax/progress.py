@@ -101,13 +101,13 @@ class ConsoleProgress(Progress):
         self._bar = None
 
     def trained(self, step: int, values: Values, perf: Values) -> None:
-        self._mean.add({**values, "images_per_s": perf["images_per_s"]})
+        self._mean.add({**values, **perf})
         mean = self._mean.values
         info = (
             f"loss {mean['loss']:.3f}  acc {100 * mean['accuracy']:.1f}%  "
             f"{mean['images_per_s']:.1f} img/s  "
-            f"{mean['images_per_s'] * perf['patches_per_s'] / perf['images_per_s']:.0f} patches/s  "
-            f"data wait {100 * perf['data_wait']:.0f}%  {perf['memory_mib']:.0f} MiB"
+            f"{mean['patches_per_s']:.0f} patches/s  "
+            f"data wait {100 * mean['data_wait']:.0f}%  {perf['memory_mib']:.0f} MiB"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description="train", info=info)

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from patchgd_jax.checkpoint import Checkpoints
-from patchgd_jax.errors import DivergedError
+from patchgd_jax.errors import DiskError, DivergedError
 from patchgd_jax.metrics_log import MetricsLog
 from patchgd_jax.plots import plot_curves
 from patchgd_jax.progress import Progress
@@ -44,7 +44,7 @@ class Recorder:
         upto: int,
         batch_size: int,
         patches_per_image: int,
-        identity: dict[str, str],
+        identity: dict[str, Any],
         device: jax.Device,
     ) -> None:
         self._folder = folder
@@ -57,7 +57,9 @@ class Recorder:
         self._checkpoints.discard_after(upto)
         self._log = MetricsLog(folder.path / METRICS, upto)
         self._pending: tuple[int, np.ndarray, dict[str, jax.Array]] | None = None
-        self._begun = self._last = time.monotonic()
+        self._last = time.monotonic()
+        # The clock goes on where it stopped.
+        self._begun = self._last - max((x["perf"]["seconds"] for x in self._log.lines), default=0)
         self._waited = 0.0
 
     def __enter__(self) -> Self:
@@ -88,12 +90,11 @@ class Recorder:
         step, ids, metrics = self._pending
         self._pending = None
         values = {name: float(value) for name, value in metrics.items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            self._log.sync()
-            raise DivergedError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} (batch "
-                f"{step - 1}: examples {', '.join(map(str, ids.tolist()))}). The last checkpoint "
-                "is from before; try a lower --optimizer.learning-rate or --optimizer.clip-norm 1"
+        if not all(map(math.isfinite, values.values())):
+            figures = ", ".join(f"{name} {value:g}" for name, value in values.items())
+            raise self._diverged(
+                f"step {step}: {figures} (batch {step - 1}: examples "
+                f"{', '.join(map(str, ids.tolist()))})"
             )
         now = time.monotonic()
         seconds, self._last = now - self._last, now
@@ -101,8 +102,8 @@ class Recorder:
         images = self._batch_size / seconds
         perf = {
             "seconds": round(now - self._begun, 3),
-            "images_per_s": round(images, 2),
-            "patches_per_s": round(images * self._patches_per_image, 1),
+            "images_per_s": float(f"{images:.4g}"),
+            "patches_per_s": float(f"{images * self._patches_per_image:.4g}"),
             "data_wait": round(min(1.0, waited / seconds), 4),
             "memory_mib": round(memory_in_use(self._device) / 2**20, 1),
         }
@@ -110,12 +111,25 @@ class Recorder:
         self._progress.trained(step, values, perf)
 
     def scored(self, step: int, metrics: dict[str, Any]) -> None:
-        """Logs an evaluation."""
+        """Logs an evaluation.
+
+        Raises:
+            DivergedError: if its loss is not finite.
+        """
+        if not math.isfinite(metrics["loss"]):
+            raise self._diverged(f"step {step}: validation loss {metrics['loss']:g}")
         perf = {"seconds": round(time.monotonic() - self._begun, 3)}
         self._log.append({"kind": "eval", "step": step, **metrics, "perf": perf})
         self._progress.scored(step, metrics)
         # The next step's speed must not include the evaluation.
         self._last = time.monotonic()
+
+    def _diverged(self, what: str) -> DivergedError:
+        self._log.sync()
+        return DivergedError(
+            f"{what}. The last checkpoint is from before; try a lower --optimizer.learning-rate, "
+            "or --optimizer.clip-norm 1"
+        )
 
     def _scores(self) -> list[dict[str, Any]]:
         return [line for line in self._log.lines if line["kind"] == "eval"]
@@ -133,15 +147,19 @@ class Recorder:
         self._log.sync()
         if step not in self._checkpoints.steps():
             self._checkpoints.save(step, state, self._identity)
-        best = self.best()
-        # Not only if it is this step: a kill may have come before an earlier best was named.
-        if best is not None and best["step"] in self._checkpoints.steps():
-            self._checkpoints.mark_best(best["step"])
+        self._name_best()
         self._checkpoints.prune()
         self._last = time.monotonic()
 
+    def _name_best(self) -> None:
+        best = self.best()
+        # Not only when it is saved: a kill may have come before an earlier best was named.
+        if best is not None and best["step"] in self._checkpoints.steps():
+            self._checkpoints.mark_best(best["step"])
+
     def finish(self, state: TrainState, shortcuts: dict[str, float]) -> dict[str, Any]:
         """Writes the summary and the curves."""
+        self._name_best()
         speeds = [
             line["perf"]["images_per_s"] for line in self._log.lines if line["kind"] == "train"
         ]
@@ -163,7 +181,10 @@ class Recorder:
             },
         }
         self._folder.write(SUMMARY, summary)
-        plot_curves(self._log.lines, shortcuts, self._folder.path / CURVES)
+        try:
+            plot_curves(self._log.lines, shortcuts, self._folder.path / CURVES)
+        except OSError as error:
+            raise DiskError(f"cannot write {self._folder.path / CURVES}: {error}") from error
         self._progress.finished(summary, self._folder.path)
         return summary
 

@@ -10,9 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from patchgd_jax.checkpoint import write_json
 from patchgd_jax.config import TrainConfig, from_dict, to_dict
 from patchgd_jax.errors import CheckpointError, ConfigError, DiskError
+from patchgd_jax.files import write_json
+from patchgd_jax.preprocess import Preprocess
 
 CONFIG, ENVIRONMENT, PREPROCESS = "config.json", "environment.json", "preprocess.json"
 METRICS, SUMMARY, CURVES = "metrics.jsonl", "summary.json", "curves.png"
@@ -31,31 +32,59 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not (self.path / CONFIG).is_file():
+        try:
+            if (self.path / CONFIG).is_file():
+                return
             there = "is empty or holds no run" if self.path.is_dir() else "does not exist"
-            raise CheckpointError(f"run folder {self.path} {there}: it has no {CONFIG}")
+        except OSError as error:
+            there = f"cannot be read: {error.strerror}"
+        raise CheckpointError(f"run folder {self.path} {there}: it has no {CONFIG}")
 
     @classmethod
-    def create(cls, path: str | Path, config: TrainConfig) -> RunFolder:
-        """Makes the folder of a new run and writes the resolved config and the environment.
+    def create(cls, path: str | Path, config: TrainConfig, preprocess: dict[str, Any]) -> RunFolder:
+        """Makes the folder of a new run and writes what never changes in it.
 
         Raises:
             ConfigError: if the folder holds anything already.
             DiskError: if it cannot be written.
         """
         path = Path(path)
+        cls.check_free(path)
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise ConfigError(
-                    f"run folder {path} is in use; choose another with --run-dir, or continue that "
-                    f"run with: patchgd-jax resume {path}"
-                )
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / ENVIRONMENT, _environment())
+            write_json(path / PREPROCESS, preprocess)
+            # Last, because with it the folder is a run.
             write_json(path / CONFIG, to_dict(config))
         except OSError as error:
             raise DiskError(f"cannot write run folder {path}: {error.strerror or error}") from error
         return cls(path)
+
+    @staticmethod
+    def check_free(path: str | Path) -> None:
+        """Checks that a new run may have the folder.
+
+        What a kill left of a folder that never became a run does not count.
+
+        Raises:
+            ConfigError: if it holds anything else.
+            DiskError: if it cannot be looked into.
+        """
+        path = Path(path)
+        leftovers = {
+            ENVIRONMENT,
+            PREPROCESS,
+            *(f".{n}.tmp" for n in (ENVIRONMENT, PREPROCESS, CONFIG)),
+        }
+        try:
+            free = not path.exists() or {p.name for p in path.iterdir()} <= leftovers
+        except OSError as error:
+            raise DiskError(f"cannot write run folder {path}: {error.strerror or error}") from error
+        if not free:
+            raise ConfigError(
+                f"run folder {path} is in use; choose another with --run-dir, or continue that "
+                f"run with: patchgd-jax resume {path}"
+            )
 
     def config(self) -> TrainConfig:
         """The resolved config the run was started with.
@@ -71,6 +100,14 @@ class RunFolder:
         config = from_dict(TrainConfig, values, str(path))
         assert isinstance(config, TrainConfig)
         return config
+
+    def preprocess(self) -> Preprocess:
+        """What the run's images go through.
+
+        Raises:
+            CheckpointError: if the file is missing or damaged.
+        """
+        return Preprocess.from_dict(self.read(PREPROCESS))
 
     @property
     def checkpoints(self) -> Path:

@@ -24,6 +24,19 @@ def group_size(num_patches: int, inner_steps: int) -> int:
     return -(-num_patches // inner_steps)
 
 
+def inclusion_probability(
+    num_patches: int, inner_steps: int, sampling: Literal["partition", "uniform"]
+) -> float:
+    """The chance that a given patch is in a given inner step's group.
+
+    The mean over the inner steps of the encoder's gradient is this share of the whole-image
+    gradient, in expectation (exactly, for a partition and unchanged parameters).
+    """
+    if sampling == "partition":
+        return 1 / inner_steps
+    return 1 - (1 - 1 / num_patches) ** group_size(num_patches, inner_steps)
+
+
 def sample_groups(
     key: jax.Array,
     *,

@@ -40,7 +40,7 @@ class StopRequest:
             os._exit(128 + number)
         self.signal_number = number
         if self._immediate:
-            raise Interrupted(number, self.message("before the first step; nothing to save"))
+            raise Interrupted(number, self.message("while preparing; there was nothing to save"))
 
     def message(self, when: str) -> str:
         """What to tell the user about the signal that came."""

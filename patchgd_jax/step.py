@@ -19,14 +19,15 @@ from patchgd_jax.gradients import (
     Gradient,
     exact_gradient,
     full_gradient,
-    head_loss,
     inner_gradient,
+    read_z,
+    real_patches,
     stream,
 )
 from patchgd_jax.grid import PatchGrid
 from patchgd_jax.latents import fill
 from patchgd_jax.patch_model import Parts, PatchModel, Tree
-from patchgd_jax.sampling import sample_groups
+from patchgd_jax.sampling import inclusion_probability, sample_groups
 
 
 class TrainState(NamedTuple):
@@ -70,8 +71,8 @@ def train_step(
 
     Returns:
         The new state and metrics, each `float []`: `loss` (mean over the inner steps), `accuracy`
-        (of the last inner step's logits, as the papers report) and `grad_norm` (mean over the
-        updates).
+        (of the last inner step's logits, as the papers report), `grad_norm` (mean over the
+        updates) and `param_norm` (after the last one). If all are finite, so is the state.
 
     Raises:
         ConfigError: if there are more inner steps than patches, or mode `exact` is asked of an
@@ -107,6 +108,8 @@ def train_step(
         new_state, metrics = _update(
             state, gradient, batch, optimizer, 1.0 if scale == "unbiased" else scale
         )
+    # The other metrics are of the parameters before the last update; this one is of those after.
+    metrics["param_norm"] = optax.tree.norm(new_state.params)
     return new_state._replace(step=state.step + 1), metrics
 
 
@@ -156,7 +159,7 @@ def _inner_steps(
         sample_per=patchgd.sample_per,
     )
     if scale == "unbiased":
-        scale = grid.num_patches / ids.shape[-1]
+        scale = 1 / inclusion_probability(grid.num_patches, inner_steps, patchgd.sampling)
     z, model_state = fill(
         state.params,
         state.model_state,
@@ -165,6 +168,7 @@ def _inner_steps(
         model=model,
         grid=grid,
         chunk=patchgd.fill_chunk,
+        real=real_patches(batch, grid),
         train=patchgd.norm_policy == "paper",
     )
 
@@ -230,8 +234,7 @@ def eval_step(
     """
     key = jax.random.key(0)
     z, _ = fill(params, model_state, batch["image"], key, model=model, grid=grid, chunk=fill_chunk)
-    _, (logits, _) = head_loss(
+    logits, losses, _ = read_z(
         params, model_state, z, batch, key, model=model, grid=grid, train=False
     )
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     return {"loss": losses, "prediction": logits.argmax(-1), "logits": logits}

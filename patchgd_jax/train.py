@@ -13,14 +13,14 @@ import jax
 import numpy as np
 import optax
 
-from patchgd_jax.checkpoint import Checkpoints, describe_difference, tree_spec
-from patchgd_jax.config import TrainConfig
+from patchgd_jax._version import __version__
+from patchgd_jax.checkpoint import Checkpoints
+from patchgd_jax.config import TrainConfig, flatten, to_dict
 from patchgd_jax.data.pipeline import TrainBatches
 from patchgd_jax.data.shortcuts import shortcut_scores
 from patchgd_jax.errors import CheckpointError, DiskError, Interrupted
 from patchgd_jax.evaluate import evaluate
 from patchgd_jax.experiment import (
-    Preprocess,
     make_model,
     make_run_optimizer,
     make_source,
@@ -28,9 +28,11 @@ from patchgd_jax.experiment import (
     training_grid,
     use_compilation_cache,
 )
+from patchgd_jax.patch_model import Parts
+from patchgd_jax.preprocess import Preprocess
 from patchgd_jax.progress import Progress
 from patchgd_jax.recorder import Recorder
-from patchgd_jax.run_folder import EXAMPLES, PREPROCESS, RunFolder
+from patchgd_jax.run_folder import EXAMPLES, RunFolder
 from patchgd_jax.signals import StopRequest
 from patchgd_jax.step import TrainState, eval_step, init_state, train_step
 
@@ -65,10 +67,10 @@ def train(
     with StopRequest() as stop:
         with stop.immediate():
             # Whatever is wrong with the config shows before the folder is made.
+            RunFolder.check_free(run_dir)
             run = _Run(config, None, progress or Progress(), optimizer)
             state = run.first_state()
-            folder = RunFolder.create(run_dir, config)
-            folder.write(PREPROCESS, dataclasses.asdict(run.preprocess))
+            folder = RunFolder.create(run_dir, config, dataclasses.asdict(run.preprocess))
             run.write_examples(folder)
         return run.loop(folder, state, 0, stop, on_step)
 
@@ -89,7 +91,7 @@ def resume(
     with StopRequest() as stop:
         with stop.immediate():
             folder = RunFolder(run_dir)
-            preprocess = Preprocess.from_dict(folder.read(PREPROCESS))
+            preprocess = folder.preprocess()
             run = _Run(folder.config(), preprocess, progress, optimizer)
             checkpoints = Checkpoints(folder.checkpoints, progress.warn)
             if checkpoints.steps():
@@ -119,11 +121,18 @@ class _Run:
         cache = use_compilation_cache()
         progress.message(
             f"Device: {self.device.device_kind} ({self.device.platform}). "
-            f"Compiled programs are kept in {cache or 'memory only'}."
+            f"Compiled programs are {cache}."
         )
         self.source = make_source(config, "train")
         self.validation = make_source(config, "validation")
-        self.preprocess = preprocess or Preprocess.measure(self.source)
+        if preprocess is None:
+            preprocess = Preprocess.measure(self.source)
+            if config.init_encoder is not None:
+                # The encoder's input must be scaled as it was when the encoder was trained.
+                theirs = RunFolder(config.init_encoder).preprocess()
+                preprocess = dataclasses.replace(preprocess, mean=theirs.mean, std=theirs.std)
+        self.preprocess = preprocess
+        self.shortcuts = shortcut_scores(self.source, self.validation)
         self.model = make_model(config, self.grid, self.preprocess)
         self.optimizer = optimizer or make_run_optimizer(config)
         self.key = jax.random.key(config.seed)
@@ -137,18 +146,36 @@ class _Run:
         return _take_encoder(state, self.config.init_encoder, self.progress)
 
     @property
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and a resume, besides the tree."""
-        return {"data": self.source.fingerprint}
+        settings = {k: v for k, v in flatten(to_dict(self.config)).items() if k != "run_dir"}
+        return {
+            "settings": settings,
+            "preprocess": to_dict(self.preprocess),
+            "data": {"fingerprint": self.source.fingerprint},
+        }
 
     def check_identity(self, meta: dict[str, Any], step: int) -> None:
-        """Refuses a checkpoint that other data led to."""
-        for name, now in self.identity.items():
-            if meta.get(name) != now:
-                raise CheckpointError(
-                    f"the {name} has changed since checkpoint {step} was written:\n"
-                    f"  then {meta.get(name)}\n  now  {now}"
-                )
+        """Refuses a checkpoint that other settings or other data led to."""
+        lines = []
+        for kind, now in self.identity.items():
+            then = meta.get(kind, {})
+            lines += [
+                f"{kind}: {name} was {then.get(name)!r}, is {now.get(name)!r}"
+                for name in sorted(then.keys() | now.keys())
+                if then.get(name) != now.get(name)
+            ]
+        if lines:
+            changed = "\n  ".join(lines[:10])
+            raise CheckpointError(
+                f"the run has changed since its checkpoint {step} was written; change it back, or "
+                f"start a new run:\n  {changed}"
+            )
+        if meta.get("version") != __version__:
+            self.progress.warn(
+                f"checkpoint {step} was written by version {meta.get('version')}, this is "
+                f"{__version__}"
+            )
 
     def write_examples(self, folder: RunFolder) -> None:
         """A few validation images as files, to look at and to try `predict` on."""
@@ -158,10 +185,10 @@ class _Run:
         try:
             where.mkdir()
             for index in range(min(4, len(self.validation))):
-                example = self.validation[index]
-                # Pillow wants grey images without a channel axis.
-                image = Image.fromarray(example["image"].squeeze())
-                image.save(where / f"{index}_label_{int(example['label'])}.png")
+                # As a user has them: at full size, before any down-scaling.
+                pixels = self.validation.read(index, 0, 0, *self.config.data.size)
+                name = self.preprocess.class_names[self.validation.plan(index).label]
+                Image.fromarray(pixels).save(where / f"{index}_label_{name}.png")
         except OSError as error:
             raise DiskError(f"cannot write {where}: {error.strerror or error}") from error
 
@@ -213,15 +240,14 @@ class _Run:
         config, progress = self.config, self.progress
         with stop.immediate():
             train_fn, eval_fn = self.compile(state)
-            shortcuts = shortcut_scores(self.source, self.validation)
-            progress.shortcuts(shortcuts)
+            progress.shortcuts(self.shortcuts)
         recorder = Recorder(
             folder,
             progress,
             upto=step,
             batch_size=config.batch_size,
             patches_per_image=self.grid.num_patches,
-            identity=self.identity,
+            identity={**self.identity, "version": __version__},
             device=self.device,
         )
         eval_every = config.eval_every or config.steps_per_epoch
@@ -284,21 +310,20 @@ class _Run:
                 if on_step is not None:
                     on_step(step)
                 end_if_stopped(stopping)
-        return recorder.finish(state, shortcuts)
+        return recorder.finish(state, self.shortcuts)
 
 
 def _take_encoder(state: TrainState, run_dir: str, progress: Progress) -> TrainState:
     """Replaces the encoder, statistics included, by that of another run's best checkpoint."""
-    folder = RunFolder(run_dir)
-    checkpoints = Checkpoints(folder.checkpoints, progress.warn)
+    checkpoints = Checkpoints(RunFolder(run_dir).checkpoints, progress.warn)
     step = checkpoints.best()
-    stored = checkpoints.restore_arrays(step)
-    fields = {"params": state.params, "model_state": state.model_state}
-    for name, parts in fields.items():
-        encoder = (stored.get(name) or {}).get("encoder") or {}
-        difference = describe_difference(tree_spec(encoder), tree_spec(parts["encoder"]))
-        if difference:
-            raise CheckpointError(f"the encoder of {run_dir} is another one:\n  {difference}")
-        fields[name] = {**parts, "encoder": jax.device_put(encoder)}
+
+    def replaced(name: str, parts: Parts) -> Parts:
+        encoder = checkpoints.restore_part(step, f"{name}/encoder", parts["encoder"])
+        return {**parts, "encoder": encoder}
+
     progress.message(f"The encoder starts from {run_dir}, step {step}.")
-    return state._replace(params=fields["params"], model_state=fields["model_state"])
+    return state._replace(
+        params=replaced("params", state.params),
+        model_state=replaced("model_state", state.model_state),
+    )

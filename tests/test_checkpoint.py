@@ -122,6 +122,23 @@ def test_another_models_checkpoint_is_refused_with_the_differences(saved):
     assert "params/encoder/w: checkpoint has float32[8, 3], this model needs float32[9, 3]" in text
 
 
+def test_a_part_is_read_without_knowing_the_rest(saved):
+    checkpoints, _ = saved
+    state = make_state(20)
+    encoder = checkpoints.restore_part(20, "params/encoder", state.params["encoder"])
+    assert_same(encoder, state.params["encoder"])
+    assert checkpoints.restore_part(20, "model_state", state.model_state) == state.model_state
+    with pytest.raises(CheckpointError, match="params/head of checkpoint"):
+        checkpoints.restore_part(20, "params/head", state.params["encoder"])
+
+
+def test_steps_that_did_not_verify_are_set_aside_not_deleted(saved):
+    checkpoints, _ = saved
+    checkpoints.discard_after(10)
+    assert checkpoints.steps() == [10]
+    assert (checkpoints.folder / "00000030.damaged" / "meta.json").exists()
+
+
 def test_what_a_kill_leaves_behind_is_ignored_and_cleared(saved):
     checkpoints, _ = saved
     leftover = checkpoints.folder / ".00000040.partial"

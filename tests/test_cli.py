@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -179,10 +180,9 @@ def test_a_checkpoint_of_another_model_is_refused(run, command, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     config["model"]["latent_dim"] = 17
     (copy / "config.json").write_text(json.dumps(config))
-    for arguments in (["resume", copy], ["evaluate", copy]):
-        bad(
-            command, 6, "another model", "float32[256, 16]", "float32[256, 17]", arguments=arguments
-        )
+    words = ["another model", "float32[256, 16]", "float32[256, 17]"]
+    bad(command, 6, *words, arguments=["evaluate", copy])
+    bad(command, 6, "model.latent_dim was 16, is 17", arguments=["resume", copy])
     config["model"]["latentdim"] = 3
     (copy / "config.json").write_text(json.dumps(config))
     bad(command, 2, "latentdim", "did you mean", arguments=["evaluate", copy])
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_another_model_is_refused(run, command, tmp_path):
     bad(command, 2, "cannot read", arguments=["evaluate", copy])
 
 
-def test_changed_data_is_refused(run, command, tmp_path):
+def test_changed_settings_are_refused(run, command, tmp_path):
     import shutil
 
     copy = tmp_path / "copy"
@@ -198,7 +198,8 @@ def test_changed_data_is_refused(run, command, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     config["data"]["object_ratio"] = [0.7, 1]
     (copy / "config.json").write_text(json.dumps(config))
-    bad(command, 6, "the data has changed since checkpoint 8", arguments=["resume", copy])
+    words = ["has changed since its checkpoint 8", "data.object_ratio was [0.8, 1.0], is [0.7, 1]"]
+    bad(command, 6, *words, arguments=["resume", copy])
 
 
 def test_damaged_checkpoints_fall_back_and_then_end(run, command, tmp_path):
@@ -260,13 +261,17 @@ def test_a_missing_device_is_told(command, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_batch(command, tmp_path):
-    arguments = ["train", *MICRO, "--optimizer.learning-rate", 1e30, "--optimizer.name", "sgd",
-                 "--save-every", 1, "--run-dir", "nan"]  # fmt: skip
-    result = bad(command, 5, "step ", "batch ", "examples ", arguments=arguments)
-    assert "loss" in result.stderr
+    arguments = ["train", *MICRO, "--optimizer.learning-rate", 1e6, "--optimizer.name", "sgd",
+                 "--model.norm", "group", "--epochs", 9, "--eval-every", 100, "--save-every", 1,
+                 "--run-dir", "nan"]  # fmt: skip
+    result = bad(command, 5, arguments=arguments)
+    told = re.search(r"error: step (\d+): .*batch (\d+): examples \d+", result.stderr)
+    assert told, result.stderr
+    assert int(told[1]) == int(told[2]) + 1
     from patchgd_jax.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(tmp_path / "nan" / "checkpoints")
+    assert checkpoints.steps(), "the run must have saved before it diverged"
     for step in checkpoints.steps():
         for leaf in _leaves(checkpoints.restore_arrays(step)["params"]):
             assert np.isfinite(leaf).all(), "no checkpoint may hold what is not finite"
@@ -311,6 +316,37 @@ def test_a_signal_saves_and_resume_ends_like_an_uninterrupted_run(command, tmp_p
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
+def test_a_signal_while_compiling_ends_at_once(tmp_path):
+    arguments = [*MICRO, "--model.latent-dim", 19, "--run-dir", "early"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "patchgd_jax", "train", *map(str, arguments)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline().startswith("Device")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "stopped by SIGTERM while preparing" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_second_signal_ends_the_process_without_saving():
+    code = (
+        "import os, signal\nfrom patchgd_jax.signals import StopRequest\n"
+        "with StopRequest() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print(stop.signal_number, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('still here', flush=True)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout == "15\n"
+    assert process.returncode == 130
+
+
 def assert_same_run(a, b):
     """Bit for bit: every parameter, optimizer moment and metric but the wall-clock ones."""
     from patchgd_jax.checkpoint import Checkpoints
@@ -342,5 +378,11 @@ def test_the_encoder_of_another_run_is_taken_over(run, command, tmp_path):
     for x, y in zip(_leaves(got), _leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
     other = ["train", *MICRO, "--init-encoder", folder, "--model.latent-dim", 8]
-    bad(command, 6, "the encoder of", "another one", arguments=[*other, "--run-dir", "third"])
+    bad(
+        command,
+        6,
+        "params/encoder of checkpoint",
+        "another model",
+        arguments=[*other, "--run-dir", "third"],
+    )
     assert not (tmp_path / "third").exists()

@@ -119,6 +119,49 @@ def test_every_encoder_takes_any_patch_side(encoder, patch):
     assert jax.eval_shape(run, KEY).shape == (2, 24)
 
 
+@pytest.mark.parametrize(("encoder", "norm"), [("resnet18", "batch"), ("resnet50", "group")])
+def test_resnets_and_the_papers_head_train(encoder, norm):
+    """Numbers, not shapes: three steps on one batch lower its loss."""
+    grid = PatchGrid(64, 64, 32)
+    config = ModelConfig(
+        encoder=encoder, norm=norm, head="cnn-smaller-feat", latent_dim=16, dropout=0.0
+    )
+    model = build_model(config, grid=grid, channels=3, classes=4, mean=0.5, std=0.3)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    batch = {"image": image, "label": np.arange(4, dtype=np.int32)}
+    optimizer = optax.adam(3e-4)
+    state = jax.jit(lambda key: init_state(key, model=model, optimizer=optimizer))(KEY)
+    patchgd = PatchGDConfig(patch=32, fraction=0.5, fill_chunk=2)
+
+    @jax.jit
+    def step(state):
+        return train_step(
+            state, batch, KEY, model=model, optimizer=optimizer, grid=grid, patchgd=patchgd
+        )
+
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+
+
+def test_the_last_pixels_of_a_patch_are_seen():
+    """Also where the patch side is not a multiple of the stem's four pixels."""
+    grid = PatchGrid(45, 45, 45)
+    model = build_model(ModelConfig(latent_dim=8), grid=grid, channels=1, classes=3, mean=0, std=1)
+    params, state = model.init(KEY)
+    dark = np.zeros((1, 45, 45, 1), np.uint8)
+    for y, x in [(44, 44), (44, 0), (0, 44)]:
+        bright = dark.copy()
+        bright[0, y, x] = 255
+        latents = [
+            model.encode(params, state, patch, train=False, rng=KEY)[0] for patch in (dark, bright)
+        ]
+        assert (np.asarray(latents[0]) != np.asarray(latents[1])).any()
+
+
 @pytest.mark.parametrize("head", sorted(HEADS))
 def test_heads_ignore_masked_patches(head):
     grid = PatchGrid(64, 64, 16)

@@ -18,11 +18,30 @@ import os, signal, sys
 from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig
 from patchgd_jax.train import resume, train
 
-folder, kill_at = sys.argv[1], int(sys.argv[2])
+folder, kill_at, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
 def on_step(step):
-    if step == kill_at:
+    if step == kill_at and not where:
         os.kill(os.getpid(), signal.SIGKILL)
+
+if where:
+    # Dies at the n-th call of a function, before it does anything.
+    import pathlib, patchgd_jax.checkpoint, patchgd_jax.train
+    owners = {
+        "rename": pathlib.Path, "replace": pathlib.Path, "evaluate": patchgd_jax.train,
+        "write_json": patchgd_jax.checkpoint, "mark_best": patchgd_jax.checkpoint.Checkpoints,
+        "prune": patchgd_jax.checkpoint.Checkpoints, "rmtree": patchgd_jax.checkpoint.shutil,
+        "_write_manifest": patchgd_jax.checkpoint.Checkpoints,
+    }
+    original, calls = getattr(owners[where], where), []
+
+    def dying(*arguments, **options):
+        calls.append(1)
+        if len(calls) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(owners[where], where, dying)
 
 config = TrainConfig(
     data=DataConfig(
@@ -41,9 +60,9 @@ else:
 TOTAL = 50
 
 
-def work(folder: Path, kill_at: int = 0) -> int:
+def work(folder: Path, kill_at: int = 0, where: str = "") -> int:
     process = subprocess.run(
-        [sys.executable, "-c", WORKER, str(folder), str(kill_at)],
+        [sys.executable, "-c", WORKER, str(folder), str(kill_at), where],
         capture_output=True,
         text=True,
         timeout=300,
@@ -72,6 +91,26 @@ def kill_and_resume(straight, folder, step):
 @pytest.mark.parametrize("step", [2, 23, 36])
 def test_killed_and_resumed_is_like_uninterrupted(straight, tmp_path, step):
     kill_and_resume(straight, tmp_path / "run", step)
+
+
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        ("write_json", 3),
+        ("rename", 3),
+        ("mark_best", 2),
+        pytest.param("_write_manifest", 4, marks=pytest.mark.slow),
+        pytest.param("prune", 3, marks=pytest.mark.slow),
+        pytest.param("rmtree", 5, marks=pytest.mark.slow),
+        pytest.param("replace", 9, marks=pytest.mark.slow),
+        pytest.param("evaluate", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_in_the_middle_of_a_save_or_an_evaluation(straight, tmp_path, where, call):
+    folder = tmp_path / "run"
+    assert work(folder, call, where) == -9, "the worker must have died"
+    assert work(folder) == 0
+    assert_same_run(straight, folder)
 
 
 @pytest.mark.slow

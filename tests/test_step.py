@@ -116,11 +116,37 @@ def test_accumulate_is_exact_for_the_head_and_one_jth_for_the_encoder(
     assert max_relative(new.opt_state["encoder"], scaled) < 1e-12
 
 
-def test_unbiased_scale_makes_accumulate_exact(float64):
-    grid = PatchGrid(12, 20, 4)
-    config = PatchGDConfig(patch=4, mode="accumulate", fraction=0.2, encoder_grad_scale="unbiased")
+@pytest.mark.parametrize("fraction", [0.2, 0.3])
+@pytest.mark.parametrize("grid", GRIDS[:3], ids=str)
+def test_unbiased_scale_makes_accumulate_exact(float64, grid, fraction):
+    """Also where J does not divide N, so that N / k is not J."""
+    config = PatchGDConfig(
+        patch=grid.patch,
+        stride=grid.stride,
+        mode="accumulate",
+        fraction=fraction,
+        encoder_grad_scale="unbiased",
+    )
     params, batch, new, _ = run_toy(grid, config)
     assert max_relative(new.opt_state, whole(params, batch, grid)[1]) < 1e-12
+
+
+def test_unbiased_scale_is_right_on_average_for_sampling_with_replacement(float64):
+    grid = PatchGrid(8, 12, 4)
+    params = toy_params(0, pixels=32)
+    model, batch = toy_model(params), toy_batch(0, grid)
+    config = PatchGDConfig(
+        patch=4, mode="accumulate", fraction=0.5, sampling="uniform", encoder_grad_scale="unbiased"
+    )
+    optimizer = recording_sgd(0.0)
+    state = init_state(KEY, model=model, optimizer=optimizer)
+    step = partial(train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config)
+    keys = jax.random.split(KEY, 4000)
+    grads = jax.jit(jax.vmap(lambda key: step(state, batch, key)[0].opt_state["encoder"]))(keys)
+    wanted = whole(params, batch, grid)[1]["encoder"]
+    for name, samples in grads.items():
+        error = np.abs(samples.mean(0) - wanted[name])
+        assert (error < 5 * samples.std(0) / np.sqrt(len(keys)) + 1e-12).all(), name
 
 
 @pytest.mark.parametrize("grid", GRIDS[:3], ids=str)
@@ -316,16 +342,36 @@ def test_norm_policy_says_when_statistics_move(policy, fill_moves, inner_moves):
     assert differs == (fill_moves or not inner_moves)
 
 
-def test_slots_without_a_patch_do_not_count_in_batch_statistics():
-    """3 inner steps over 4 patches: two slots are spare, and their pixels must not matter."""
-    grid = PatchGrid(32, 32, 16)
+@pytest.mark.parametrize("padding", ["slots", "weight", "size"])
+def test_what_is_no_patch_does_not_count_in_batch_statistics(padding):
+    """Spare slots, padding examples and padding patches, against encoding the real ones only."""
+    grid = PatchGrid(32, 48, 16)
     model, batch = shipped(grid, norm="batch"), digits_batch(grid)
-    params, state = model.init(KEY)
-    patches = grid.take(batch["image"], jnp.tile(jnp.arange(4), (4, 1))).reshape(16, 16, 16, 1)
-    real = jnp.arange(16) < 9
-    _, alone = model.encode(params, state, patches[:9], train=True, rng=KEY, mask=real[:9])
-    _, masked = model.encode(params, state, patches, train=True, rng=KEY, mask=real)
-    assert max_relative(masked, alone) < 1e-4
+    real = np.ones((4, 6), bool)
+    # 4 inner steps over 6 patches: two of the eight slots are spare.
+    config = PatchGDConfig(patch=16, fraction=0.25)
+    if padding == "weight":
+        batch["weight"] = np.array([1, 1, 0, 1], np.float32)
+        real[2] = False
+    elif padding == "size":
+        batch["size"] = np.array([[32, 48], [32, 32], [16, 48], [32, 48]], np.int32)
+        real[1, [2, 5]] = real[2, 3:] = False
+    before, after, _ = step_once(model, grid, config, batch, optax.sgd(0.0))
+    state = before.model_state
+    patches = np.asarray(grid.take(batch["image"], jnp.tile(jnp.arange(6), (4, 1))))
+    for group in real_groups(grid, config, 4):
+        rows = [patches[b, n] for b in range(4) for n in group[b] if real[b, n]]
+        _, state = model.encode(before.params, state, np.stack(rows), train=True, rng=KEY)
+    assert max_relative(after.model_state["encoder"], state["encoder"]) < 1e-4
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.25])
+@pytest.mark.parametrize("chunk", [1, 4, 9])
+def test_accumulate_does_not_depend_on_the_chunk(float64, fraction, chunk):
+    grid = PatchGrid(13, 9, 4)
+    config = PatchGDConfig(patch=4, mode="accumulate", fraction=fraction, fill_chunk=chunk)
+    params, batch, new, _ = run_toy(grid, config)
+    assert max_relative(new.opt_state["head"], whole(params, batch, grid)[1]["head"]) < 1e-12
 
 
 def test_exact_refuses_moving_batch_statistics():
@@ -381,9 +427,10 @@ def test_examples_of_weight_zero_change_nothing(float64):
     assert max_relative(with_padding.opt_state, alone.opt_state) < 1e-12
 
 
-def test_patches_beyond_an_images_true_size_are_masked():
+@pytest.mark.parametrize("stride", [16, 8])
+def test_patches_beyond_an_images_true_size_are_masked(stride):
     """A batch padded to a larger grid gives each image the logits it has alone."""
-    small, large = PatchGrid(32, 48, 16), PatchGrid(48, 80, 16)
+    small, large = PatchGrid(32, 48, 16, stride), PatchGrid(48, 80, 16, stride)
     batch = digits_batch(small)
     model, wide = shipped(small, norm="group"), shipped(large, norm="group")
     params, state = model.init(KEY)

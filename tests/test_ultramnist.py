@@ -127,11 +127,11 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_the_bytes_never_change(name):
+def test_the_plans_never_change(name):
     """If this fails, published seeds mean other images: raise GENERATOR_VERSION and say so."""
     configs = dict(zip(GOLDEN, [*CONFIGS, replace(MOST_FREQUENT, digits="sklearn")], strict=True))
     source = UltraMnist(configs[name], "validation", 11)
-    # Plans, not pixels: glyphs depend on the libraries that draw or hold them.
+    # Not pixels: glyphs depend on the libraries that draw or hold them.
     plans = repr([source.plan(i) for i in range(20)])
     assert hashlib.sha256(plans.encode()).hexdigest()[:16] == GOLDEN[name]
 

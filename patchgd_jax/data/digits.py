@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -130,7 +131,7 @@ def _read_idx(root: Path, name: str, magic: int) -> np.ndarray:
         ndim = magic % 256
         shape = struct.unpack(f">{ndim}I", data[4 : 4 + 4 * ndim])
         return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(shape)
-    except (OSError, EOFError, struct.error, ValueError) as error:
+    except (OSError, EOFError, struct.error, zlib.error, ValueError) as error:
         raise DataError(f"{path} cannot be read as an MNIST file: {error}") from error
 
 
@@ -138,8 +139,8 @@ def _prepared_mnist(root: Path, split: Split) -> DigitPool:
     """Reads a folder that tensorflow-datasets prepared; needs no TensorFlow."""
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(str(root))
     try:
+        builder = tfds.builder_from_directory(str(root))
         records = builder.as_data_source("train" if split == "train" else "test")
         glyphs = np.stack([record["image"][..., 0] for record in records])
         labels = np.array([record["label"] for record in records], np.int64)

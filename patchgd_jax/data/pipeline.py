@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from patchgd_jax.errors import DataError, PatchGDError
+from patchgd_jax.errors import DataError
 
 PREFETCH_BYTES = 256 * 2**20
 """Upper bound of what waits, decoded, for the training step."""
@@ -49,10 +49,9 @@ class _Named:
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             return self._source[int(index)]
-        except PatchGDError as error:
-            raise type(error)(f"example {index}: {error}") from error
         except Exception as error:
-            raise DataError(f"example {index}: {type(error).__name__}: {error}") from error
+            kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
+            raise DataError(f"example {index}: {kind}{error}") from error
 
 
 class TrainBatches:

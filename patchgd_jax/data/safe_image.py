@@ -54,11 +54,11 @@ def read_image(
     from PIL import Image, ImageOps
 
     path = Path(path)
-    if not path.exists():
-        raise ImageReadError(path, "there is no such file")
-    if not path.is_file():
-        raise ImageReadError(path, "it is not a file")
     try:
+        if not path.exists():
+            raise ImageReadError(path, "there is no such file")
+        if not path.is_file():
+            raise ImageReadError(path, "it is not a file")
         with warnings.catch_warnings():
             # The size is checked here, by our own limit, before anything is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -71,7 +71,8 @@ def read_image(
                     )
                 if width == 0 or height == 0:
                     raise ImageReadError(path, "it has no pixels")
-                if getattr(image, "n_frames", 1) > 1:
+                # MPO is a JPEG with more pictures behind it, as phones write them.
+                if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                     raise ImageReadError(path, "it has several frames; save one of them")
                 image.load()
                 upright = ImageOps.exif_transpose(image)
@@ -80,11 +81,8 @@ def read_image(
         raise
     except Image.DecompressionBombError as error:
         raise ImageReadError(path, f"it claims too many pixels ({error})") from error
-    except (
-        OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, OverflowError,
-        MemoryError,
-    ) as error:  # fmt: skip
-        # Pillow's decoders let all of these out for damaged files.
+    except Exception as error:
+        # Pillow's decoders let a dozen kinds out for damaged files, struct.error among them.
         reason = str(error) or type(error).__name__
         if "cannot identify" in reason:
             reason = f"it is none of {', '.join(FORMATS)}, or damaged at its start"

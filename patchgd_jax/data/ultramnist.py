@@ -8,6 +8,8 @@ the rest of it.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
 from functools import cache
 from typing import Any, NamedTuple
@@ -106,7 +108,12 @@ class UltraMnist:
     @property
     def fingerprint(self) -> str:
         """Changes whenever an example would."""
-        return f"ultramnist-v{GENERATOR_VERSION} {self.split} seed={self.seed} {self.config}"
+        look = dataclasses.replace(self.config, digits="font", digits_dir=None)
+        pool = hashlib.sha256(self.pool.glyphs.tobytes() + self.pool.labels.tobytes())
+        return (
+            f"ultramnist-v{GENERATOR_VERSION} {self.split} seed={self.seed} "
+            f"digits={pool.hexdigest()[:16]} {look}"
+        )
 
     @property
     def pool(self) -> DigitPool:

@@ -28,12 +28,13 @@ class SmallCNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Encodes `x float [M, p, p, C]` to `float [M, latent_dim]`; p must be at least 4."""
+        """Encodes `x float [M, p, p, C]` to `float [M, latent_dim]`."""
         x = x.astype(self.dtype)
         count, height, width, channels = x.shape
-        height, width = height // 4 * 4, width // 4 * 4
-        x = x[:, :height, :width].reshape(count, height // 4, 4, width // 4, 4, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(count, height // 4, width // 4, 16 * channels)
+        x = jnp.pad(x, ((0, 0), (0, -height % 4), (0, -width % 4), (0, 0)))
+        rows, cols = x.shape[1] // 4, x.shape[2] // 4
+        x = x.reshape(count, rows, 4, cols, 4, channels).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(count, rows, cols, 16 * channels)
         for stage, features in enumerate(self.widths):
             if stage >= 2 and min(x.shape[1:3]) >= 2:
                 x = nn.max_pool(x, (2, 2), (2, 2))

@@ -1,0 +1,102 @@
+"""The library's own training loop, on every kind of image and gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig
+from patchgd_jax.predict import TrainedModel
+from patchgd_jax.train import train
+
+BASE = TrainConfig(
+    data=DataConfig(
+        digits="font", size=(32, 32), digit_count=1, label_share=1.0, object_ratio=(0.8, 1.0),
+        train_size=32, val_size=5,
+    ),
+    model=ModelConfig(latent_dim=8),
+    patchgd=PatchGDConfig(patch=16, fraction=0.5),
+    batch_size=8,
+    eval_batch_size=4,
+)  # fmt: skip
+
+
+def changed(data=None, model=None, patchgd=None):
+    return dataclasses.replace(
+        BASE,
+        data=dataclasses.replace(BASE.data, **(data or {})),
+        model=dataclasses.replace(BASE.model, **(model or {})),
+        patchgd=dataclasses.replace(BASE.patchgd, **(patchgd or {})),
+    )
+
+
+CASES = {
+    "colour": changed(data={"channels": 3}),
+    "not square, not a multiple of the patch": changed(data={"size": (40, 57)}),
+    "shrunk": changed(data={"size": (64, 64), "downscale": 2}),
+    "exact": changed(model={"norm": "group"}, patchgd={"mode": "exact"}),
+    "whole image": changed(patchgd={"mode": "full", "remat": True}),
+    "overlap, frozen, uniform": changed(
+        patchgd={
+            "stride": 12, "norm_policy": "frozen", "mode": "patchgd", "sampling": "uniform",
+            "sample_per": "image",
+        }
+    ),
+    "UltraMNIST": changed(data={"task": "digit-sum", "size": (96, 96)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_trained_evaluated_and_predicted(name, tmp_path):
+    """The score is reproduced, and an example's file gives what evaluating the example gives."""
+    config = CASES[name]
+    summary = train(config, tmp_path / "run")
+    model = TrainedModel(tmp_path / "run")
+    metrics = model.evaluate()
+    recorded = metrics.pop("recorded")
+    assert {**metrics} == {**summary["best"]}
+    assert recorded["loss"] == metrics["loss"]
+
+    files = sorted((tmp_path / "run" / "examples").glob("*.png"))
+    answers = model.predict_files(files)
+    source = model_source(config)
+    probabilities = []
+    for index, answer in enumerate(answers):
+        image = model.read(files[index])
+        np.testing.assert_array_equal(image, source[index]["image"])
+        label = source[index]["label"]
+        assert files[index].name == f"{index}_label_{label}.png"
+        probabilities.append(answer["probabilities"][str(label)])
+    # The first batch of the evaluation holds the same four images.
+    first = BASE.eval_batch_size
+    alone = dataclasses.replace(config, data=dataclasses.replace(config.data, val_size=first))
+    model.config = alone
+    np.testing.assert_allclose(-np.mean(np.log(probabilities)), model.evaluate()["loss"], rtol=1e-4)
+
+
+def model_source(config):
+    from patchgd_jax.experiment import make_source
+
+    return make_source(config, "validation")
+
+
+def test_any_optax_transformation(tmp_path):
+    """Another optimizer's state is saved, and what it trained can be used without it."""
+    optimizer = optax.chain(optax.scale_by_lion(), optax.scale(-1e-3))
+    train(BASE, tmp_path / "run", optimizer=optimizer)
+    assert TrainedModel(tmp_path / "run").evaluate()["examples"] == 5
+
+
+def test_a_run_is_the_same_twice_and_another_with_another_seed(tmp_path):
+    def leaves(name, seed):
+        train(dataclasses.replace(BASE, seed=seed), tmp_path / name)
+        return jax.tree.leaves(TrainedModel(tmp_path / name, "last").params)
+
+    first, again, other = leaves("a", 0), leaves("b", 0), leaves("c", 1)
+    for x, y in zip(first, again, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert any((np.asarray(x) != np.asarray(y)).any() for x, y in zip(first, other, strict=True))
