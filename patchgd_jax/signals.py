@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -27,8 +28,10 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+        # Only the main thread may set handlers; elsewhere, signals are its owner's business.
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,7 +43,11 @@ class StopRequest:
             os._exit(128 + number)
         self.signal_number = number
         if self._immediate:
-            raise Interrupted(number, self.message("while preparing; there was nothing to save"))
+            self._stop_now()
+
+    def _stop_now(self) -> None:
+        text = self.message("while preparing; there was nothing to save")
+        raise Interrupted(self.signal_number or 0, text)
 
     def message(self, when: str) -> str:
         """What to tell the user about the signal that came."""
@@ -54,3 +61,6 @@ class StopRequest:
             yield
         finally:
             self._immediate = False
+        if self.signal_number is not None:
+            # It came where Python drops exceptions, in a finalizer or a callback from C.
+            self._stop_now()
