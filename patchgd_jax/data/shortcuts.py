@@ -55,11 +55,11 @@ def shortcut_scores(
         "number of digits": lambda _: _number,
         "number of zeros": lambda _: _zeros,
         "digits and zeros": lambda _: lambda plan: (_number(plan), _zeros(plan)),
-        "largest value only": lambda _: _largest_value,
         "brightness": brightness,
     }
     if not (train.config.task == "most-frequent" and train.config.label_share == 1):
         # Where every digit shows the label, reading one of them is the task itself.
+        features["largest value only"] = lambda _: _largest_value
         features["biggest digit only"] = lambda _: _biggest
     train_plans = [train.plan(i) for i in range(min(examples, len(train)))]
     val_plans = [validation.plan(i) for i in range(min(examples, len(validation)))]
