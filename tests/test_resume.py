@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from test_cli import assert_same_run, lines_of
 
+from patchgd_jax.checkpoint import Checkpoints
+
 # The worker kills itself, with the signal that nothing can catch, right after a given step.
 WORKER = """
 import os, signal, sys
@@ -124,7 +126,7 @@ def test_twenty_random_kills(straight, tmp_path, step):
 def test_killed_twice_and_with_a_damaged_newest_checkpoint(straight, tmp_path):
     folder = tmp_path / "run"
     work(folder, 14)
-    work(folder, 31)
+    work(folder, 49)
     newest = sorted((folder / "checkpoints").glob("0*"))[-1]
     meta = newest / "meta.json"
     meta.write_text(meta.read_text().replace("step", "steq"))
@@ -133,6 +135,9 @@ def test_killed_twice_and_with_a_damaged_newest_checkpoint(straight, tmp_path):
         file.write('{"kind": "train", "st')
     assert work(folder) == 0
     assert_same_run(straight, folder)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    assert 48 in checkpoints.steps(), "the damaged step was written anew"
+    assert all(checkpoints.damage(step) is None for step in checkpoints.steps())
 
 
 def test_a_kill_before_the_best_step_was_named(straight, tmp_path):
