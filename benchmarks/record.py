@@ -33,7 +33,8 @@ def record(name: str, figures: dict[str, Any]) -> Path:
         return subprocess.run(command, capture_output=True, text=True, cwd=RESULTS).stdout.strip()
 
     device = jax.devices()[0]
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch")
+    installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
     content = {
         "figures": figures,
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
@@ -43,7 +44,7 @@ def record(name: str, figures: dict[str, Any]) -> Path:
         "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {package: metadata.version(package) for package in packages},
+        "versions": {package: installed[package] for package in packages if package in installed},
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

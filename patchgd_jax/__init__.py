@@ -5,6 +5,7 @@ optax, but no command line, data pipeline or plotting.
 """
 
 from patchgd_jax._version import __version__ as __version__
+from patchgd_jax.compiling import compiler_options as compiler_options
 from patchgd_jax.config import DataConfig as DataConfig
 from patchgd_jax.config import ModelConfig as ModelConfig
 from patchgd_jax.config import OptimizerConfig as OptimizerConfig

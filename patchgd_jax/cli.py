@@ -159,7 +159,8 @@ def presets_command(arguments: Sequence[str]) -> None:
 
 
 def _load(run: str, checkpoint: Literal["best", "last"], device: str) -> tuple[Any, Any]:
-    from patchgd_jax.experiment import select_device, use_compilation_cache
+    from patchgd_jax.compiling import use_compilation_cache
+    from patchgd_jax.experiment import select_device
     from patchgd_jax.predict import TrainedModel
     from patchgd_jax.progress import StderrProgress
 

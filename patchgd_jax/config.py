@@ -106,18 +106,27 @@ class ModelConfig:
     latent_dim: int = 128
     """Length D of a patch's latent vector."""
     head: str = "attention"
-    """Network that reads Z: attention (for any grid), or one of the paper's, for the grid it was
-    trained on: cnn-original, cnn-smaller, cnn-larger, cnn-smaller-feat, cnn-larger-feat."""
+    """Network that reads Z: attention or linear (for any grid), or one of the paper's, for the grid
+    it was trained on: cnn-original, cnn-smaller, cnn-larger, cnn-smaller-feat, cnn-larger-feat."""
     dropout: float | None = None
     """Dropout rate inside the head. None: the head's own (0.2 for the paper's, else 0)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the encoder's computation; parameters stay float32."""
+    remat: Literal["none", "dots", "blocks", "everything"] = "dots"
+    """What the encoder computes again in the backward pass instead of keeping it. none: nothing;
+    dots: norms and activations, the cheap half; blocks: all but each block's input; everything: all
+    of it."""
 
     def __post_init__(self) -> None:
         _require(self.latent_dim >= 1, f"model.latent_dim is {self.latent_dim}; at least 1")
         _require(
             self.dropout is None or 0 <= self.dropout < 1,
             f"model.dropout is {self.dropout}; it must be in [0, 1)",
+        )
+        policies = ("none", "dots", "blocks", "everything")
+        _require(
+            self.remat in policies,
+            f"model.remat is {self.remat!r}; it must be one of {', '.join(policies)}",
         )
 
 
@@ -147,12 +156,14 @@ class PatchGDConfig:
     """Whether all images of a batch share the sampled positions."""
     norm_policy: Literal["inner", "paper", "frozen"] = "inner"
     """When the encoder's batch statistics move: in inner steps, in the fill as well, or never.
-    frozen runs the encoder in eval mode, so its dropout is off, too."""
+    paper fills Z in train mode, in shuffled groups of the inner steps' size as the official code
+    does; frozen runs the encoder in eval mode, so its dropout is off, too."""
     encoder_grad_scale: float | Literal["unbiased"] = 1.0
     """Factor on the encoder's gradient. unbiased: one over the share of inner steps a patch is in,
     which undoes the paper's 1 / J."""
     fill_chunk: int = 4
-    """Grid positions encoded at a time where no gradient is kept, and in mode exact."""
+    """Grid positions encoded at a time where no gradient is kept (but for norm_policy paper), and
+    in mode exact."""
     remat: bool = False
     """Mode full: recompute activations chunk by chunk instead of keeping them."""
 

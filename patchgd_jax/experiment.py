@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import jax
 import optax
 
@@ -100,30 +97,3 @@ def select_device(name: str) -> jax.Device:
         install = {"gpu": "patchgd-jax[cuda13] or [cuda12]", "tpu": "patchgd-jax[tpu]"}.get(name)
         hint = f"; install {install}, or use --device cpu" if install else ""
         raise DeviceError(f"no {name} device{hint} ({error or 'no plugin for it'})") from error
-
-
-def use_compilation_cache() -> str:
-    """Keeps compiled programs between processes, in a folder only this user can write.
-
-    A folder that the environment or the caller has set stays.
-
-    Returns:
-        Where they are kept, or why they are not, to show to the user.
-    """
-    chosen = getattr(jax.config, "jax_compilation_cache_dir", None)
-    if chosen is not None:
-        return f"kept in {chosen}"
-    import platformdirs
-
-    path = Path(platformdirs.user_cache_dir("patchgd-jax")) / "xla"
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
-        # Whoever can write here can make this process run code of theirs.
-        if status.st_uid != os.getuid() or status.st_mode & 0o022:
-            return f"not kept: {path} can be written by others; remove it or make it private"
-    except OSError as error:
-        return f"not kept: {path}: {error.strerror}"
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return f"kept in {path}"

@@ -13,7 +13,14 @@ from jax import lax
 
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.grid import PatchGrid
-from patchgd_jax.latents import chunked_ids, encode_patches, fill, read_latents, write_latents
+from patchgd_jax.latents import (
+    chunked_ids,
+    encode_patches,
+    fill,
+    has_spare,
+    read_latents,
+    write_latents,
+)
 from patchgd_jax.patch_model import Parts, PatchModel
 
 Batch = Mapping[str, jax.Array]
@@ -102,11 +109,12 @@ def inner_gradient(
     model: PatchModel,
     grid: PatchGrid,
     train_encoder: bool,
+    spare: bool = True,
 ) -> tuple[Gradient, jax.Array]:
     """The gradient of one inner step: through the patches `ids [B, k]` only.
 
     They are encoded anew and written into Z, the rest of which is a constant (arXiv 2301.13817,
-    Algorithm 1, lines 8 to 12).
+    Algorithm 1, lines 8 to 12). `spare` says whether `ids` may have slots without a patch.
 
     Returns:
         The gradient, and Z with the fresh entries, again a constant.
@@ -123,6 +131,7 @@ def inner_gradient(
             grid=grid,
             train=train_encoder,
             real=real_patches(batch, grid),
+            spare=spare,
         )
         fresh = write_latents(z, ids, latents)
         loss, (logits, new_state) = head_loss(
@@ -160,6 +169,7 @@ def exact_gradient(
             "frozen: statistics taken chunk by chunk are not those of the whole image"
         )
     images, fill_key = batch["image"], stream(key, "encoder")
+    chunks = chunked_ids(grid, chunk, images.shape[0])
     z, _ = fill(
         params,
         model_state,
@@ -167,7 +177,7 @@ def exact_gradient(
         fill_key,
         model=model,
         grid=grid,
-        chunk=chunk,
+        ids=chunks,
         train=train_encoder,
     )
 
@@ -192,6 +202,7 @@ def exact_gradient(
                 model=model,
                 grid=grid,
                 train=train_encoder,
+                spare=has_spare(chunks, grid),
             )
             return latents
 
@@ -199,7 +210,7 @@ def exact_gradient(
         (part,) = pull_back(read_latents(dz, ids).astype(latents.dtype))
         return jax.tree.map(jnp.add, total, part), None
 
-    grads, _ = lax.scan(add, grads, chunked_ids(grid, chunk, images.shape[0]))
+    grads, _ = lax.scan(add, grads, (jnp.arange(chunks.shape[0]), chunks))
     return Gradient(grads, new_state, loss, logits)
 
 
@@ -237,7 +248,7 @@ def full_gradient(
             stream(key, "encoder"),
             model=model,
             grid=grid,
-            chunk=chunk if remat else grid.num_patches,
+            ids=chunked_ids(grid, chunk if remat else grid.num_patches, batch["label"].shape[0]),
             train=train_encoder,
             remat=remat,
             real=real_patches(batch, grid),

@@ -23,6 +23,7 @@ def encode_patches(
     grid: PatchGrid,
     train: bool,
     real: jax.Array | None = None,
+    spare: bool = True,
 ) -> tuple[jax.Array, Parts]:
     """Cuts patches out of the images and encodes them.
 
@@ -36,44 +37,44 @@ def encode_patches(
         grid: the patch grid of the images.
         train: passed to the model.
         real: `bool [B, N]`, False for patches that batch statistics must leave out.
+        spare: whether `ids` may have slots without a patch. Where there are none, and every
+            patch is real, the encoder gets no mask, and spends nothing on it.
 
     Returns:
         latents `[B, k, D]` and the new model state.
     """
     batch, count = ids.shape
     patches = grid.take(images, ids)
-    counts = ids < grid.num_patches
+    counts = ids < grid.num_patches if spare else None
     if real is not None:
-        counts &= jnp.take_along_axis(real, jnp.minimum(ids, grid.num_patches - 1), axis=1)
+        seen = jnp.take_along_axis(real, jnp.minimum(ids, grid.num_patches - 1), axis=1)
+        counts = seen if counts is None else seen & counts
     latents, model_state = model.encode(
         params,
         model_state,
         patches.reshape(batch * count, *patches.shape[2:]),
         train=train,
         rng=key,
-        mask=counts.reshape(-1),
+        mask=None if counts is None else counts.reshape(-1),
     )
     return latents.reshape(batch, count, -1), model_state
 
 
-def chunked_ids(grid: PatchGrid, chunk: int, batch: int) -> tuple[jax.Array, jax.Array]:
+def chunked_ids(grid: PatchGrid, chunk: int, batch: int) -> jax.Array:
     """All patch numbers in order, some at a time.
 
     Returns:
-        Chunk numbers `int32 [n]` and patch numbers `int32 [n, B, chunk]`, the same for every
-        image; spare slots at the end are N and more.
+        `int32 [n, B, chunk]`, the same for every image; spare slots at the end are N and more.
     """
     chunk = min(chunk, grid.num_patches)
     count = -(-grid.num_patches // chunk)
     ids = jnp.arange(count * chunk, dtype=jnp.int32).reshape(count, 1, chunk)
-    return jnp.arange(count), jnp.broadcast_to(ids, (count, batch, chunk))
+    return jnp.broadcast_to(ids, (count, batch, chunk))
 
 
-def join_chunks(latents: jax.Array, grid: PatchGrid) -> jax.Array:
-    """Latents by chunk, `[n, B, chunk, D]`, to Z, `[B, N, D]`."""
-    count, batch, chunk, width = latents.shape
-    z = jnp.swapaxes(latents, 0, 1).reshape(batch, count * chunk, width)
-    return z[:, : grid.num_patches]
+def has_spare(ids: jax.Array, grid: PatchGrid) -> bool:
+    """Whether chunks `[n, B, k]` that hold each patch once have slots without a patch."""
+    return ids.shape[0] * ids.shape[2] != grid.num_patches
 
 
 def fill(
@@ -84,7 +85,7 @@ def fill(
     *,
     model: PatchModel,
     grid: PatchGrid,
-    chunk: int,
+    ids: jax.Array,
     train: bool = False,
     remat: bool = False,
     real: jax.Array | None = None,
@@ -98,8 +99,10 @@ def fill(
         key: PRNG key; chunk `i` gets `fold_in(key, i)`.
         model: the model.
         grid: the patch grid.
-        chunk: grid positions encoded at a time. It changes nothing but speed and memory, unless
-            `train` is set and the encoder has batch statistics, which then move once a chunk.
+        ids: `int [n, B, k]`, each image's patch numbers by chunk (`chunked_ids`, or the groups of
+            a partition), in which each patch stands once. They change nothing but speed and
+            memory, unless `train` is set and the encoder has batch statistics, which are then
+            those of a chunk and move once a chunk.
         train: encode in train mode, carrying batch statistics from chunk to chunk.
         remat: if the result is differentiated, recompute each chunk instead of keeping it.
         real: `bool [B, N]`, False for patches that batch statistics must leave out.
@@ -109,24 +112,30 @@ def fill(
     """
 
     def encode(model_state: Parts, step: tuple[jax.Array, jax.Array]) -> tuple[Parts, jax.Array]:
-        number, ids = step
+        number, chunk = step
         latents, model_state = encode_patches(
             params,
             model_state,
             images,
-            ids,
+            chunk,
             jax.random.fold_in(key, number),
             model=model,
             grid=grid,
             train=train,
             real=real,
+            spare=has_spare(ids, grid),
         )
         return model_state, latents
 
     body: Any = jax.checkpoint(encode) if remat else encode
     # lax.scan, not lax.map: the latter would return the batch statistics of every chunk.
-    model_state, latents = lax.scan(body, model_state, chunked_ids(grid, chunk, images.shape[0]))
-    return join_chunks(latents, grid), model_state
+    numbers = jnp.arange(ids.shape[0])
+    model_state, latents = lax.scan(body, model_state, (numbers, ids))
+    batch, width = images.shape[0], latents.shape[-1]
+    z = jnp.zeros((batch, grid.num_patches, width), latents.dtype)
+    slots = jnp.swapaxes(ids, 0, 1).reshape(batch, -1)
+    flat = jnp.swapaxes(latents, 0, 1).reshape(batch, -1, width)
+    return write_latents(z, slots, flat), model_state
 
 
 def write_latents(z: jax.Array, ids: jax.Array, latents: jax.Array) -> jax.Array:

@@ -263,3 +263,24 @@ def from_nnx(
         return apply("head", params, model_state, z, mask, train=train, rng=rng)
 
     return PatchModel(init, encode, classify)
+
+
+def rematerialised(model: PatchModel) -> PatchModel:
+    """The model with an encoder that keeps nothing but its input for the backward pass."""
+
+    def encode(
+        params: Parts,
+        model_state: Parts,
+        patches: jax.Array,
+        *,
+        train: bool,
+        rng: jax.Array,
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, Parts]:
+        @jax.checkpoint
+        def again(params: Parts, model_state: Parts, patches: jax.Array, mask: Any) -> Any:
+            return model.encode(params, model_state, patches, train=train, rng=rng, mask=mask)
+
+        return again(params, model_state, patches, mask)
+
+    return model._replace(encode=encode)

@@ -6,6 +6,7 @@ here is jitted; the caller adds jit, donation and shardings once.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from patchgd_jax.gradients import (
     stream,
 )
 from patchgd_jax.grid import PatchGrid
-from patchgd_jax.latents import fill
+from patchgd_jax.latents import chunked_ids, fill, has_spare
 from patchgd_jax.patch_model import Parts, PatchModel, Tree
 from patchgd_jax.sampling import inclusion_probability, sample_groups
 
@@ -109,8 +110,19 @@ def train_step(
             state, gradient, batch, optimizer, 1.0 if scale == "unbiased" else scale
         )
     # The other metrics are of the parameters before the last update; this one is of those after.
-    metrics["param_norm"] = optax.tree.norm(new_state.params)
+    metrics["param_norm"] = _norm(new_state.params)
     return new_state._replace(step=state.step + 1), metrics
+
+
+def _norm(tree: Tree) -> jax.Array:
+    """The global L2 norm, in few operations: XLA:CPU makes several kernels of each sum.
+
+    A product per matrix is one kernel, and the many short vectors are one vector.
+    """
+    leaves = [x.reshape(-1) if x.ndim < 2 else x for x in jax.tree.leaves(tree)]
+    vectors = [x for x in leaves if x.ndim == 1]
+    arrays = [x for x in leaves if x.ndim > 1] + ([jnp.concatenate(vectors)] if vectors else [])
+    return jnp.sqrt(jnp.stack([jnp.vdot(x, x) for x in arrays]).sum())
 
 
 def _update(
@@ -131,7 +143,7 @@ def _update(
     metrics = {
         "loss": gradient.loss,
         "accuracy": (right * weight).sum() / jnp.maximum(weight.sum(), 1),
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": _norm(grads),
     }
     return TrainState(state.step, params, gradient.model_state, opt_state), metrics
 
@@ -150,14 +162,19 @@ def _inner_steps(
     inner_steps = patchgd.num_inner_steps
     epsilon = inner_steps if patchgd.mode == "accumulate" else patchgd.epsilon
     scale = patchgd.encoder_grad_scale
-    ids = sample_groups(
-        stream(key, "sampling"),
+    groups = partial(
+        sample_groups,
         num_patches=grid.num_patches,
         inner_steps=inner_steps,
         batch=batch["image"].shape[0],
-        sampling=patchgd.sampling,
         sample_per=patchgd.sample_per,
     )
+    ids = groups(stream(key, "sampling"), sampling=patchgd.sampling)
+    if patchgd.norm_policy == "paper":
+        # Batch statistics of neighbours would not be those of the inner steps.
+        fill_ids = groups(stream(key, "fill-order"), sampling="partition")
+    else:
+        fill_ids = chunked_ids(grid, patchgd.fill_chunk, batch["image"].shape[0])
     if scale == "unbiased":
         scale = 1 / inclusion_probability(grid.num_patches, inner_steps, patchgd.sampling)
     z, model_state = fill(
@@ -167,7 +184,7 @@ def _inner_steps(
         stream(key, "fill"),
         model=model,
         grid=grid,
-        chunk=patchgd.fill_chunk,
+        ids=fill_ids,
         real=real_patches(batch, grid),
         train=patchgd.norm_policy == "paper",
     )
@@ -176,18 +193,19 @@ def _inner_steps(
         params: Parts, carry: tuple[Parts, Parts, jax.Array], step: tuple[jax.Array, jax.Array]
     ) -> tuple[tuple[Parts, Parts, jax.Array], tuple[jax.Array, jax.Array]]:
         total, model_state, z = carry
-        number, ids = step
+        number, group = step
         # The gradient is taken inside the scan: a gradient of the scan would keep every step.
         gradient, z = inner_gradient(
             params,
             model_state,
             z,
-            ids,
+            group,
             batch,
             jax.random.fold_in(key, number),
             model=model,
             grid=grid,
             train_encoder=patchgd.norm_policy != "frozen",
+            spare=patchgd.sampling == "uniform" or has_spare(ids, grid),
         )
         total = jax.tree.map(lambda t, g: t + g / epsilon, total, gradient.grads)
         return (total, gradient.model_state, z), (gradient.loss, gradient.logits)
@@ -233,7 +251,8 @@ def eval_step(
         Padding examples are in them; the caller leaves them out by the batch's `weight`.
     """
     key = jax.random.key(0)
-    z, _ = fill(params, model_state, batch["image"], key, model=model, grid=grid, chunk=fill_chunk)
+    ids = chunked_ids(grid, fill_chunk, batch["image"].shape[0])
+    z, _ = fill(params, model_state, batch["image"], key, model=model, grid=grid, ids=ids)
     logits, losses, _ = read_z(
         params, model_state, z, batch, key, model=model, grid=grid, train=False
     )

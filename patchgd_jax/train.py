@@ -15,6 +15,7 @@ import optax
 
 from patchgd_jax._version import __version__
 from patchgd_jax.checkpoint import Checkpoints
+from patchgd_jax.compiling import compiler_options, release_memory, use_compilation_cache
 from patchgd_jax.config import TrainConfig, flatten, to_dict
 from patchgd_jax.data.pipeline import TrainBatches
 from patchgd_jax.data.shortcuts import shortcut_scores
@@ -26,7 +27,6 @@ from patchgd_jax.experiment import (
     make_source,
     select_device,
     training_grid,
-    use_compilation_cache,
 )
 from patchgd_jax.patch_model import Parts
 from patchgd_jax.preprocess import Preprocess
@@ -216,7 +216,7 @@ class _Run:
         weight = jax.ShapeDtypeStruct((config.eval_batch_size,), np.float32)
         begun = time.monotonic()
         train_fn = (
-            jax.jit(step, donate_argnums=0)
+            jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
             .lower(state, batch(config.batch_size), self.key)
             .compile()
         )
@@ -225,6 +225,7 @@ class _Run:
             .lower(state.params, state.model_state, batch(config.eval_batch_size, weight=weight))
             .compile()
         )
+        release_memory()
         self.progress.message(f"Compiled 2 programs in {time.monotonic() - begun:.1f} s.")
         return train_fn, eval_fn
 

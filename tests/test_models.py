@@ -1,4 +1,4 @@
-"""Convolution, encoders and heads."""
+"""Encoders and heads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jax import lax
 from toy import max_relative
 
 from patchgd_jax import (
@@ -25,34 +24,8 @@ from patchgd_jax import (
     init_state,
     train_step,
 )
-from patchgd_jax.models.conv import conv2d
 
 KEY = jax.random.key(5)
-
-
-def xla_conv(x, w, stride, padding):
-    layout = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(
-        x, w, (stride, stride), [(padding, padding)] * 2, dimension_numbers=layout
-    )
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "side", "stride", "padding"),
-    [
-        (9, 7, 3, 1, 1), (8, 8, 3, 2, 1), (20, 24, 3, 1, 1), (20, 24, 3, 1, 0), (3, 2, 3, 1, 1),
-        (1, 1, 3, 1, 1), (21, 17, 7, 2, 3), (10, 6, 1, 1, 0), (10, 7, 1, 2, 0), (17, 17, 5, 3, 2),
-        (18, 18, 3, 1, 3),
-    ],
-)  # fmt: skip
-def test_conv2d_and_both_gradients_equal_xlas(float64, height, width, side, stride, padding):
-    x = jax.random.normal(jax.random.key(0), (3, height, width, 4), jnp.float64)
-    w = jax.random.normal(jax.random.key(1), (side, side, 4, 5), jnp.float64)
-    got, pull = jax.vjp(lambda x, w: conv2d(x, w, stride, padding), x, w)
-    wanted, pull_xla = jax.vjp(lambda x, w: xla_conv(x, w, stride, padding), x, w)
-    assert max_relative(got, wanted) < 1e-12
-    dy = jax.random.normal(jax.random.key(2), got.shape, jnp.float64)
-    assert max_relative(pull(dy), pull_xla(dy)) < 1e-12
 
 
 def count(tree):

@@ -27,7 +27,7 @@ from patchgd_jax import (
     train_step,
 )
 from patchgd_jax.gradients import exact_gradient, full_gradient, inner_gradient, stream
-from patchgd_jax.latents import write_latents
+from patchgd_jax.latents import chunked_ids, write_latents
 
 KEY = jax.random.key(7)
 GRIDS = [
@@ -210,7 +210,8 @@ def test_gradient_flows_through_the_sampled_patches_only(float64):
     params = toy_params(0, pixels=32)
     model, batch = toy_model(params), toy_batch(0, grid)
     state = {"encoder": {}, "head": {}}
-    z, _ = fill(params, state, batch["image"], KEY, model=model, grid=grid, chunk=4)
+    chunks = chunked_ids(grid, 4, 2)
+    z, _ = fill(params, state, batch["image"], KEY, model=model, grid=grid, ids=chunks)
     ids = jnp.array([[0, 5], [7, grid.num_patches]])
 
     def loss(image):
@@ -266,7 +267,8 @@ def test_z_of_a_bright_pixel_is_where_the_pixel_is():
     for y, x in [(0, 0), (19, 30), (5, 10), (12, 28), (4, 26)]:
         image = np.zeros((1, 20, 31, 1), np.uint8)
         image[0, y, x] = 255
-        z, _ = fill(params, state, image, KEY, model=model, grid=grid, chunk=4)
+        ids = chunked_ids(grid, 4, 1)
+        z, _ = fill(params, state, image, KEY, model=model, grid=grid, ids=ids)
         seen = np.asarray(z).reshape(grid.rows, grid.cols) > 0
         wanted = np.array(
             [
@@ -297,10 +299,12 @@ def test_fill_does_not_depend_on_the_chunk_in_eval_mode(norm):
     grid = PatchGrid(40, 56, 16, 12)
     model, batch = shipped(grid, norm=norm), digits_batch(grid)
     params, state = model.init(KEY)
-    z = [
-        np.asarray(fill(params, state, batch["image"], KEY, model=model, grid=grid, chunk=chunk)[0])
-        for chunk in (1, 3, 7, 1000)
-    ]
+
+    def filled(chunk):
+        ids = chunked_ids(grid, chunk, 4)
+        return fill(params, state, batch["image"], KEY, model=model, grid=grid, ids=ids)[0]
+
+    z = [np.asarray(filled(chunk)) for chunk in (1, 3, 7, 1000)]
     assert z[0].shape == (4, grid.num_patches, 16)
     for other in z[1:]:
         np.testing.assert_allclose(other, z[0], rtol=2e-5, atol=2e-5)
@@ -311,7 +315,7 @@ def test_images_are_normalised_after_the_gather():
     grid = PatchGrid(32, 32, 16)
     model, batch = shipped(grid), digits_batch(grid)
     params, state = model.init(KEY)
-    arguments = {"model": model, "grid": grid, "chunk": 2}
+    arguments = {"model": model, "grid": grid, "ids": chunked_ids(grid, 2, 4)}
     from_bytes, _ = fill(params, state, batch["image"], KEY, **arguments)
     from_floats, _ = fill(params, state, np.float32(batch["image"]) / 255, KEY, **arguments)
     np.testing.assert_allclose(from_bytes, from_floats, rtol=1e-5, atol=1e-5)

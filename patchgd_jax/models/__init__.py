@@ -12,10 +12,10 @@ from flax import linen as nn
 from patchgd_jax.config import ModelConfig
 from patchgd_jax.errors import ConfigError, unknown_name
 from patchgd_jax.grid import PatchGrid
-from patchgd_jax.models.heads import AttentionHead, CNNHead
+from patchgd_jax.models.heads import AttentionHead, CNNHead, LinearHead
 from patchgd_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from patchgd_jax.models.small_cnn import SmallCNN
-from patchgd_jax.patch_model import PatchModel, from_linen
+from patchgd_jax.patch_model import PatchModel, from_linen, rematerialised
 
 
 class HeadEntry(NamedTuple):
@@ -35,6 +35,7 @@ ENCODERS: Mapping[str, Callable[..., nn.Module]] = {
 
 HEADS: Mapping[str, HeadEntry] = {
     "attention": HeadEntry(AttentionHead, fixed_grid=False),
+    "linear": HeadEntry(LinearHead, fixed_grid=False),
     "cnn-original": HeadEntry(CNNHead, fixed_grid=True),
     "cnn-smaller": HeadEntry(partial(CNNHead, same_size_blocks=0), fixed_grid=True),
     "cnn-larger": HeadEntry(partial(CNNHead, stride_2_blocks=4), fixed_grid=True),
@@ -84,11 +85,14 @@ def build_model(
     dtype: Any = jnp.dtype(config.dtype)
     # Only an explicit rate overrides the dropout that a published head comes with.
     dropout = {"dropout": config.dropout} if config.dropout is not None else {}
-    return from_linen(
-        ENCODERS[config.encoder](latent_dim=config.latent_dim, norm=config.norm, dtype=dtype),
+    model = from_linen(
+        ENCODERS[config.encoder](
+            latent_dim=config.latent_dim, norm=config.norm, dtype=dtype, remat=config.remat
+        ),
         head.build(classes=classes, **dropout),
         grid=grid,
         channels=channels,
         mean=mean,
         std=std,
     )
+    return rematerialised(model) if config.remat == "everything" else model

@@ -1,9 +1,7 @@
 """2-D convolution that is fast on every platform.
 
-XLA:CPU runs a convolution's weight gradient inside a loop body with a naive kernel, 30 to 200
-times slower than a matrix product of the same size, and convolutions on very small maps slowly
-everywhere. On CPU the gradients are therefore matrix products over shifted slices; on GPU and TPU
-everything stays XLA's own convolution.
+On GPU and TPU it is XLA's own; on the CPU `conv2d` chooses by shape among XLA's and the matrix
+products of `cpu_conv`, in both directions.
 """
 
 from __future__ import annotations
@@ -16,11 +14,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from patchgd_jax.models import cpu_conv
+from patchgd_jax.models.remat import keep
+
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-# Below this output side XLA:CPU's convolution is slower than an im2col product (measured).
-_SMALL_MAP = 3
-# From this side on XLA:CPU's convolution beats the im2col product for the input gradient.
-_LARGE_MAP = 16
+# Kernels with fewer channels make thin products, one per tap: XLA:CPU's convolution is faster.
+_FEW_CHANNELS = 8
+# With fewer tiles than this, transforming the weights costs Winograd more than it saves; the same
+# holds for maps on which many taps meet nothing but padding.
+_WINOGRAD_TILES = 64
+_WINOGRAD_SIDE = 4
+# Its buffers are four times the map. Beyond this they no longer stay near the caches, and on whole
+# images they would be most of the memory.
+_WINOGRAD_BYTES = 2**26
 
 
 def _native(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
@@ -29,63 +35,53 @@ def _native(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
     )
 
 
-def _shifted(x: jax.Array, i: int, j: int, stride: int, out: tuple[int, int]) -> jax.Array:
-    height, width = out
-    return x[
-        :, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride
-    ]
+def _large(x: jax.Array) -> bool:
+    return 4 * x.size * x.dtype.itemsize > _WINOGRAD_BYTES
 
 
-def _pad(x: jax.Array, padding: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-
-
-def _out_size(x: jax.Array, side: int, stride: int, padding: int) -> tuple[int, int]:
-    height, width = ((n + 2 * padding - side) // stride + 1 for n in x.shape[1:3])
-    return height, width
-
-
-def _im2col(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
-    side, _, _, features = w.shape
-    out = _out_size(x, side, stride, padding)
-    x = _pad(x, padding)
-    columns = jnp.concatenate(
-        [_shifted(x, i, j, stride, out) for i in range(side) for j in range(side)], axis=-1
+def _winograd_pays(
+    x: jax.Array, w_shape: tuple[int, ...], stride: int, padding: int, tiles: int
+) -> bool:
+    tile_count = x.shape[0] * -(-x.shape[1] // 2) * -(-x.shape[2] // 2)
+    # In half precision the transforms would lose bits that matter.
+    return (
+        w_shape[0] == 3
+        and (stride, padding) == (1, 1)
+        and x.dtype in (jnp.float32, jnp.float64)
+        and min(x.shape[1:3]) >= _WINOGRAD_SIDE
+        and tile_count >= tiles
+        and not _large(x)
     )
-    return lax.dot_general(columns, w.reshape(-1, features), (((3,), (0,)), ((), ())))
+
+
+def _forward_cpu(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
+    if w.shape[2] < _FEW_CHANNELS or (_large(x) and w.shape[0] > 1):
+        return _native(x, w, stride, padding)
+    if _winograd_pays(x, w.shape, stride, padding, _WINOGRAD_TILES):
+        return cpu_conv.winograd(x, w)
+    return cpu_conv.taps(x, w, stride, padding)
 
 
 def _input_gradient_cpu(
     dy: jax.Array, w: jax.Array, stride: int, padding: int, x_shape: tuple[int, ...]
 ) -> jax.Array:
+    if _winograd_pays(dy, w.shape, stride, padding, _WINOGRAD_TILES):
+        return cpu_conv.winograd_input_gradient(dy, w)
     side = w.shape[0]
-    if stride == 1 and dy.shape[1] >= _LARGE_MAP and padding < side:
-        flipped = jnp.flip(w, (0, 1)).transpose(0, 1, 3, 2)
-        return _native(dy, flipped, 1, side - 1 - padding)
+    if _large(dy) and side > 1 and stride == 1 and padding < side:
+        return _native(dy, jnp.flip(w, (0, 1)).swapaxes(2, 3), 1, side - 1 - padding)
     zeros = jnp.zeros(x_shape, dy.dtype)
-    (dx,) = jax.vjp(lambda x: _im2col(x, w, stride, padding), zeros)[1](dy)
-    return dx
+    return jax.vjp(lambda x: cpu_conv.taps(x, w, stride, padding), zeros)[1](dy)[0]
 
 
 def _weight_gradient_cpu(
-    x: jax.Array, dy: jax.Array, stride: int, padding: int, side: int
+    x: jax.Array, dy: jax.Array, stride: int, padding: int, w_shape: tuple[int, ...]
 ) -> jax.Array:
-    out = (dy.shape[1], dy.shape[2])
-    x = _pad(x, padding)
-    # One product per kernel row: an im2col buffer of `side` columns instead of `side * side`.
-    wide = jnp.concatenate(
-        [x[:, :, j : j + stride * (out[1] - 1) + 1 : stride] for j in range(side)], -1
-    )
-    flat_dy = dy.reshape(-1, dy.shape[-1])
-    rows = [
-        lax.dot_general(
-            wide[:, i : i + stride * (out[0] - 1) + 1 : stride].reshape(-1, wide.shape[-1]),
-            flat_dy,
-            (((0,), (0,)), ((), ())),
-        )
-        for i in range(side)
-    ]
-    return jnp.stack(rows).reshape(side, side, x.shape[-1], dy.shape[-1])
+    if w_shape[2] < _FEW_CHANNELS:
+        return cpu_conv.rows_weight_gradient(x, dy, w_shape[0], stride, padding)
+    if _winograd_pays(x, w_shape, stride, padding, 1):
+        return cpu_conv.winograd_weight_gradient(x, dy)
+    return cpu_conv.taps_weight_gradient(x, dy, w_shape[0], stride, padding)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -101,13 +97,11 @@ def conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int = 0) -> jax
     Returns:
         `float [M, (H + 2 * padding - k) // stride + 1, ..., F]`.
     """
-
-    def on_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
-        small = max(_out_size(x, w.shape[0], stride, padding)) <= _SMALL_MAP
-        return (_im2col if small or w.shape[0] == 1 else _native)(x, w, stride, padding)
-
     return lax.platform_dependent(
-        x, w, cpu=on_cpu, default=lambda x, w: _native(x, w, stride, padding)
+        x,
+        w,
+        cpu=lambda x, w: _forward_cpu(x, w, stride, padding),
+        default=lambda x, w: _native(x, w, stride, padding),
     )
 
 
@@ -123,7 +117,7 @@ def _backward(
     def on_cpu(x: jax.Array, w: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (
             _input_gradient_cpu(dy, w, stride, padding, x.shape),
-            _weight_gradient_cpu(x, dy, stride, padding, w.shape[0]),
+            _weight_gradient_cpu(x, dy, stride, padding, w.shape),
         )
 
     def elsewhere(x: jax.Array, w: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -157,7 +151,7 @@ class Conv(nn.Module):
         param_dtype = jnp.promote_types(jnp.float32, self.dtype)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape, param_dtype)
         padding = self.side // 2 if self.padding is None else self.padding
-        x = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, padding)
+        x = keep(conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, padding))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), param_dtype)
             x = x + bias.astype(self.dtype)

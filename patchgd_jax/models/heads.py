@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from patchgd_jax.models.conv import Conv
+from patchgd_jax.models.norm import Normalize
 
 
 class CNNHead(nn.Module):
@@ -35,16 +36,28 @@ class CNNHead(nn.Module):
         for stride in strides:
             z = Conv(self.features, stride=stride, use_bias=True, dtype=self.dtype)(z)
             z = nn.relu(z)
-            z = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                dtype=self.dtype,
-                param_dtype=param_dtype,
-            )(z)
+            z = Normalize("batch", self.dtype)(z, train=train)
             # Dropout2d drops whole maps.
             z = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(z)
         z = z.reshape(z.shape[0], -1)
         return nn.Dense(self.classes, dtype=self.dtype, param_dtype=param_dtype)(z)
+
+
+class LinearHead(nn.Module):
+    """A dense layer on the mean of the patches' latents, for any grid."""
+
+    classes: int
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
+        """Classifies `z float [B, rows, cols, D]`; patches where `mask` is False do not count."""
+        where = None if mask is None else mask[..., None]
+        pooled = z.mean((1, 2), where=where)
+        pooled = nn.Dropout(self.dropout, deterministic=not train)(pooled)
+        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
+        return nn.Dense(self.classes, dtype=self.dtype, param_dtype=param_dtype)(pooled)
 
 
 class AttentionHead(nn.Module):

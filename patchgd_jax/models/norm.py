@@ -2,19 +2,95 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
+
+from patchgd_jax.models.remat import keep
 
 Norm = Literal["group", "batch"]
+
+_EPSILON = 1e-5
+_MOMENTUM = 0.9
+
+
+def _statistics(
+    x: jax.Array, counts: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | float]:
+    """Mean and biased variance per channel, and the number of values they are taken of."""
+    if counts is None:
+        number: jax.Array | float = float(x.size // x.shape[-1])
+        mean = x.sum((0, 1, 2)) / number
+        return mean, jnp.square(x - mean).sum((0, 1, 2)) / number, number
+    share = counts.astype(x.dtype)[:, None, None, None]
+    number = jnp.maximum(share.sum() * x.shape[1] * x.shape[2], 1)
+    mean = (x * share).sum((0, 1, 2)) / number
+    return mean, (jnp.square(x - mean) * share).sum((0, 1, 2)) / number, number
+
+
+@jax.custom_vjp
+def batch_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, counts: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalises each channel by its statistics over the batch.
+
+    The gradient is written out: two sums and one pass over the map, where automatic differentiation
+    takes several of each. None flows through the returned statistics, which are for the running
+    averages.
+
+    Args:
+        x: `float [M, H, W, C]`; statistics are taken in at least float32.
+        scale: `float [C]`.
+        bias: `float [C]`.
+        counts: `bool [M]`, False for patches that the statistics leave out; None for none.
+
+    Returns:
+        The normalised map, in x's dtype; the mean and the unbiased variance, `[C]` each.
+    """
+    return _batch_norm_forward(x, scale, bias, counts)[0]
+
+
+def _batch_norm_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, counts: jax.Array | None
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean, variance, number = _statistics(wide, counts)
+    mean, variance = keep(mean), keep(variance)
+    inverse = lax.rsqrt(variance + _EPSILON)
+    factor = inverse * scale
+    y = wide * factor + (bias - mean * factor)
+    unbiased = variance * (number / jnp.maximum(number - 1, 1))
+    return (y.astype(x.dtype), mean, unbiased), (x, scale, mean, inverse, counts, number)
+
+
+def _batch_norm_backward(
+    saved: Any, cotangents: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    x, scale, mean, inverse, counts, number = saved
+    dy = cotangents[0].astype(mean.dtype)
+    centred = x.astype(mean.dtype) - mean
+    dbias = dy.sum((0, 1, 2))
+    dscale = (dy * centred).sum((0, 1, 2)) * inverse
+    factor = inverse * scale
+    common = centred * (factor * inverse * dscale / number) + factor * dbias / number
+    if counts is not None:
+        common *= counts.astype(mean.dtype)[:, None, None, None]
+    dx = dy * factor - common
+    return dx.astype(x.dtype), dscale, dbias, None
+
+
+batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
 class Normalize(nn.Module):
     """GroupNorm or BatchNorm, chosen by name.
 
-    BatchNorm's momentum is 0.9 (PyTorch's 0.1) and its statistics leave out masked patches.
+    BatchNorm is PyTorch's: momentum 0.9 (0.1 there), epsilon 1e-5, and a running variance that is
+    unbiased. Its statistics leave out masked patches.
     """
 
     kind: Norm
@@ -30,15 +106,25 @@ class Normalize(nn.Module):
             nn.initializers.zeros_init() if self.zero_scale else nn.initializers.ones_init()
         )
         param_dtype = jnp.promote_types(jnp.float32, self.dtype)
+        channels = x.shape[-1]
         if self.kind == "group":
-            groups = min(self.groups, x.shape[-1])
             return nn.GroupNorm(
-                num_groups=groups, dtype=self.dtype, param_dtype=param_dtype, scale_init=scale_init
+                num_groups=min(self.groups, channels),
+                dtype=self.dtype,
+                param_dtype=param_dtype,
+                scale_init=scale_init,
             )(x)
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            dtype=self.dtype,
-            param_dtype=param_dtype,
-            scale_init=scale_init,
-        )(x, mask=None if mask is None else mask[:, None, None, None])
+        scale = self.param("scale", scale_init, (channels,), param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,), param_dtype)
+        zeros, ones = partial(jnp.zeros, channels), partial(jnp.ones, channels)
+        running_mean = self.variable("batch_stats", "mean", zeros, param_dtype)
+        running_variance = self.variable("batch_stats", "var", ones, param_dtype)
+        x = x.astype(self.dtype)
+        if not train:
+            factor = lax.rsqrt(running_variance.value + _EPSILON) * scale
+            return (x * factor + (bias - running_mean.value * factor)).astype(self.dtype)
+        y, mean, variance = batch_norm(x, scale, bias, mask)
+        if not self.is_initializing():
+            for running, new in ((running_mean, mean), (running_variance, variance)):
+                running.value = _MOMENTUM * running.value + (1 - _MOMENTUM) * new
+        return y

@@ -10,6 +10,8 @@ from flax import linen as nn
 
 from patchgd_jax.models.conv import Conv
 from patchgd_jax.models.norm import Norm, Normalize
+from patchgd_jax.models.pool import max_pool_3x3
+from patchgd_jax.models.remat import Remat, rematerialise
 
 
 class BasicBlock(nn.Module):
@@ -23,7 +25,7 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
         """Maps `x [M, H, W, C]` to `[M, H / stride, W / stride, features * expansion]`."""
 
         def norm(x: jax.Array, zero_scale: bool = False) -> jax.Array:
@@ -49,7 +51,7 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
         """Maps `x [M, H, W, C]` to `[M, H / stride, W / stride, features * expansion]`."""
 
         def norm(x: jax.Array, zero_scale: bool = False) -> jax.Array:
@@ -74,18 +76,20 @@ class ResNet(nn.Module):
     block: type[BasicBlock] | type[Bottleneck]
     norm: Norm = "group"
     dtype: Any = jnp.float32
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Encodes `x float [M, p, p, C]` to `float [M, latent_dim]`."""
         x = Conv(64, side=7, stride=2, dtype=self.dtype)(x.astype(self.dtype))
         x = nn.relu(Normalize(self.norm, self.dtype)(x, train=train, mask=mask))
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = max_pool_3x3(x)
+        block = rematerialise(self.block, self.remat)
         for stage, count in enumerate(self.blocks):
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
-                x = self.block(64 * 2**stage, stride, self.norm, self.dtype)(
-                    x, train=train, mask=mask
-                )
+                # Named here, so that the tree is the same under every policy.
+                name = f"{self.block.__name__}_{sum(self.blocks[:stage]) + index}"
+                x = block(64 * 2**stage, stride, self.norm, self.dtype, name=name)(x, train, mask)
         param_dtype = jnp.promote_types(jnp.float32, self.dtype)
         return nn.Dense(self.latent_dim, dtype=self.dtype, param_dtype=param_dtype)(x.mean((1, 2)))

@@ -10,6 +10,21 @@ from flax import linen as nn
 
 from patchgd_jax.models.conv import Conv
 from patchgd_jax.models.norm import Norm, Normalize
+from patchgd_jax.models.remat import Remat, rematerialise
+
+
+class Stage(nn.Module):
+    """A 3x3 convolution, norm and ReLU."""
+
+    features: int
+    norm: Norm
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
+        """Maps `x [M, H, W, C]` to `[M, H, W, features]`."""
+        x = Conv(self.features, dtype=self.dtype)(x)
+        return nn.relu(Normalize(self.norm, self.dtype, groups=8)(x, train=train, mask=mask))
 
 
 class SmallCNN(nn.Module):
@@ -24,6 +39,7 @@ class SmallCNN(nn.Module):
     latent_dim: int
     norm: Norm = "batch"
     dtype: Any = jnp.float32
+    remat: Remat = "none"
     widths: tuple[int, ...] = (32, 64, 128, 128)
 
     @nn.compact
@@ -35,12 +51,12 @@ class SmallCNN(nn.Module):
         rows, cols = x.shape[1] // 4, x.shape[2] // 4
         x = x.reshape(count, rows, 4, cols, 4, channels).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(count, rows, cols, 16 * channels)
+        block = rematerialise(Stage, self.remat)
         for stage, features in enumerate(self.widths):
             if stage >= 2 and min(x.shape[1:3]) >= 2:
                 x = nn.max_pool(x, (2, 2), (2, 2))
-            x = Conv(features, dtype=self.dtype)(x)
-            x = Normalize(self.norm, self.dtype, groups=8)(x, train=train, mask=mask)
-            x = nn.relu(x)
+            # Named here, so that the tree is the same under every policy.
+            x = block(features, self.norm, self.dtype, name=f"Stage_{stage}")(x, train, mask)
         x = jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], axis=-1)
         param_dtype = jnp.promote_types(jnp.float32, self.dtype)
         return nn.Dense(self.latent_dim, dtype=self.dtype, param_dtype=param_dtype)(x)

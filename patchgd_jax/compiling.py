@@ -1,0 +1,61 @@
+"""How programs are compiled: the options they need, where they are kept, what they leave behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+
+def compiler_options() -> dict[str, bool | int | str | float]:
+    """Options for `jax.jit(..., compiler_options=)`, for the current backend.
+
+    On the CPU, jax 0.10 undoes `jax.checkpoint`: it drops the barriers around what is to be
+    computed again, and then finds it to be there already. Without that pass a remat policy saves
+    what it promises.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
+
+def release_memory() -> None:
+    """Gives memory that compilation has freed back to the system, where the allocator keeps it.
+
+    On Linux the C library keeps several hundred MB after a large program was compiled.
+    """
+    if sys.platform == "linux":
+        # Other C libraries than glibc keep nothing and have no such function.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def use_compilation_cache() -> str:
+    """Keeps compiled programs between processes, in a folder only this user can write.
+
+    A folder that the environment or the caller has set stays.
+
+    Returns:
+        Where they are kept, or why they are not, to show to the user.
+    """
+    chosen = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if chosen is not None:
+        return f"kept in {chosen}"
+    import platformdirs
+
+    path = Path(platformdirs.user_cache_dir("patchgd-jax")) / "xla"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+        # Whoever can write here can make this process run code of theirs.
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            return f"not kept: {path} can be written by others; remove it or make it private"
+    except OSError as error:
+        return f"not kept: {path}: {error.strerror}"
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return f"kept in {path}"

@@ -1,0 +1,36 @@
+"""What an encoder keeps for its backward pass, and what it computes again."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+Remat = Literal["none", "dots", "blocks", "everything"]
+
+_PRODUCTS = "product"
+
+
+def keep(x: jax.Array) -> jax.Array:
+    """Marks what policy `dots` keeps: results of convolutions, and sums over whole maps."""
+    return checkpoint_name(x, _PRODUCTS)
+
+
+def rematerialise(block: type[nn.Module], remat: Remat) -> type[nn.Module]:
+    """Applies a policy to the class of one block of an encoder.
+
+    `none` and `everything` leave it as it is: the latter is one `jax.checkpoint` around the whole
+    encoder, which is its caller's to add.
+
+    Args:
+        block: called as `block(...)(x, train, mask)`.
+        remat: the policy.
+    """
+    if remat in ("none", "everything"):
+        return block
+    policies = jax.checkpoint_policies
+    policy = policies.save_only_these_names(_PRODUCTS) if remat == "dots" else None
+    # Of (self, x, train, mask), train is a Python bool.
+    return nn.remat(block, policy=policy, static_argnums=(2,))

@@ -1,0 +1,168 @@
+"""Convolution, batch norm and max pooling against XLA's, PyTorch's rules and plain loops."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from toy import max_relative
+
+from patchgd_jax.models import cpu_conv
+from patchgd_jax.models.conv import conv2d
+from patchgd_jax.models.norm import Normalize, batch_norm
+from patchgd_jax.models.pool import max_pool_3x3
+
+
+def xla_conv(x, w, stride, padding):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, w, (stride, stride), [(padding, padding)] * 2, dimension_numbers=layout
+    )
+
+
+def normal(seed, *shape, dtype=jnp.float64):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+# The channels decide among XLA's convolution and products; the tiles between Winograd's and taps.
+@pytest.mark.parametrize(("count", "channels"), [(3, 4), (2, 8), (20, 9)])
+@pytest.mark.parametrize(
+    ("height", "width", "side", "stride", "padding"),
+    [
+        (9, 7, 3, 1, 1), (8, 8, 3, 2, 1), (20, 24, 3, 1, 1), (20, 24, 3, 1, 0), (3, 2, 3, 1, 1),
+        (1, 1, 3, 1, 1), (21, 17, 7, 2, 3), (10, 6, 1, 1, 0), (10, 7, 1, 2, 0), (17, 17, 5, 3, 2),
+        (18, 18, 3, 1, 3), (4, 4, 3, 1, 1), (2, 2, 3, 2, 1), (1, 1, 3, 2, 1), (5, 4, 1, 1, 1),
+    ],
+)  # fmt: skip
+def test_conv2d_and_both_gradients_equal_xlas(
+    float64, count, channels, height, width, side, stride, padding
+):
+    x, w = normal(0, count, height, width, channels), normal(1, side, side, channels, 5)
+    got, pull = jax.vjp(lambda x, w: conv2d(x, w, stride, padding), x, w)
+    wanted, pull_xla = jax.vjp(lambda x, w: xla_conv(x, w, stride, padding), x, w)
+    assert max_relative(got, wanted) < 1e-12
+    dy = normal(2, *got.shape)
+    assert max_relative(pull(dy), pull_xla(dy)) < 1e-12
+
+
+def test_maps_too_large_for_winograds_buffers_are_convolved_as_well(float64):
+    x, w = normal(0, 1, 520, 512, 8), normal(1, 3, 3, 8, 8)
+    got, pull = jax.vjp(lambda x, w: conv2d(x, w, 1, 1), x, w)
+    wanted, pull_xla = jax.vjp(lambda x, w: xla_conv(x, w, 1, 1), x, w)
+    dy = normal(2, *got.shape)
+    assert max_relative((got, pull(dy)), (wanted, pull_xla(dy))) < 1e-11
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 8), (7, 7), (2, 2), (1, 3)])
+def test_winograd_and_its_gradients_equal_xlas(float64, height, width):
+    x, w = normal(0, 2, height, width, 3), normal(1, 3, 3, 3, 5)
+    wanted, pull = jax.vjp(lambda x, w: xla_conv(x, w, 1, 1), x, w)
+    dy = normal(2, *wanted.shape)
+    dx, dw = pull(dy)
+    assert max_relative(cpu_conv.winograd(x, w), wanted) < 1e-12
+    assert max_relative(cpu_conv.winograd_input_gradient(dy, w), dx) < 1e-12
+    assert max_relative(cpu_conv.winograd_weight_gradient(x, dy), dw) < 1e-12
+
+
+def test_winograds_rounding_error_is_that_of_float32():
+    x, w = normal(0, 4, 16, 16, 64, dtype=jnp.float32), normal(1, 3, 3, 64, 64, dtype=jnp.float32)
+    with jax.enable_x64(True):
+        truth = np.asarray(xla_conv(x.astype(jnp.float64), w.astype(jnp.float64), 1, 1))
+    got = np.asarray(cpu_conv.winograd(x, w), np.float64)
+    assert np.linalg.norm(got - truth) < 2e-6 * np.linalg.norm(truth)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(("height", "width", "side", "padding"), [(6, 5, 3, 1), (7, 9, 5, 0)])
+def test_weight_gradients_by_tap_and_by_row_equal_xlas(
+    float64, height, width, side, padding, stride
+):
+    x, w = normal(0, 2, height, width, 3), normal(1, side, side, 3, 5)
+    y, pull = jax.vjp(lambda w: xla_conv(x, w, stride, padding), w)
+    dy = normal(2, *y.shape)
+    assert max_relative(cpu_conv.taps(x, w, stride, padding), y) < 1e-12
+    for gradient in (cpu_conv.taps_weight_gradient, cpu_conv.rows_weight_gradient):
+        assert max_relative(gradient(x, dy, side, stride, padding), pull(dy)[0]) < 1e-12
+
+
+def plain_batch_norm(x, scale, bias, counts):
+    share = np.ones(len(x)) if counts is None else np.asarray(counts, np.float64)
+    share = share[:, None, None, None]
+    number = share.sum() * x.shape[1] * x.shape[2]
+    mean = (x * share).sum((0, 1, 2)) / number
+    variance = (jnp.square(x - mean) * share).sum((0, 1, 2)) / number
+    y = (x - mean) / jnp.sqrt(variance + 1e-5) * scale + bias
+    return y, mean, variance * number / (number - 1)
+
+
+@pytest.mark.parametrize("counts", [None, [True, False, True, True]])
+def test_batch_norm_and_its_gradient(float64, counts):
+    x = 3 + 2 * normal(0, 4, 3, 5, 6)
+    scale, bias = normal(1, 6), normal(2, 6)
+    counts = None if counts is None else jnp.array(counts)
+    got = batch_norm(x, scale, bias, counts)
+    wanted = plain_batch_norm(x, scale, bias, counts)
+    assert max_relative(got, wanted) < 1e-12
+    dy = normal(3, *x.shape)
+
+    def gradient(norm):
+        return jax.grad(lambda *a: (norm(*a, counts)[0] * dy).sum(), argnums=(0, 1, 2))(
+            x, scale, bias
+        )
+
+    assert max_relative(gradient(batch_norm), gradient(plain_batch_norm)) < 1e-11
+
+
+def test_batch_norm_keeps_statistics_wide():
+    x = (100 + normal(0, 8, 4, 4, 3, dtype=jnp.float32)).astype(jnp.bfloat16)
+    layer = Normalize("batch", jnp.bfloat16)
+    variables = layer.init(jax.random.key(0), x, train=True)
+    y, changed = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+    assert y.dtype == jnp.bfloat16
+    truth = np.asarray(x, np.float64)
+    count = truth.size // 3
+    for name, value in (
+        ("mean", 0.1 * truth.mean((0, 1, 2))),
+        ("var", 0.9 + 0.1 * truth.var((0, 1, 2)) * count / (count - 1)),
+    ):
+        statistic = changed["batch_stats"][name]
+        assert statistic.dtype == jnp.float32
+        np.testing.assert_allclose(statistic, value, rtol=1e-5)
+
+
+def loop_max_pool(x, dy):
+    """The pooled map, and the gradient given to the first maximum of each window."""
+    height, width = x.shape[1:3]
+    y, dx = np.zeros(dy.shape), np.zeros(x.shape)
+    for m, i, j, c in np.ndindex(dy.shape):
+        window = [
+            (x[m, a, b, c], -a, -b)
+            for a in range(max(0, 2 * i - 1), min(height, 2 * i + 2))
+            for b in range(max(0, 2 * j - 1), min(width, 2 * j + 2))
+        ]
+        # Of equal values, the one first by row, then by column.
+        value, a, b = max(window)
+        y[m, i, j, c] = value
+        dx[m, -a, -b, c] += dy[m, i, j, c]
+    return y, dx
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 6), (5, 9), (1, 1), (2, 3)])
+@pytest.mark.parametrize("values", [1000, 3, 1])
+def test_max_pooling_is_torchs(float64, height, width, values):
+    """With few different values, windows have ties, and with one value nothing else."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(values, size=(2, height, width, 3)) - 1.0
+    y, pull = jax.vjp(max_pool_3x3, jnp.asarray(x))
+    dy = rng.normal(size=y.shape)
+    wanted, dx = loop_max_pool(x, dy)
+    np.testing.assert_array_equal(y, wanted)
+    np.testing.assert_allclose(pull(jnp.asarray(dy))[0], dx, rtol=1e-12, atol=1e-12)
+
+
+def test_max_pooling_hands_nan_on():
+    x = np.zeros((1, 4, 4, 1), np.float32)
+    x[0, 1, 1] = np.nan
+    assert np.isnan(max_pool_3x3(jnp.asarray(x))).sum() == 4
