@@ -12,13 +12,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 Label = Callable[[dict[str, Any]], str]
-_MIB = 2**20
+_GIB = 2**30
 
 
 def speed_plot(rows: dict[str, Any], label: Label, path: Path) -> None:
     """Images per second of every contender, a panel for each setting."""
     figure, panels = plt.subplots(
-        1, len(rows), figsize=(4.6 * len(rows), 3.4), squeeze=False, layout="constrained"
+        1, len(rows), figsize=(5 * len(rows), 3.4), squeeze=False, layout="constrained"
     )
     for panel, (name, row) in zip(panels[0], rows.items(), strict=True):
         results = [r for r in row["contenders"] if "failure" not in r]
@@ -51,31 +51,33 @@ def memory_plot(
     sides = sorted(memory["compiled"], key=int)
     panel.plot(
         [int(s) for s in sides],
-        [memory["compiled"][s]["rest"] / _MIB for s in sides],
+        [memory["compiled"][s]["rest"] / _GIB for s in sides],
         "o-",
-        color="tab:blue",
-        label="patchgd_jax, compiled, without image and Z",
+        label="patchgd_jax, one image: compiled, without pixels and Z",
     )
     lines: dict[str, list[tuple[int, float]]] = {}
     for side, results in memory["measured"].items():
         for result in results:
             if "failure" not in result:
-                name = f"PatchGD: {label(result['task'])}, process peak"
-                lines.setdefault(name, []).append((int(side), result["peak_bytes"] / _MIB))
+                name = f"{label(result['task'])}, two images: process peak"
+                lines.setdefault(name, []).append((int(side), result["peak_bytes"] / _GIB))
     for side, results in whole_image.items():
         for result in results:
             if "failure" not in result:
                 remat = ", remat blocks" if result["task"]["variant"] == "blocks" else ""
-                name = f"whole image: {label(result['task'])}{remat}, process peak"
-                lines.setdefault(name, []).append((int(side), result["peak_bytes"] / _MIB))
+                name = f"{label(result['task'])}{remat}, one whole image: process peak"
+                lines.setdefault(name, []).append((int(side), result["peak_bytes"] / _GIB))
     for name, points in lines.items():
-        style = "s--" if name.startswith("whole") else "o-"
+        style = "s--" if "whole" in name else "o-"
         panel.plot(*zip(*points, strict=True), style, label=name)
-    panel.set(xscale="log", yscale="log", xlabel="image side, px", ylabel="MiB")
+    panel.set(xscale="log", yscale="log", xlabel="image side, px", ylabel="GiB")
     panel.set_xticks([int(s) for s in sides], [str(s) for s in sides])
+    low, high = panel.get_ylim()
+    ticks = [2.0**n for n in range(-2, 8) if low <= 2.0**n <= high]
+    panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.minorticks_off()
     panel.grid(alpha=0.3)
     panel.legend(fontsize=7)
-    panel.set_title("ResNet-50, one image, 16 patches of 128 px at a time", fontsize=10)
+    panel.set_title("ResNet-50, 16 patches of 128 px of an image at a time", fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +94,10 @@ def test_every_encoder_takes_any_patch_side(encoder, patch):
     assert jax.eval_shape(run, KEY).shape == (2, 24)
 
 
-@pytest.mark.parametrize(("encoder", "norm"), [("resnet18", "batch"), ("resnet50", "group")])
+@pytest.mark.parametrize(
+    ("encoder", "norm"),
+    [("resnet18", "batch"), pytest.param("resnet50", "group", marks=pytest.mark.slow)],
+)
 def test_resnets_and_the_papers_head_train(encoder, norm):
     """Numbers, not shapes: three steps on one batch lower its loss."""
     grid = PatchGrid(64, 64, 32)
@@ -124,14 +129,13 @@ def test_the_last_pixels_of_a_patch_are_seen():
     """Also where the patch side is not a multiple of the stem's four pixels."""
     grid = PatchGrid(45, 45, 45)
     model = build_model(ModelConfig(latent_dim=8), grid=grid, channels=1, classes=3, mean=0, std=1)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
+    encode = jax.jit(partial(model.encode, train=False, rng=KEY))
     dark = np.zeros((1, 45, 45, 1), np.uint8)
     for y, x in [(44, 44), (44, 0), (0, 44)]:
         bright = dark.copy()
         bright[0, y, x] = 255
-        latents = [
-            model.encode(params, state, patch, train=False, rng=KEY)[0] for patch in (dark, bright)
-        ]
+        latents = [encode(params, state, patch)[0] for patch in (dark, bright)]
         assert (np.asarray(latents[0]) != np.asarray(latents[1])).any()
 
 
@@ -140,13 +144,14 @@ def test_heads_ignore_masked_patches(head):
     grid = PatchGrid(64, 64, 16)
     config = ModelConfig(head=head, latent_dim=8)
     model = build_model(config, grid=grid, channels=1, classes=3, mean=0.0, std=1.0)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     # The attention head's scores start at zero; a mask must hold for any scores.
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(KEY, p.shape), params)
     mask = jnp.arange(16).reshape(1, 4, 4) < 11
     z = jax.random.normal(KEY, (1, 4, 4, 8))
     other = jnp.where(mask[..., None], z, 100.0)
 
+    @jax.jit
     def logits(z):
         return model.classify(params, state, z, mask, train=False, rng=KEY)[0]
 
@@ -157,7 +162,7 @@ def test_heads_ignore_masked_patches(head):
 def test_a_grid_free_head_does_not_care_for_the_order_of_patches():
     grid = PatchGrid(64, 64, 16)
     model = build_model(ModelConfig(latent_dim=8), grid=grid, channels=1, classes=3, mean=0, std=1)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(KEY, p.shape), params)
     z = jax.random.normal(KEY, (1, 4, 4, 8))
     turned = jnp.rot90(z, axes=(1, 2))
@@ -202,7 +207,7 @@ class _NnxHead(nnx.Module):
 def test_from_nnx_trains_and_switches_modes():
     grid = PatchGrid(32, 32, 16)
     model = from_nnx(_NnxEncoder, _NnxHead, mean=0.1, std=0.3)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     patches = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 1), dtype=np.uint8)
     quiet = [
         model.encode(params, state, patches, train=False, rng=jax.random.key(i)) for i in (0, 1)
@@ -257,7 +262,7 @@ def test_from_linen_reports_what_a_module_returns():
 
     grid = PatchGrid(32, 48, 16)
     model = from_linen(Encoder(), Head(), grid=grid, channels=3)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     assert set(params) == set(state) == {"encoder", "head"}
     batch = {"image": np.zeros((2, 32, 48, 3), np.uint8), "label": np.zeros(2, np.int32)}
     out = eval_step(params, state, batch, model=model, grid=grid, fill_chunk=4)

@@ -42,7 +42,7 @@ def run_toy(grid, config, seed=0, rate=0.1):
     params = toy_params(seed, pixels=grid.patch**2 * 2)
     model, batch = toy_model(params), toy_batch(seed, grid)
     optimizer = recording_sgd(rate)
-    state = init_state(KEY, model=model, optimizer=optimizer)
+    state = jax.jit(partial(init_state, model=model, optimizer=optimizer))(KEY)
     new, metrics = jax.jit(
         partial(train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config)
     )(state, batch, KEY)
@@ -139,7 +139,7 @@ def test_unbiased_scale_is_right_on_average_for_sampling_with_replacement(float6
         patch=4, mode="accumulate", fraction=0.5, sampling="uniform", encoder_grad_scale="unbiased"
     )
     optimizer = recording_sgd(0.0)
-    state = init_state(KEY, model=model, optimizer=optimizer)
+    state = jax.jit(partial(init_state, model=model, optimizer=optimizer))(KEY)
     step = partial(train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config)
     keys = jax.random.split(KEY, 4000)
     grads = jax.jit(jax.vmap(lambda key: step(state, batch, key)[0].opt_state["encoder"]))(keys)
@@ -263,7 +263,7 @@ def test_z_of_a_bright_pixel_is_where_the_pixel_is():
             return z.reshape(z.shape[0], -1)
 
     model = from_linen(Sum(), Seen(), grid=grid, channels=1)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     for y, x in [(0, 0), (19, 30), (5, 10), (12, 28), (4, 26)]:
         image = np.zeros((1, 20, 31, 1), np.uint8)
         image[0, y, x] = 255
@@ -298,7 +298,7 @@ def digits_batch(grid, batch=4, seed=0):
 def test_fill_does_not_depend_on_the_chunk_in_eval_mode(norm):
     grid = PatchGrid(40, 56, 16, 12)
     model, batch = shipped(grid, norm=norm), digits_batch(grid)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
 
     def filled(chunk):
         ids = chunked_ids(grid, chunk, 4)
@@ -314,7 +314,7 @@ def test_images_are_normalised_after_the_gather():
     """uint8 pixels and the same pixels as floats in [0, 1] give the same latents."""
     grid = PatchGrid(32, 32, 16)
     model, batch = shipped(grid), digits_batch(grid)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     arguments = {"model": model, "grid": grid, "ids": chunked_ids(grid, 2, 4)}
     from_bytes, _ = fill(params, state, batch["image"], KEY, **arguments)
     from_floats, _ = fill(params, state, np.float32(batch["image"]) / 255, KEY, **arguments)
@@ -323,7 +323,7 @@ def test_images_are_normalised_after_the_gather():
 
 def step_once(model, grid, config, batch, optimizer=None):
     optimizer = optimizer or optax.sgd(0.01)
-    state = init_state(KEY, model=model, optimizer=optimizer)
+    state = jax.jit(partial(init_state, model=model, optimizer=optimizer))(KEY)
     step = partial(train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config)
     return state, *jax.jit(step)(state, batch, KEY)
 
@@ -409,7 +409,7 @@ class _Mean(nn.Module):
 def test_exact_equals_autodiff_with_dropout(float64):
     grid = PatchGrid(13, 9, 4)
     model = from_linen(_Dropping(), _Mean(), grid=grid, channels=2, dtype=jnp.float64)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     batch = toy_batch(0, grid)
     arguments = {"model": model, "grid": grid, "chunk": 5, "train_encoder": True}
     exact = exact_gradient(params, state, batch, KEY, **arguments)
@@ -437,7 +437,7 @@ def test_patches_beyond_an_images_true_size_are_masked(stride):
     small, large = PatchGrid(32, 48, 16, stride), PatchGrid(48, 80, 16, stride)
     batch = digits_batch(small)
     model, wide = shipped(small, norm="group"), shipped(large, norm="group")
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     alone = eval_step(params, state, batch, model=model, grid=small, fill_chunk=2)
     rng = np.random.default_rng(1)
     image = rng.integers(0, 256, (4, 48, 80, 1), dtype=np.uint8)
@@ -522,7 +522,7 @@ def test_bfloat16_encoder_trains():
 def test_the_wrong_image_size_is_named():
     grid = PatchGrid(32, 32, 16)
     model = shipped(grid)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     batch = digits_batch(PatchGrid(32, 48, 16))
     with pytest.raises(ConfigError, match="32 x 48 px, but the grid is for 32 x 32"):
         eval_step(params, state, batch, model=model, grid=grid, fill_chunk=2)

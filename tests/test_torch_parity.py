@@ -294,7 +294,7 @@ def test_every_inner_step_agrees(case, passes, kind):
         ((18, "float32"), "accumulate"),
         ((18, "float64"), "patchgd"),
         ((18, "float64"), "accumulate"),
-        ((50, "float64"), "accumulate"),
+        pytest.param((50, "float64"), "accumulate", marks=pytest.mark.slow),
     ],
     indirect=["case"],
     ids=lambda value: value if isinstance(value, str) else f"resnet{value[0]}-{value[1]}",

@@ -24,9 +24,10 @@ _FEW_CHANNELS = 8
 # holds for maps on which many taps meet nothing but padding.
 _WINOGRAD_TILES = 64
 _WINOGRAD_SIDE = 4
-# Its buffers are four times the map. Beyond this they no longer stay near the caches, and on whole
-# images they would be most of the memory.
-_WINOGRAD_BYTES = 2**26
+# Its buffers are eight times the map. On the head's maps of a large image, and on those of whole
+# images, they would be most of the memory; such maps go through it in strips.
+_LARGE_BYTES = 2**24
+_STRIP_BYTES = 2**21
 
 
 def _native(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
@@ -36,7 +37,13 @@ def _native(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
 
 
 def _large(x: jax.Array) -> bool:
-    return 4 * x.size * x.dtype.itemsize > _WINOGRAD_BYTES
+    return x.size * x.dtype.itemsize >= _LARGE_BYTES
+
+
+def _strip_rows(x: jax.Array) -> int:
+    """Rows of a strip for a map that is large; else 0."""
+    row_bytes = x.size * x.dtype.itemsize // x.shape[1]
+    return cpu_conv.strip_rows(x.shape[1], row_bytes, _STRIP_BYTES) if _large(x) else 0
 
 
 def _winograd_pays(
@@ -50,15 +57,19 @@ def _winograd_pays(
         and x.dtype in (jnp.float32, jnp.float64)
         and min(x.shape[1:3]) >= _WINOGRAD_SIDE
         and tile_count >= tiles
-        and not _large(x)
+        and (not _large(x) or _strip_rows(x) > 0)
     )
 
 
 def _forward_cpu(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
-    if w.shape[2] < _FEW_CHANNELS or (_large(x) and w.shape[0] > 1):
+    if w.shape[2] < _FEW_CHANNELS:
         return _native(x, w, stride, padding)
     if _winograd_pays(x, w.shape, stride, padding, _WINOGRAD_TILES):
+        if rows := _strip_rows(x):
+            return cpu_conv.map_strips(lambda x: cpu_conv.winograd(x, w), x, rows)
         return cpu_conv.winograd(x, w)
+    if _large(x) and w.shape[0] > 1:
+        return _native(x, w, stride, padding)
     return cpu_conv.taps(x, w, stride, padding)
 
 
@@ -66,12 +77,13 @@ def _input_gradient_cpu(
     dy: jax.Array, w: jax.Array, stride: int, padding: int, x_shape: tuple[int, ...]
 ) -> jax.Array:
     if _winograd_pays(dy, w.shape, stride, padding, _WINOGRAD_TILES):
+        if rows := _strip_rows(dy):
+            return cpu_conv.map_strips(lambda dy: cpu_conv.winograd_input_gradient(dy, w), dy, rows)
         return cpu_conv.winograd_input_gradient(dy, w)
     side = w.shape[0]
     if _large(dy) and side > 1 and stride == 1 and padding < side:
         return _native(dy, jnp.flip(w, (0, 1)).swapaxes(2, 3), 1, side - 1 - padding)
-    zeros = jnp.zeros(x_shape, dy.dtype)
-    return jax.vjp(lambda x: cpu_conv.taps(x, w, stride, padding), zeros)[1](dy)[0]
+    return cpu_conv.taps_input_gradient(dy, w, stride, padding, x_shape)
 
 
 def _weight_gradient_cpu(
@@ -80,6 +92,8 @@ def _weight_gradient_cpu(
     if w_shape[2] < _FEW_CHANNELS:
         return cpu_conv.rows_weight_gradient(x, dy, w_shape[0], stride, padding)
     if _winograd_pays(x, w_shape, stride, padding, 1):
+        if rows := _strip_rows(x):
+            return cpu_conv.strips_weight_gradient(x, dy, rows)
         return cpu_conv.winograd_weight_gradient(x, dy)
     return cpu_conv.taps_weight_gradient(x, dy, w_shape[0], stride, padding)
 

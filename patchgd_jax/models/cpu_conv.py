@@ -8,6 +8,7 @@ minimal filtering, which needs 16 products where a 3x3 kernel has 36.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,6 +35,22 @@ class _Reach(NamedTuple):
 
     def outputs(self) -> slice:
         return slice(self.first, self.last + 1)
+
+
+class _Overlap(NamedTuple):
+    """Along one axis, the pixels `n` of a map for which `n + shift` lies in another map."""
+
+    first: int
+    count: int
+    shift: int
+
+    @classmethod
+    def of(cls, shift: int, here: int, there: int) -> _Overlap:
+        first = max(0, -shift)
+        return cls(first, min(here, there - shift) - first, shift)
+
+    def there(self) -> slice:
+        return slice(self.first + self.shift, self.first + self.shift + self.count)
 
 
 def _reaches(
@@ -67,6 +84,42 @@ def taps(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
     return total
 
 
+def taps_input_gradient(
+    dy: jax.Array, w: jax.Array, stride: int, padding: int, x_shape: tuple[int, ...]
+) -> jax.Array:
+    """The gradient of `taps`' `x` of shape `x_shape` for `dy [M, H', W', F]`.
+
+    Inputs whose rows and columns have the same remainder by the stride meet the same taps: each
+    such phase is a sum of products over a map of its own size, and no zeros between pixels are
+    ever written.
+    """
+    side = w.shape[0]
+    height, width = (-(-n // stride) for n in x_shape[1:3])
+    phases = []
+    for row in range(stride):
+        for col in range(stride):
+            total = jnp.zeros((dy.shape[0], height, width, w.shape[2]), dy.dtype)
+            for i in range((row + padding) % stride, side, stride):
+                for j in range((col + padding) % stride, side, stride):
+                    # Phase pixel n meets output n + shift through this tap.
+                    rows = _Overlap.of((row + padding - i) // stride, height, dy.shape[1])
+                    cols = _Overlap.of((col + padding - j) // stride, width, dy.shape[2])
+                    if rows.count <= 0 or cols.count <= 0:
+                        continue
+                    met = dy[:, rows.there(), cols.there()]
+                    part = lax.dot_general(met, w[i, j], (((3,), (1,)), ((), ())))
+                    around = [
+                        (r.first, n - r.first - r.count) for r, n in ((rows, height), (cols, width))
+                    ]
+                    total += jnp.pad(part, ((0, 0), *around, (0, 0)))
+            phases.append(total)
+    if stride == 1:
+        return phases[0]
+    grid = [jnp.stack(phases[i * stride : (i + 1) * stride], 3) for i in range(stride)]
+    dx = jnp.stack(grid, 2).reshape(dy.shape[0], stride * height, stride * width, -1)
+    return dx[:, : x_shape[1], : x_shape[2]]
+
+
 def taps_weight_gradient(
     x: jax.Array, dy: jax.Array, side: int, stride: int, padding: int
 ) -> jax.Array:
@@ -85,6 +138,8 @@ def rows_weight_gradient(
 ) -> jax.Array:
     """As `taps_weight_gradient`, with one product per kernel row: for kernels of few channels."""
     height, width = dy.shape[1:3]
+    # Otherwise the buffers, which need x alone, are made long before they are needed.
+    x, dy = lax.optimization_barrier((x, dy))
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     wide = jnp.concatenate(
         [x[:, :, j : j + stride * (width - 1) + 1 : stride] for j in range(side)], -1
@@ -210,3 +265,56 @@ def winograd_weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
         for a, b in zip(_by_row(_input_tiles(x)), _by_row(slopes), strict=True)
     ]
     return jnp.stack([jnp.stack(row) for row in _combine_both(_G.T, products)])
+
+
+def strip_rows(height: int, row_bytes: int, most_bytes: int) -> int:
+    """The most rows of a strip that divide `height` and fit `most_bytes`; 0 if they are too few.
+
+    Each strip is convolved with a row more on either side, so few rows are much extra work.
+    """
+    fitting = (r for r in range(min(height, most_bytes // row_bytes), 7, -1) if height % r == 0)
+    return next(fitting, 0)
+
+
+def _strip(x: jax.Array, index: jax.Array, rows: int) -> jax.Array:
+    """Rows `index * rows - 1` to `(index + 1) * rows` of `x [M, H, W, C]`; zero beyond the map."""
+    first, height = index * rows, x.shape[1]
+    above = lax.dynamic_slice_in_dim(x, jnp.maximum(first - 1, 0), 1, 1)
+    below = lax.dynamic_slice_in_dim(x, jnp.minimum(first + rows, height - 1), 1, 1)
+    return jnp.concatenate(
+        [
+            jnp.where(first > 0, above, 0),
+            lax.dynamic_slice_in_dim(x, first, rows, 1),
+            jnp.where(first + rows < height, below, 0),
+        ],
+        1,
+    )
+
+
+def map_strips(convolve: Callable[[jax.Array], jax.Array], x: jax.Array, rows: int) -> jax.Array:
+    """`convolve(x)` of a convolution of side 3 at stride 1 and padding 1, a strip at a time.
+
+    The buffers are then those of a strip of `rows` rows, which must divide the height.
+    """
+    count, height, width, _ = x.shape
+    features = jax.eval_shape(convolve, x).shape[-1]
+    # Every value is overwritten. A constant would be kept outside of the training loop, for good.
+    start = jnp.broadcast_to(x[..., :1], (count, height, width, features))
+
+    def convolve_strip(index: jax.Array, y: jax.Array) -> jax.Array:
+        strip = convolve(_strip(x, index, rows))[:, 1:-1]
+        return lax.dynamic_update_slice_in_dim(y, strip, index * rows, 1)
+
+    return lax.fori_loop(0, height // rows, convolve_strip, start)
+
+
+def strips_weight_gradient(x: jax.Array, dy: jax.Array, rows: int) -> jax.Array:
+    """As `winograd_weight_gradient`, summed over strips of `rows` rows."""
+
+    def add(total: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        part = lax.dynamic_slice_in_dim(dy, index * rows, rows, 1)
+        part = jnp.pad(part, ((0, 0), (1, 1), (0, 0), (0, 0)))
+        return total + winograd_weight_gradient(_strip(x, index, rows), part), None
+
+    start = jnp.zeros((3, 3, x.shape[-1], dy.shape[-1]), x.dtype)
+    return lax.scan(add, start, jnp.arange(x.shape[1] // rows))[0]

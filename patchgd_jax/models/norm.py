@@ -21,15 +21,20 @@ _MOMENTUM = 0.9
 def _statistics(
     x: jax.Array, counts: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | float]:
-    """Mean and biased variance per channel, and the number of values they are taken of."""
+    """Mean and biased variance per channel, and the number of values they are taken of.
+
+    The variance is E[x^2] - E[x]^2, as in Flax: a map of x - E[x] would be written and read again.
+    """
     if counts is None:
         number: jax.Array | float = float(x.size // x.shape[-1])
-        mean = x.sum((0, 1, 2)) / number
-        return mean, jnp.square(x - mean).sum((0, 1, 2)) / number, number
-    share = counts.astype(x.dtype)[:, None, None, None]
-    number = jnp.maximum(share.sum() * x.shape[1] * x.shape[2], 1)
-    mean = (x * share).sum((0, 1, 2)) / number
-    return mean, (jnp.square(x - mean) * share).sum((0, 1, 2)) / number, number
+        counted = x
+    else:
+        share = counts.astype(x.dtype)[:, None, None, None]
+        number = jnp.maximum(share.sum() * x.shape[1] * x.shape[2], 1)
+        counted = x * share
+    mean = counted.sum((0, 1, 2)) / number
+    square = (counted * x).sum((0, 1, 2)) / number
+    return mean, jnp.maximum(square - mean * mean, 0), number
 
 
 @jax.custom_vjp
@@ -71,12 +76,12 @@ def _batch_norm_backward(
     saved: Any, cotangents: tuple[jax.Array, jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     x, scale, mean, inverse, counts, number = saved
-    dy = cotangents[0].astype(mean.dtype)
-    centred = x.astype(mean.dtype) - mean
+    dy, wide = cotangents[0].astype(mean.dtype), x.astype(mean.dtype)
     dbias = dy.sum((0, 1, 2))
-    dscale = (dy * centred).sum((0, 1, 2)) * inverse
+    dscale = ((dy * wide).sum((0, 1, 2)) - mean * dbias) * inverse
     factor = inverse * scale
-    common = centred * (factor * inverse * dscale / number) + factor * dbias / number
+    slope = factor * inverse * dscale / number
+    common = wide * slope + (factor * dbias / number - mean * slope)
     if counts is not None:
         common *= counts.astype(mean.dtype)[:, None, None, None]
     dx = dy * factor - common
