@@ -41,7 +41,7 @@ class _Overlap(NamedTuple):
     """Along one axis, the pixels `n` of a map for which `n + shift` lies in another map."""
 
     first: int
-    count: int
+    length: int
     shift: int
 
     @classmethod
@@ -50,7 +50,7 @@ class _Overlap(NamedTuple):
         return cls(first, min(here, there - shift) - first, shift)
 
     def there(self) -> slice:
-        return slice(self.first + self.shift, self.first + self.shift + self.count)
+        return slice(self.first + self.shift, self.first + self.shift + self.length)
 
 
 def _reaches(
@@ -104,12 +104,13 @@ def taps_input_gradient(
                     # Phase pixel n meets output n + shift through this tap.
                     rows = _Overlap.of((row + padding - i) // stride, height, dy.shape[1])
                     cols = _Overlap.of((col + padding - j) // stride, width, dy.shape[2])
-                    if rows.count <= 0 or cols.count <= 0:
+                    if rows.length <= 0 or cols.length <= 0:
                         continue
                     met = dy[:, rows.there(), cols.there()]
                     part = lax.dot_general(met, w[i, j], (((3,), (1,)), ((), ())))
                     around = [
-                        (r.first, n - r.first - r.count) for r, n in ((rows, height), (cols, width))
+                        (r.first, n - r.first - r.length)
+                        for r, n in ((rows, height), (cols, width))
                     ]
                     total += jnp.pad(part, ((0, 0), *around, (0, 0)))
             phases.append(total)
