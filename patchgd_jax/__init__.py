@@ -6,10 +6,12 @@ optax, but no command line, data pipeline or plotting.
 
 from patchgd_jax._version import __version__ as __version__
 from patchgd_jax.compiling import compiler_options as compiler_options
+from patchgd_jax.config import AugmentConfig as AugmentConfig
 from patchgd_jax.config import DataConfig as DataConfig
 from patchgd_jax.config import ModelConfig as ModelConfig
 from patchgd_jax.config import OptimizerConfig as OptimizerConfig
 from patchgd_jax.config import PatchGDConfig as PatchGDConfig
+from patchgd_jax.config import TaskConfig as TaskConfig
 from patchgd_jax.config import TrainConfig as TrainConfig
 from patchgd_jax.errors import CheckpointError as CheckpointError
 from patchgd_jax.errors import ConfigError as ConfigError
@@ -23,9 +25,14 @@ from patchgd_jax.grid import PatchGrid as PatchGrid
 from patchgd_jax.latents import fill as fill
 from patchgd_jax.models import ENCODERS as ENCODERS
 from patchgd_jax.models import HEADS as HEADS
+from patchgd_jax.models import build_encoder as build_encoder
 from patchgd_jax.models import build_model as build_model
+from patchgd_jax.models import register_encoder as register_encoder
+from patchgd_jax.models import register_head as register_head
+from patchgd_jax.models.depth import encoder_layers as encoder_layers
 from patchgd_jax.optimizer import make_optimizer as make_optimizer
 from patchgd_jax.optimizer import make_schedule as make_schedule
+from patchgd_jax.optimizer import with_average as with_average
 from patchgd_jax.patch_model import PatchModel as PatchModel
 from patchgd_jax.patch_model import from_linen as from_linen
 from patchgd_jax.patch_model import from_nnx as from_nnx
@@ -33,6 +40,11 @@ from patchgd_jax.presets import PRESETS as PRESETS
 from patchgd_jax.presets import get_preset as get_preset
 from patchgd_jax.sampling import sample_groups as sample_groups
 from patchgd_jax.step import TrainState as TrainState
+from patchgd_jax.step import attention_map as attention_map
 from patchgd_jax.step import eval_step as eval_step
+from patchgd_jax.step import evaluated_params as evaluated_params
 from patchgd_jax.step import init_state as init_state
 from patchgd_jax.step import train_step as train_step
+from patchgd_jax.tasks import TASKS as TASKS
+from patchgd_jax.tasks import Task as Task
+from patchgd_jax.tasks import make_task as make_task

@@ -1,4 +1,4 @@
-"""The command line: `patchgd-jax train | resume | evaluate | predict | presets`."""
+"""The command line: `patchgd-jax train | resume | evaluate | predict | export | presets`."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
 
         Args:
             run: Run folder.
-            checkpoint: The one with the best validation accuracy, or the last.
+            checkpoint: The one with the best validation score, or the last.
             device: Device to run on.
             as_json: Print one JSON object.
         """
@@ -119,7 +119,7 @@ def predict_command(arguments: Sequence[str]) -> None:
         Args:
             run: Run folder.
             images: Image files (PNG, JPEG, TIFF, WebP or BMP).
-            checkpoint: The one with the best validation accuracy, or the last.
+            checkpoint: The one with the best validation score, or the last.
             device: Device to run on.
             as_json: Print one JSON list.
         """
@@ -138,6 +138,34 @@ def predict_command(arguments: Sequence[str]) -> None:
             print(f"{result['image']}  label {result['label']}  ({listed})")
 
     tyro.cli(predict_images, prog=f"{PROGRAM} predict", args=list(arguments))
+
+
+def export_command(arguments: Sequence[str]) -> None:
+    """Write a run's best model as a weight file for other programs."""
+
+    def export_weights(
+        run: Positional[str],
+        to: Literal["safetensors"] = "safetensors",
+        output: str | None = None,
+    ) -> None:
+        """Write a run's best model as model.safetensors and preprocess.json.
+
+        The encoder has the tensor names of torchvision or timm where it has published ones; latent
+        layer and head stand beside it under names that begin with `patchgd.`.
+
+        Args:
+            run: Run folder.
+            to: File format.
+            output: Folder to make; must not hold anything. None: RUN/export.
+        """
+        from patchgd_jax.experiment import select_device
+        from patchgd_jax.export import export_run
+        from patchgd_jax.progress import StderrProgress
+
+        select_device("cpu")
+        print(f"Weights: {export_run(run, output, StderrProgress())}")
+
+    tyro.cli(export_weights, prog=f"{PROGRAM} export", args=list(arguments))
 
 
 def presets_command(arguments: Sequence[str]) -> None:
@@ -175,6 +203,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "resume": resume_command,
     "evaluate": evaluate_command,
     "predict": predict_command,
+    "export": export_command,
     "presets": presets_command,
 }
 

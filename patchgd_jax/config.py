@@ -100,22 +100,37 @@ class ModelConfig:
     """The encoder (theta1) and the head (theta2)."""
 
     encoder: str = "small-cnn"
-    """Backbone that turns a patch into a latent vector: small-cnn, resnet18, resnet34, resnet50."""
-    norm: Literal["group", "batch"] = "batch"
-    """Normalisation inside the encoder. What batch statistics do is `patchgd.norm_policy`."""
+    """Backbone that turns a patch into a latent vector: small-cnn; resnet18, 34, 50 or 101;
+    mobilenet-v2; efficientnet-b0; convnext-v2-atto, femto, pico, nano, tiny or base; deit- or vit-
+    tiny, small or base."""
+    norm: Literal["group", "batch", "layer"] | None = None
+    """Normalisation inside the encoder. None: its architecture's own, layer for ConvNeXt-V2, DeiT
+    and ViT, which have no other, and batch for the rest, which can have group. What batch
+    statistics do is `patchgd.norm_policy`."""
     latent_dim: int = 128
     """Length D of a patch's latent vector."""
     head: str = "attention"
-    """Network that reads Z: attention or linear (for any grid), or one of the paper's, for the grid
-    it was trained on: cnn-original, cnn-smaller, cnn-larger, cnn-smaller-feat, cnn-larger-feat."""
+    """Network that reads Z: attention, transformer, adaptive-cnn or linear (for any grid), or one
+    of the paper's, for the grid it was trained on: cnn-original, cnn-smaller, cnn-larger,
+    cnn-smaller-feat, cnn-larger-feat."""
     dropout: float | None = None
     """Dropout rate inside the head. None: the head's own (0.2 for the paper's, else 0)."""
+    drop_path: float = 0.0
+    """Stochastic depth: the share of patches for which the encoder's last residual block is left
+    out in training; earlier blocks have less (ResNet, EfficientNet, ConvNeXt-V2, DeiT and ViT)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the encoder's computation; parameters stay float32."""
     remat: Literal["none", "dots", "blocks", "everything"] = "dots"
     """What the encoder computes again in the backward pass instead of keeping it. none: nothing;
     dots: norms and activations, the cheap half; blocks: all but each block's input; everything: all
     of it."""
+    weights: str | None = None
+    """Pretrained weights to start from: a torchvision .pth, a timm .safetensors, what
+    `patchgd-jax export` wrote, a name such as resnet50-imagenet1k-v2, or URL#sha256=HASH. Images
+    are scaled as the weights need it."""
+    allow_partial: bool = False
+    """Start with a new head where that of an export does not fit, for other classes say. Published
+    weights have neither head nor latent layer; both are always new."""
 
     def __post_init__(self) -> None:
         _require(self.latent_dim >= 1, f"model.latent_dim is {self.latent_dim}; at least 1")
@@ -123,10 +138,18 @@ class ModelConfig:
             self.dropout is None or 0 <= self.dropout < 1,
             f"model.dropout is {self.dropout}; it must be in [0, 1)",
         )
+        _require(
+            0 <= self.drop_path < 1,
+            f"model.drop_path is {self.drop_path}; it must be in [0, 1)",
+        )
         policies = ("none", "dots", "blocks", "everything")
         _require(
             self.remat in policies,
             f"model.remat is {self.remat!r}; it must be one of {', '.join(policies)}",
+        )
+        _require(
+            self.weights is not None or not self.allow_partial,
+            "model.allow_partial is about model.weights, but none are named",
         )
 
 
@@ -223,6 +246,17 @@ class OptimizerConfig:
     """Momentum (sgd only)."""
     clip_norm: float | None = None
     """Clip the gradient to this global norm."""
+    encoder_learning_rate: float | None = None
+    """Peak learning rate of the encoder. None: learning_rate, which is always the head's."""
+    layer_decay: float = 1.0
+    """Factor on the encoder's learning rate for each block that lies between a layer and the
+    latents: 1 for the last layer, the decay for the last block, its square for the one before."""
+    freeze_stages: int = 0
+    """Stages of the encoder, from the input on and with the stem, whose parameters stay as they
+    are. Their batch statistics follow patchgd.norm_policy."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the parameters, this share of which stays at each
+    update; it is what is evaluated. None: the parameters themselves are."""
 
     def __post_init__(self) -> None:
         _require(
@@ -241,6 +275,72 @@ class OptimizerConfig:
             self.clip_norm is None or self.clip_norm > 0,
             f"optimizer.clip_norm is {self.clip_norm}; it must be positive",
         )
+        rate = self.encoder_learning_rate
+        _require(
+            rate is None or (rate > 0 and math.isfinite(rate)),
+            f"optimizer.encoder_learning_rate is {rate}; it must be positive and finite; "
+            "to keep an encoder as it is, freeze its stages",
+        )
+        _require(
+            0 < self.layer_decay <= 1,
+            f"optimizer.layer_decay is {self.layer_decay}; it must be in (0, 1]",
+        )
+        _require(
+            self.freeze_stages >= 0,
+            f"optimizer.freeze_stages is {self.freeze_stages}; it must not be negative",
+        )
+        _require(
+            self.ema_decay is None or 0 <= self.ema_decay < 1,
+            f"optimizer.ema_decay is {self.ema_decay}; it must be in [0, 1)",
+        )
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What the labels are, and the loss that goes with them."""
+
+    name: Literal["single-label", "multi-label", "regression", "ordinal"] = "single-label"
+    """single-label: one of several classes. multi-label: any of them. regression: a number.
+    ordinal: one of several grades in order (CORN). The built-in images have single or ordinal
+    labels."""
+    label_smoothing: float = 0.0
+    """Share of each training target that is spread over all answers."""
+    class_weights: tuple[float, ...] | None = None
+    """Factors on the training loss, one for each class: larger ones for rare classes."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of single patches while training; their places in Z stay."""
+
+    flips: bool = False
+    """Flip patches, each way with a chance of a half."""
+    turns: bool = False
+    """Turn patches by 0, 90, 180 or 270 degrees."""
+    brightness: float = 0.0
+    """Multiply a patch by a factor in 1 - this .. 1 + this."""
+    contrast: float = 0.0
+    """The same for the distance of its pixels from its mean grey."""
+    saturation: float = 0.0
+    """The same for the distance of its colours from grey (three channels only)."""
+    same_draw: bool = False
+    """Change a patch in the fill and in the inner step of an outer step in the same way, so that
+    its entry in Z is renewed by nothing but the parameters. Otherwise each draws anew."""
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"augment.{name} is {value}; it must be in [0, 1]")
+
+    @property
+    def jitters(self) -> bool:
+        """Whether colours change."""
+        return max(self.brightness, self.contrast, self.saturation) > 0
+
+    @property
+    def active(self) -> bool:
+        """Whether anything changes."""
+        return self.flips or self.turns or self.jitters
 
 
 @dataclass(frozen=True)
@@ -251,6 +351,8 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     patchgd: PatchGDConfig = field(default_factory=PatchGDConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     batch_size: int = 16
     """Images per outer step."""
     eval_batch_size: int = 16
@@ -285,6 +387,19 @@ class TrainConfig:
         _require(
             self.batch_size <= self.data.train_size,
             f"batch_size {self.batch_size} is more than the {self.data.train_size} training images",
+        )
+        _require(
+            self.init_encoder is None or self.model.weights is None,
+            "init_encoder and model.weights both say what the encoder starts from; name one",
+        )
+        _require(
+            self.task.name not in ("multi-label", "regression"),
+            f"task.name is {self.task.name}, but the built-in images have one class each; use "
+            "single-label or ordinal",
+        )
+        _require(
+            self.augment.saturation == 0 or self.data.channels == 3,
+            "augment.saturation needs data.channels 3: grey images have no colours",
         )
 
     @property
@@ -339,6 +454,8 @@ def _matches(value: Any, hint: Any) -> bool:
         return any(_matches(value, option) for option in typing.get_args(hint))
     if origin is tuple:
         options = typing.get_args(hint)
+        if options[1:] == (...,):
+            return isinstance(value, tuple) and all(_matches(x, options[0]) for x in value)
         return (
             isinstance(value, tuple)
             and len(value) == len(options)

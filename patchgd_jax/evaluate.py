@@ -11,6 +11,7 @@ import numpy as np
 from patchgd_jax.data.pipeline import ExampleSource, eval_batches
 from patchgd_jax.metrics import Results
 from patchgd_jax.patch_model import Parts
+from patchgd_jax.tasks import SINGLE_LABEL, Task
 
 EvalStep = Callable[[Parts, Parts, Mapping[str, jax.Array]], dict[str, jax.Array]]
 
@@ -22,6 +23,7 @@ def evaluate(
     source: ExampleSource,
     *,
     batch_size: int,
+    task: Task = SINGLE_LABEL,
     on_batch: Callable[[int], bool] = lambda done: True,
 ) -> dict[str, Any] | None:
     """Evaluates every example of the source once.
@@ -32,6 +34,7 @@ def evaluate(
         model_state: of both parts.
         source: the examples.
         batch_size: B of the compiled step; the last batch is padded to it.
+        task: that of the step; it has the metrics.
         on_batch: called with the number of examples done; False stops the evaluation.
 
     Returns:
@@ -40,10 +43,16 @@ def evaluate(
     results = Results()
     waiting: tuple[dict[str, np.ndarray], dict[str, jax.Array]] | None = None
 
-    def collect(batch: dict[str, np.ndarray], out: dict[str, jax.Array]) -> None:
+    def collect(batch: dict[str, np.ndarray], out: dict[str, Any]) -> None:
         # device_get, not np.asarray: the latter would hold back a Ctrl-C until the step is done.
-        loss, prediction = jax.device_get((out["loss"], out["prediction"]))
-        results.add(loss=loss, label=batch["label"], prediction=prediction, weight=batch["weight"])
+        out = jax.device_get(out)
+        results.add(
+            loss=out["loss"],
+            label=batch["label"],
+            prediction=out["prediction"],
+            outputs=out["logits"],
+            weight=batch["weight"],
+        )
 
     done = 0
     for batch in eval_batches(source, batch_size):
@@ -56,4 +65,4 @@ def evaluate(
             return None
     assert waiting is not None
     collect(*waiting)
-    return results.summary(source.num_classes)
+    return results.summary(task, source.num_classes)

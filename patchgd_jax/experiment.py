@@ -5,16 +5,19 @@ from __future__ import annotations
 import jax
 import optax
 
+from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.digits import Split
 from patchgd_jax.data.ultramnist import UltraMnist
 from patchgd_jax.errors import ConfigError, DeviceError
 from patchgd_jax.grid import PatchGrid
-from patchgd_jax.models import build_model
+from patchgd_jax.models import build_encoder, build_model, encoder_norm
+from patchgd_jax.models.depth import Layers, encoder_layers
 from patchgd_jax.optimizer import make_optimizer
-from patchgd_jax.patch_model import PatchModel
+from patchgd_jax.patch_model import Parts, PatchModel, Tree, split_frozen
 from patchgd_jax.preprocess import Preprocess
 from patchgd_jax.sampling import group_size
+from patchgd_jax.tasks import Task, make_task
 
 
 def make_source(config: TrainConfig, split: Split) -> UltraMnist:
@@ -53,7 +56,7 @@ def make_model(config: TrainConfig, grid: PatchGrid, preprocess: Preprocess) -> 
     """
     if (
         config.patchgd.mode == "exact"
-        and config.model.norm == "batch"
+        and encoder_norm(config.model) == "batch"
         and config.patchgd.norm_policy != "frozen"
     ):
         raise ConfigError(
@@ -64,10 +67,37 @@ def make_model(config: TrainConfig, grid: PatchGrid, preprocess: Preprocess) -> 
         config.model,
         grid=grid,
         channels=config.data.channels,
-        classes=config.data.classes,
+        classes=make_run_task(config).num_outputs(config.data.classes),
         mean=preprocess.mean,
         std=preprocess.std,
     )
+
+
+def make_run_task(config: TrainConfig) -> Task:
+    """The task, checked against the data.
+
+    Raises:
+        ConfigError: for settings that do not fit the task or the number of classes.
+    """
+    return make_task(config.task, config.data.classes)
+
+
+def _layers(config: TrainConfig) -> Layers:
+    return encoder_layers(
+        build_encoder(config.model, config.patchgd.patch),
+        patch=config.patchgd.patch,
+        channels=config.data.channels,
+    )
+
+
+def frozen_entries(config: TrainConfig) -> frozenset[str]:
+    """The encoder's top-level entries that are not trained.
+
+    Raises:
+        ConfigError: if the encoder has fewer stages than are to be frozen.
+    """
+    stages = config.optimizer.freeze_stages
+    return _layers(config).until(stages) if stages else frozenset()
 
 
 def make_run_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -77,7 +107,31 @@ def make_run_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         total_steps=config.total_steps,
         steps_per_epoch=config.steps_per_epoch,
         updates_per_step=config.patchgd.updates_per_step,
+        depth=_layers(config).depth if config.optimizer.layer_decay != 1 else None,
     )
+
+
+def restore_params(
+    checkpoints: Checkpoints, step: int, config: TrainConfig, like: Parts, part: str
+) -> Tree:
+    """A part's parameters as a run evaluated them: their moving average if it keeps one.
+
+    Args:
+        checkpoints: of the run.
+        step: from `newest_intact` or `best`.
+        config: of the run.
+        like: parameters of both parts, of the same shapes and dtypes.
+        part: `encoder` or `head`.
+
+    Raises:
+        CheckpointError: if they are another model's.
+    """
+    params = checkpoints.restore_part(step, f"params/{part}", like[part])
+    if config.optimizer.ema_decay is None:
+        return params
+    trained, _ = split_frozen(like, frozen_entries(config))
+    # What is frozen has no average.
+    return {**params, **checkpoints.restore_part(step, f"opt_state/average/{part}", trained[part])}
 
 
 def select_device(name: str) -> jax.Device:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
+from patchgd_jax.augment import Augment
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.grid import PatchGrid
 from patchgd_jax.latents import (
@@ -22,10 +22,12 @@ from patchgd_jax.latents import (
     write_latents,
 )
 from patchgd_jax.patch_model import Parts, PatchModel
+from patchgd_jax.tasks import SINGLE_LABEL, Task
 
 Batch = Mapping[str, jax.Array]
-"""`image` `[B, H, W, C]` (uint8, or float in [0, 1]), `label` `int [B]`; optionally `weight`
-`float [B]` (0 for padding examples) and `size` `int [B, 2]` (true height and width)."""
+"""`image` `[B, H, W, C]` (uint8, or float in [0, 1]) and `label`, `int [B]` or what else the task
+takes; optionally `weight` `float [B]` (0 for padding examples) and `size` `int [B, 2]` (true height
+and width)."""
 
 
 class Gradient(NamedTuple):
@@ -36,7 +38,7 @@ class Gradient(NamedTuple):
     loss: jax.Array
     """`float []`, mean over the batch."""
     logits: jax.Array
-    """`float [B, classes]`."""
+    """`float [B, O]`, as the task has them."""
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
@@ -65,19 +67,18 @@ def read_z(
     model: PatchModel,
     grid: PatchGrid,
     train: bool,
+    task: Task,
 ) -> tuple[jax.Array, jax.Array, Parts]:
     """Reads Z `[B, N, D]` with the head.
 
     Returns:
-        Logits `float [B, classes]`, the cross-entropy of each example `float [B]`, and the new
-        model state.
+        Logits `float [B, O]`, the task's loss of each example `float [B]`, and the new model state.
     """
     mask = grid.mask(batch["size"]) if "size" in batch else None
     z = z.reshape(z.shape[0], grid.rows, grid.cols, z.shape[-1])
     logits, model_state = model.classify(params, model_state, z, mask, train=train, rng=key)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    return logits, losses, model_state
+    return logits, task.loss(logits, batch["label"]), model_state
 
 
 def head_loss(
@@ -89,10 +90,11 @@ def head_loss(
     *,
     model: PatchModel,
     grid: PatchGrid,
+    task: Task,
 ) -> tuple[jax.Array, tuple[jax.Array, Parts]]:
-    """The mean cross-entropy of a training batch, by weight; the logits; the new model state."""
+    """The mean loss of a training batch, by weight; the logits; the new model state."""
     logits, losses, model_state = read_z(
-        params, model_state, z, batch, key, model=model, grid=grid, train=True
+        params, model_state, z, batch, key, model=model, grid=grid, train=True, task=task
     )
     weight = batch.get("weight", jnp.ones_like(losses))
     return (losses * weight).sum() / jnp.maximum(weight.sum(), 1), (logits, model_state)
@@ -110,6 +112,8 @@ def inner_gradient(
     grid: PatchGrid,
     train_encoder: bool,
     spare: bool = True,
+    task: Task = SINGLE_LABEL,
+    augment: Augment | None = None,
 ) -> tuple[Gradient, jax.Array]:
     """The gradient of one inner step: through the patches `ids [B, k]` only.
 
@@ -132,10 +136,11 @@ def inner_gradient(
             train=train_encoder,
             real=real_patches(batch, grid),
             spare=spare,
+            augment=augment,
         )
         fresh = write_latents(z, ids, latents)
         loss, (logits, new_state) = head_loss(
-            params, new_state, fresh, batch, stream(key, "head"), model=model, grid=grid
+            params, new_state, fresh, batch, stream(key, "head"), model=model, grid=grid, task=task
         )
         return loss, (logits, new_state, lax.stop_gradient(fresh))
 
@@ -153,6 +158,8 @@ def exact_gradient(
     grid: PatchGrid,
     chunk: int,
     train_encoder: bool,
+    task: Task = SINGLE_LABEL,
+    augment: Augment | None = None,
 ) -> Gradient:
     """The whole-image gradient at the memory of one chunk of patches.
 
@@ -179,10 +186,13 @@ def exact_gradient(
         grid=grid,
         ids=chunks,
         train=train_encoder,
+        augment=augment,
     )
 
     def loss_fn(params: Parts, z: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Parts]]:
-        return head_loss(params, model_state, z, batch, stream(key, "head"), model=model, grid=grid)
+        return head_loss(
+            params, model_state, z, batch, stream(key, "head"), model=model, grid=grid, task=task
+        )
 
     (loss, (logits, new_state)), (grads, dz) = jax.value_and_grad(
         loss_fn, argnums=(0, 1), has_aux=True
@@ -203,6 +213,7 @@ def exact_gradient(
                 grid=grid,
                 train=train_encoder,
                 spare=has_spare(chunks, grid),
+                augment=augment,
             )
             return latents
 
@@ -225,6 +236,8 @@ def full_gradient(
     chunk: int,
     train_encoder: bool,
     remat: bool,
+    task: Task = SINGLE_LABEL,
+    augment: Augment | None = None,
 ) -> Gradient:
     """Plain end-to-end autodiff through every patch.
 
@@ -238,6 +251,8 @@ def full_gradient(
         chunk: grid positions encoded at a time if `remat`; else all are encoded at once.
         train_encoder: passed to the encoder.
         remat: recompute activations chunk by chunk in the backward pass.
+        task: it has the loss.
+        augment: changes the patches before they are encoded.
     """
 
     def loss_fn(params: Parts) -> tuple[jax.Array, tuple[jax.Array, Parts]]:
@@ -252,8 +267,11 @@ def full_gradient(
             train=train_encoder,
             remat=remat,
             real=real_patches(batch, grid),
+            augment=augment,
         )
-        return head_loss(params, new_state, z, batch, stream(key, "head"), model=model, grid=grid)
+        return head_loss(
+            params, new_state, z, batch, stream(key, "head"), model=model, grid=grid, task=task
+        )
 
     (loss, (logits, new_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return Gradient(grads, new_state, loss, logits)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from patchgd_jax.augment import Augment
 from patchgd_jax.grid import PatchGrid
 from patchgd_jax.patch_model import Parts, PatchModel
 
@@ -24,6 +25,7 @@ def encode_patches(
     train: bool,
     real: jax.Array | None = None,
     spare: bool = True,
+    augment: Augment | None = None,
 ) -> tuple[jax.Array, Parts]:
     """Cuts patches out of the images and encodes them.
 
@@ -39,12 +41,15 @@ def encode_patches(
         real: `bool [B, N]`, False for patches that batch statistics must leave out.
         spare: whether `ids` may have slots without a patch. Where there are none, and every
             patch is real, the encoder gets no mask, and spends nothing on it.
+        augment: changes the patches before they are encoded.
 
     Returns:
         latents `[B, k, D]` and the new model state.
     """
     batch, count = ids.shape
     patches = grid.take(images, ids)
+    if augment is not None:
+        patches = augment(patches, ids)
     counts = ids < grid.num_patches if spare else None
     if real is not None:
         seen = jnp.take_along_axis(real, jnp.minimum(ids, grid.num_patches - 1), axis=1)
@@ -89,6 +94,7 @@ def fill(
     train: bool = False,
     remat: bool = False,
     real: jax.Array | None = None,
+    augment: Augment | None = None,
 ) -> tuple[jax.Array, Parts]:
     """Computes all of Z, some grid positions at a time.
 
@@ -106,6 +112,7 @@ def fill(
         train: encode in train mode, carrying batch statistics from chunk to chunk.
         remat: if the result is differentiated, recompute each chunk instead of keeping it.
         real: `bool [B, N]`, False for patches that batch statistics must leave out.
+        augment: changes the patches before they are encoded.
 
     Returns:
         Z as `[B, N, D]` and the new model state.
@@ -124,6 +131,7 @@ def fill(
             train=train,
             real=real,
             spare=has_spare(ids, grid),
+            augment=augment,
         )
         return model_state, latents
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
+from patchgd_jax.errors import ConfigError
 from patchgd_jax.grid import PatchGrid
 
 Tree = Any
@@ -89,12 +90,24 @@ class Classify(Protocol):
         ...
 
 
+class Attend(Protocol):
+    """How much the head looks at each patch."""
+
+    def __call__(
+        self, params: Parts, model_state: Parts, z: jax.Array, mask: jax.Array | None
+    ) -> jax.Array:
+        """Weights `float [B, rows, cols]` of a pass in eval mode; arguments as in `Classify`."""
+        ...
+
+
 class PatchModel(NamedTuple):
     """An encoder and a head as pure functions over `{"encoder": ..., "head": ...}` trees."""
 
     init: Init
     encode: Encode
     classify: Classify
+    attend: Attend | None = None
+    """None where the head has no attention to show."""
 
 
 def _normalizer(
@@ -127,6 +140,7 @@ def from_linen(
         encoder: called as `encoder(patches, train=...)`, and with `mask=` if it takes one;
             `float [M, p, p, C]` to `[M, D]`.
         head: called as `head(z, mask, train=...)`; `float [B, rows, cols, D]` to `[B, classes]`.
+            It may sow `attention`, `[B, rows, cols]`, into `intermediates`; see `attention_map`.
         grid: gives the shapes that the parameters are made for.
         channels: C.
         mean: per-channel mean of pixels in [0, 1].
@@ -187,7 +201,20 @@ def from_linen(
     ) -> tuple[jax.Array, Parts]:
         return apply(head, "head", params, model_state, z, mask, train=train, rng=rng)
 
-    return PatchModel(init, encode, classify)
+    def attend(
+        params: Parts, model_state: Parts, z: jax.Array, mask: jax.Array | None
+    ) -> jax.Array:
+        variables = {"params": params["head"], **model_state["head"]}
+        _, sown = head.apply(variables, z, mask, train=False, mutable=["intermediates"])
+        try:
+            return sown["intermediates"]["attention"][0]
+        except KeyError as error:
+            raise ConfigError(
+                f"the head {type(head).__name__} has no attention to show; use --model.head "
+                'attention or transformer, or sow("intermediates", "attention", ...) in your own'
+            ) from error
+
+    return PatchModel(init, encode, classify, attend)
 
 
 def from_nnx(
@@ -284,3 +311,42 @@ def rematerialised(model: PatchModel) -> PatchModel:
         return again(params, model_state, patches, mask)
 
     return model._replace(encode=encode)
+
+
+def split_frozen(params: Parts, frozen: frozenset[str]) -> tuple[Parts, Parts]:
+    """Divides parameters into those that are trained and those that stay as they are.
+
+    Args:
+        params: of both parts.
+        frozen: entries of the encoder.
+
+    Returns:
+        Two trees with the entries `encoder` and `head`; the second one's head is empty.
+
+    Raises:
+        ConfigError: for an entry that is not there.
+    """
+    encoder = params["encoder"]
+    missing = frozen - set(encoder)
+    if missing:
+        raise ConfigError(f"the encoder has no {', '.join(sorted(missing))} to freeze")
+    trained = {name: tree for name, tree in encoder.items() if name not in frozen}
+    fixed = {name: tree for name, tree in encoder.items() if name in frozen}
+    return {**params, "encoder": trained}, {"encoder": fixed, "head": {}}
+
+
+def join_frozen(trained: Parts, fixed: Parts) -> Parts:
+    """The inverse of `split_frozen`."""
+    return {**trained, "encoder": {**trained["encoder"], **fixed["encoder"]}}
+
+
+def with_fixed(model: PatchModel, fixed: Parts) -> PatchModel:
+    """The model as a function of the other parameters: no gradient of the fixed ones ever is."""
+
+    def encode(params: Parts, *args: Any, **kwargs: Any) -> tuple[jax.Array, Parts]:
+        return model.encode(join_frozen(params, fixed), *args, **kwargs)
+
+    def classify(params: Parts, *args: Any, **kwargs: Any) -> tuple[jax.Array, Parts]:
+        return model.classify(join_frozen(params, fixed), *args, **kwargs)
+
+    return model._replace(encode=encode, classify=classify)

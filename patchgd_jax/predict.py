@@ -19,7 +19,9 @@ from patchgd_jax.evaluate import evaluate
 from patchgd_jax.experiment import (
     make_grid,
     make_model,
+    make_run_task,
     make_source,
+    restore_params,
     training_grid,
 )
 from patchgd_jax.grid import PatchGrid
@@ -38,7 +40,7 @@ class TrainedModel:
 
     Args:
         run_dir: the run folder.
-        which: the checkpoint with the best validation accuracy, or the last one.
+        which: the checkpoint with the best validation score, or the last one.
         progress: told of damaged checkpoints that were passed over.
 
     Raises:
@@ -51,19 +53,29 @@ class TrainedModel:
         self.folder = RunFolder(run_dir)
         self.config: TrainConfig = self.folder.config()
         self.preprocess = self.folder.preprocess()
+        self.task = make_run_task(self.config)
         self._grid = training_grid(self.config)
         model = make_model(self.config, self._grid, self.preprocess)
         checkpoints = Checkpoints(self.folder.checkpoints, (progress or Progress()).warn)
         self.step = checkpoints.best() if which == "best" else checkpoints.newest_intact()
         params, model_state = jax.eval_shape(model.init, jax.random.key(0))
-        self.params: Parts = checkpoints.restore_part(self.step, "params", params)
+        self.params: Parts = {
+            part: restore_params(checkpoints, self.step, self.config, params, part)
+            for part in params
+        }
         self.model_state: Parts = checkpoints.restore_part(self.step, "model_state", model_state)
         self._score = lru_cache(maxsize=None)(self._jitted_score)
 
     def _jitted_score(self, grid: PatchGrid) -> Any:
         model = make_model(self.config, grid, self.preprocess)
         return jax.jit(
-            partial(eval_step, model=model, grid=grid, fill_chunk=self.config.patchgd.fill_chunk)
+            partial(
+                eval_step,
+                model=model,
+                grid=grid,
+                fill_chunk=self.config.patchgd.fill_chunk,
+                task=self.task,
+            )
         )
 
     def evaluate(self, progress: Progress | None = None) -> dict[str, Any]:
@@ -84,6 +96,7 @@ class TrainedModel:
             self.params,
             self.model_state,
             source,
+            task=self.task,
             batch_size=self.config.eval_batch_size,
             on_batch=show,
         )
@@ -125,13 +138,16 @@ class TrainedModel:
             `label` (the class name) and `probabilities` by class name.
         """
         grid = make_grid(self.config, image.shape[0], image.shape[1], self.preprocess.background)
-        batch = {"image": image[None], "label": np.zeros(1, np.int32)}
-        out = self._score(grid)(self.params, self.model_state, jax.device_put(batch))
-        logits = np.asarray(jax.device_get(out["logits"][0]), np.float64)
-        odds = np.exp(logits - logits.max())
         names = self.preprocess.class_names
-        probabilities = dict(zip(names, (odds / odds.sum()).tolist(), strict=True))
-        return {"label": names[int(logits.argmax())], "probabilities": probabilities}
+        spec = self.task.label_spec(1, len(names))
+        batch = {"image": image[None], "label": np.zeros(spec.shape, spec.dtype)}
+        out = self._score(grid)(self.params, self.model_state, jax.device_put(batch))
+        out = jax.device_get(out)
+        (probabilities,) = self.task.probabilities(out["logits"]).tolist()
+        return {
+            "label": names[int(out["prediction"][0])],
+            "probabilities": dict(zip(names, probabilities, strict=True)),
+        }
 
     def predict_files(self, paths: Sequence[str | Path]) -> list[dict[str, Any]]:
         """Labels image files; all are checked before any is labelled.

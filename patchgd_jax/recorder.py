@@ -21,6 +21,7 @@ from patchgd_jax.plots import plot_curves
 from patchgd_jax.progress import Progress
 from patchgd_jax.run_folder import CURVES, METRICS, SUMMARY, RunFolder
 from patchgd_jax.step import TrainState
+from patchgd_jax.tasks import Task
 
 
 class Recorder:
@@ -34,6 +35,7 @@ class Recorder:
         patches_per_image: N.
         identity: stored with every checkpoint: what must be the same when it is resumed.
         device: whose memory is reported.
+        task: says which evaluation is the best.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Recorder:
         patches_per_image: int,
         identity: dict[str, Any],
         device: jax.Device,
+        task: Task,
     ) -> None:
         self._folder = folder
         self._progress = progress
@@ -53,6 +56,7 @@ class Recorder:
         self._patches_per_image = patches_per_image
         self._identity = identity
         self._device = device
+        self._task = task
         self._checkpoints = Checkpoints(folder.checkpoints, progress.warn)
         self._checkpoints.discard_after(upto)
         self._log = MetricsLog(folder.path / METRICS, upto)
@@ -139,8 +143,8 @@ class Recorder:
         return any(line["step"] == step for line in self._scores())
 
     def best(self) -> dict[str, Any] | None:
-        """The evaluation with the highest accuracy, the earliest of several."""
-        return max(self._scores(), key=lambda line: line["accuracy"], default=None)
+        """The best evaluation by the task's metric, the earliest of several."""
+        return max(self._scores(), key=self._task.rank, default=None)
 
     def save(self, step: int, state: TrainState) -> None:
         """Writes a checkpoint; the log is on disk before it."""

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from patchgd_jax.config import PatchGDConfig
+from patchgd_jax.augment import Augment, augmentation
+from patchgd_jax.config import AugmentConfig, PatchGDConfig
+from patchgd_jax.errors import ConfigError
 from patchgd_jax.gradients import (
     Batch,
     Gradient,
@@ -27,8 +29,17 @@ from patchgd_jax.gradients import (
 )
 from patchgd_jax.grid import PatchGrid
 from patchgd_jax.latents import chunked_ids, fill, has_spare
-from patchgd_jax.patch_model import Parts, PatchModel, Tree
+from patchgd_jax.optimizer import AverageState
+from patchgd_jax.patch_model import (
+    Parts,
+    PatchModel,
+    Tree,
+    join_frozen,
+    split_frozen,
+    with_fixed,
+)
 from patchgd_jax.sampling import inclusion_probability, sample_groups
+from patchgd_jax.tasks import SINGLE_LABEL, Task
 
 
 class TrainState(NamedTuple):
@@ -42,11 +53,27 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    key: jax.Array, *, model: PatchModel, optimizer: optax.GradientTransformation
+    key: jax.Array,
+    *,
+    model: PatchModel,
+    optimizer: optax.GradientTransformation,
+    frozen: frozenset[str] = frozenset(),
 ) -> TrainState:
-    """The state before the first outer step."""
+    """The state before the first outer step; the optimizer keeps nothing for `frozen` entries."""
     params, model_state = model.init(key)
-    return TrainState(jnp.zeros((), jnp.int32), params, model_state, optimizer.init(params))
+    trained = split_frozen(params, frozen)[0] if frozen else params
+    return TrainState(jnp.zeros((), jnp.int32), params, model_state, optimizer.init(trained))
+
+
+def evaluated_params(state: TrainState) -> Parts:
+    """The parameters to evaluate: their moving average if the optimizer keeps one."""
+    if not isinstance(state.opt_state, AverageState):
+        return state.params
+    average = state.opt_state.average
+    if len(jax.tree.leaves(average)) == len(jax.tree.leaves(state.params)):
+        return average
+    # What is frozen has no average.
+    return {**average, "encoder": {**state.params["encoder"], **average["encoder"]}}
 
 
 def train_step(
@@ -58,6 +85,9 @@ def train_step(
     optimizer: optax.GradientTransformation,
     grid: PatchGrid,
     patchgd: PatchGDConfig,
+    task: Task = SINGLE_LABEL,
+    augment: AugmentConfig | None = None,
+    frozen: frozenset[str] = frozenset(),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One outer step on one batch of images.
 
@@ -69,24 +99,53 @@ def train_step(
         optimizer: any optax transformation; it is called `patchgd.updates_per_step` times.
         grid: the patch grid of the images.
         patchgd: gradient mode, sampling and policies.
+        task: what the labels are; it has the loss.
+        augment: random changes of the patches.
+        frozen: the encoder's top-level entries whose parameters stay as they are, bit for bit
+            (`Layers.until`); the same as for `init_state`.
 
     Returns:
-        The new state and metrics, each `float []`: `loss` (mean over the inner steps), `accuracy`
-        (of the last inner step's logits, as the papers report), `grad_norm` (mean over the
-        updates) and `param_norm` (after the last one). If all are finite, so is the state.
+        The new state and metrics, each `float []`: `loss` (mean over the inner steps), the task's
+        `training_metric` (`accuracy` for most; of the last inner step's logits, as the papers
+        report), `grad_norm` (mean over the updates) and `param_norm` (after the last one). If all
+        are finite, so is the state.
 
     Raises:
-        ConfigError: if there are more inner steps than patches, or mode `exact` is asked of an
-            encoder whose batch statistics move.
+        ConfigError: if there are more inner steps than patches, mode `exact` is asked of an encoder
+            whose batch statistics move, or the labels are not the task's.
     """
+    if frozen:
+        trained, fixed = split_frozen(state.params, frozen)
+        new_state, metrics = train_step(
+            state._replace(params=trained),
+            batch,
+            key,
+            model=with_fixed(model, fixed),
+            optimizer=optimizer,
+            grid=grid,
+            patchgd=patchgd,
+            task=task,
+            augment=augment,
+        )
+        params = join_frozen(new_state.params, fixed)
+        return new_state._replace(params=params), {**metrics, "param_norm": _norm(params)}
     key = jax.random.fold_in(key, state.step)
     if patchgd.mode in ("patchgd", "accumulate"):
         new_state, metrics = _inner_steps(
-            state, batch, key, model=model, optimizer=optimizer, grid=grid, patchgd=patchgd
+            state,
+            batch,
+            key,
+            model=model,
+            optimizer=optimizer,
+            grid=grid,
+            patchgd=patchgd,
+            task=task,
+            augment=augment,
         )
     else:
         train_encoder = patchgd.norm_policy != "frozen"
         arguments = (state.params, state.model_state, batch, key)
+        changes = augmentation(augment, stream(key, "augment"))
         if patchgd.mode == "exact":
             gradient = exact_gradient(
                 *arguments,
@@ -94,6 +153,8 @@ def train_step(
                 grid=grid,
                 chunk=patchgd.fill_chunk,
                 train_encoder=train_encoder,
+                task=task,
+                augment=changes,
             )
         else:
             gradient = full_gradient(
@@ -103,11 +164,13 @@ def train_step(
                 chunk=patchgd.fill_chunk,
                 train_encoder=train_encoder,
                 remat=patchgd.remat,
+                task=task,
+                augment=changes,
             )
         scale = patchgd.encoder_grad_scale
         # Every patch has its part in these gradients: they are unbiased as they are.
         new_state, metrics = _update(
-            state, gradient, batch, optimizer, 1.0 if scale == "unbiased" else scale
+            state, gradient, batch, optimizer, task, 1.0 if scale == "unbiased" else scale
         )
     # The other metrics are of the parameters before the last update; this one is of those after.
     metrics["param_norm"] = _norm(new_state.params)
@@ -130,6 +193,7 @@ def _update(
     gradient: Gradient,
     batch: Batch,
     optimizer: optax.GradientTransformation,
+    task: Task,
     encoder_scale: float,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     grads = gradient.grads
@@ -138,11 +202,11 @@ def _update(
         grads = {**grads, "encoder": scaled}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    right = gradient.logits.argmax(-1) == batch["label"]
-    weight = batch.get("weight", jnp.ones_like(right, jnp.float32))
+    score = task.score(gradient.logits, batch["label"])
+    weight = batch.get("weight", jnp.ones_like(score, jnp.float32))
     metrics = {
         "loss": gradient.loss,
-        "accuracy": (right * weight).sum() / jnp.maximum(weight.sum(), 1),
+        task.training_metric: (score * weight).sum() / jnp.maximum(weight.sum(), 1),
         "grad_norm": _norm(grads),
     }
     return TrainState(state.step, params, gradient.model_state, opt_state), metrics
@@ -157,6 +221,8 @@ def _inner_steps(
     optimizer: optax.GradientTransformation,
     grid: PatchGrid,
     patchgd: PatchGDConfig,
+    task: Task,
+    augment: AugmentConfig | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The fill and the J inner steps of the modes `patchgd` and `accumulate`."""
     inner_steps = patchgd.num_inner_steps
@@ -177,6 +243,7 @@ def _inner_steps(
         fill_ids = chunked_ids(grid, patchgd.fill_chunk, batch["image"].shape[0])
     if scale == "unbiased":
         scale = 1 / inclusion_probability(grid.num_patches, inner_steps, patchgd.sampling)
+    changes: Augment | None = augmentation(augment, stream(key, "augment"))
     z, model_state = fill(
         state.params,
         state.model_state,
@@ -187,7 +254,10 @@ def _inner_steps(
         ids=fill_ids,
         real=real_patches(batch, grid),
         train=patchgd.norm_policy == "paper",
+        augment=changes,
     )
+    if augment is not None and not augment.same_draw:
+        changes = augmentation(augment, stream(key, "augment-inner"))
 
     def accumulate(
         params: Parts, carry: tuple[Parts, Parts, jax.Array], step: tuple[jax.Array, jax.Array]
@@ -206,6 +276,8 @@ def _inner_steps(
             grid=grid,
             train_encoder=patchgd.norm_policy != "frozen",
             spare=patchgd.sampling == "uniform" or has_spare(ids, grid),
+            task=task,
+            augment=changes,
         )
         total = jax.tree.map(lambda t, g: t + g / epsilon, total, gradient.grads)
         return (total, gradient.model_state, z), (gradient.loss, gradient.logits)
@@ -219,7 +291,7 @@ def _inner_steps(
             lambda carry, step: accumulate(state.params, carry, step), start, steps
         )
         gradient = Gradient(grads, model_state, losses.mean(), logits[-1])
-        state, metrics = _update(state, gradient, batch, optimizer, scale)
+        state, metrics = _update(state, gradient, batch, optimizer, task, scale)
         return (state, z), metrics
 
     steps = jax.tree.map(
@@ -230,7 +302,7 @@ def _inner_steps(
     (state, _), metrics = lax.scan(update, carry, steps)
     return state, {
         "loss": metrics["loss"].mean(),
-        "accuracy": metrics["accuracy"][-1],
+        task.training_metric: metrics[task.training_metric][-1],
         "grad_norm": metrics["grad_norm"].mean(),
     }
 
@@ -243,17 +315,75 @@ def eval_step(
     model: PatchModel,
     grid: PatchGrid,
     fill_chunk: int,
+    task: Task = SINGLE_LABEL,
 ) -> dict[str, jax.Array]:
     """One fill in eval mode and one head pass.
 
     Returns:
-        Per example: `loss` `float [B]`, `prediction` `int [B]` and `logits` `float [B, classes]`.
-        Padding examples are in them; the caller leaves them out by the batch's `weight`.
+        Per example: `loss` `float [B]` (without smoothing and class weights), `prediction` (the
+        task's: `int [B]` for classes) and `logits` `float [B, O]`. Padding examples are in them;
+        the caller leaves them out by the batch's `weight`.
     """
     key = jax.random.key(0)
-    ids = chunked_ids(grid, fill_chunk, batch["image"].shape[0])
-    z, _ = fill(params, model_state, batch["image"], key, model=model, grid=grid, ids=ids)
+    z = _fill_to_read(params, model_state, batch, model=model, grid=grid, fill_chunk=fill_chunk)
     logits, losses, _ = read_z(
-        params, model_state, z, batch, key, model=model, grid=grid, train=False
+        params,
+        model_state,
+        z,
+        batch,
+        key,
+        model=model,
+        grid=grid,
+        train=False,
+        task=task.for_evaluation(),
     )
-    return {"loss": losses, "prediction": logits.argmax(-1), "logits": logits}
+    return {"loss": losses, "prediction": task.predict(logits), "logits": logits}
+
+
+def attention_map(
+    params: Parts,
+    model_state: Parts,
+    batch: Batch,
+    *,
+    model: PatchModel,
+    grid: PatchGrid,
+    fill_chunk: int,
+) -> jax.Array:
+    """How much the head looks at each patch, for a heatmap of an image.
+
+    Args:
+        params: of both parts.
+        model_state: of both parts.
+        batch: `image`, and `size` if it has one.
+        model: with a head that has attention: `attention` or `transformer` of the shipped ones.
+        grid: the patch grid of the images.
+        fill_chunk: grid positions encoded at a time.
+
+    Returns:
+        `float [B, rows, cols]`, which sum to one over an image's patches and are zero for patches
+        beyond its true size.
+
+    Raises:
+        ConfigError: if the head has no attention.
+    """
+    if model.attend is None:
+        raise ConfigError("the model has no attention to show: its `attend` is None")
+    z = _fill_to_read(params, model_state, batch, model=model, grid=grid, fill_chunk=fill_chunk)
+    mask = grid.mask(batch["size"]) if "size" in batch else None
+    z = z.reshape(z.shape[0], grid.rows, grid.cols, z.shape[-1])
+    return model.attend(params, model_state, z, mask)
+
+
+def _fill_to_read(
+    params: Parts,
+    model_state: Parts,
+    batch: Batch,
+    *,
+    model: PatchModel,
+    grid: PatchGrid,
+    fill_chunk: int,
+) -> jax.Array:
+    """All of Z in eval mode, `[B, N, D]`."""
+    ids = chunked_ids(grid, fill_chunk, batch["image"].shape[0])
+    key = jax.random.key(0)
+    return fill(params, model_state, batch["image"], key, model=model, grid=grid, ids=ids)[0]

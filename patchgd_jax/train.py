@@ -22,19 +22,22 @@ from patchgd_jax.data.shortcuts import shortcut_scores
 from patchgd_jax.errors import CheckpointError, DiskError, Interrupted
 from patchgd_jax.evaluate import evaluate
 from patchgd_jax.experiment import (
+    frozen_entries,
     make_model,
     make_run_optimizer,
+    make_run_task,
     make_source,
     select_device,
     training_grid,
 )
-from patchgd_jax.patch_model import Parts
+from patchgd_jax.optimizer import with_average
 from patchgd_jax.preprocess import Preprocess
+from patchgd_jax.pretrained import starting_point
 from patchgd_jax.progress import Progress
 from patchgd_jax.recorder import Recorder
 from patchgd_jax.run_folder import EXAMPLES, RunFolder
 from patchgd_jax.signals import StopRequest
-from patchgd_jax.step import TrainState, eval_step, init_state, train_step
+from patchgd_jax.step import TrainState, eval_step, evaluated_params, init_state, train_step
 
 OnStep = Callable[[int], None]
 """Called with the number of outer steps done, after each."""
@@ -54,7 +57,7 @@ def train(
         config: the run.
         run_dir: its folder, which must not hold anything yet.
         progress: shows how it goes; silent by default.
-        optimizer: used instead of the config's.
+        optimizer: used instead of the config's, of which freezing and averaging stay.
         on_step: called after each outer step.
 
     Returns:
@@ -117,6 +120,7 @@ class _Run:
         self.config = config
         self.progress = progress
         self.grid = training_grid(config)
+        self.task = make_run_task(config)
         self.device = select_device(config.device)
         cache = use_compilation_cache()
         progress.message(
@@ -127,23 +131,32 @@ class _Run:
         self.validation = make_source(config, "validation")
         if preprocess is None:
             preprocess = Preprocess.measure(self.source)
-            if config.init_encoder is not None:
+            start = starting_point(config, progress)
+            if start is not None:
                 # The encoder's input must be scaled as it was when the encoder was trained.
-                theirs = RunFolder(config.init_encoder).preprocess()
-                preprocess = dataclasses.replace(preprocess, mean=theirs.mean, std=theirs.std)
+                preprocess = dataclasses.replace(preprocess, mean=start.mean, std=start.std)
         self.preprocess = preprocess
         self.shortcuts = shortcut_scores(self.source, self.validation)
         self.model = make_model(config, self.grid, self.preprocess)
-        self.optimizer = optimizer or make_run_optimizer(config)
+        self.frozen = frozen_entries(config)
+        self.optimizer = (
+            make_run_optimizer(config)
+            if optimizer is None
+            else with_average(optimizer, config.optimizer.ema_decay)
+        )
         self.key = jax.random.key(config.seed)
-        self.init = jax.jit(partial(init_state, model=self.model, optimizer=self.optimizer))
+        self.init = jax.jit(
+            partial(init_state, model=self.model, optimizer=self.optimizer, frozen=self.frozen)
+        )
 
     def first_state(self) -> TrainState:
-        """The state before the first step, with another run's encoder if one is asked for."""
+        """The state before the first step, with the weights that the config names."""
         state: TrainState = self.init(jax.random.fold_in(self.key, 0))
-        if self.config.init_encoder is None:
+        start = starting_point(self.config, self.progress)
+        if start is None:
             return state
-        return _take_encoder(state, self.config.init_encoder, self.progress)
+        params, model_state = start.into(state.params, state.model_state)
+        return state._replace(params=params, model_state=model_state)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -201,15 +214,22 @@ class _Run:
             optimizer=self.optimizer,
             grid=self.grid,
             patchgd=config.patchgd,
+            task=self.task,
+            augment=config.augment,
+            frozen=self.frozen,
         )
         score = partial(
-            eval_step, model=self.model, grid=self.grid, fill_chunk=config.patchgd.fill_chunk
+            eval_step,
+            model=self.model,
+            grid=self.grid,
+            fill_chunk=config.patchgd.fill_chunk,
+            task=self.task,
         )
 
         def batch(size: int, **more: Any) -> dict[str, Any]:
             return {
                 "image": jax.ShapeDtypeStruct((size, *config.data.image_shape), np.uint8),
-                "label": jax.ShapeDtypeStruct((size,), np.int32),
+                "label": self.task.label_spec(size, self.source.num_classes),
                 **more,
             }
 
@@ -250,6 +270,7 @@ class _Run:
             patches_per_image=self.grid.num_patches,
             identity={**self.identity, "version": __version__},
             device=self.device,
+            task=self.task,
         )
         eval_every = config.eval_every or config.steps_per_epoch
         batches = TrainBatches(
@@ -266,9 +287,10 @@ class _Run:
         def score() -> None:
             metrics = evaluate(
                 eval_fn,
-                state.params,
+                evaluated_params(state),
                 state.model_state,
                 self.validation,
+                task=self.task,
                 batch_size=config.eval_batch_size,
                 on_batch=keep_evaluating,
             )
@@ -312,19 +334,3 @@ class _Run:
                     on_step(step)
                 end_if_stopped(stopping)
         return recorder.finish(state, self.shortcuts)
-
-
-def _take_encoder(state: TrainState, run_dir: str, progress: Progress) -> TrainState:
-    """Replaces the encoder, statistics included, by that of another run's best checkpoint."""
-    checkpoints = Checkpoints(RunFolder(run_dir).checkpoints, progress.warn)
-    step = checkpoints.best()
-
-    def replaced(name: str, parts: Parts) -> Parts:
-        encoder = checkpoints.restore_part(step, f"{name}/encoder", parts["encoder"])
-        return {**parts, "encoder": encoder}
-
-    progress.message(f"The encoder starts from {run_dir}, step {step}.")
-    return state._replace(
-        params=replaced("params", state.params),
-        model_state=replaced("model_state", state.model_state),
-    )

@@ -54,6 +54,7 @@ def test_an_unknown_preset_names_the_nearest():
         (lambda: DataConfig(label_share=0), "data.label_share is 0"),
         (lambda: ModelConfig(latent_dim=0), "model.latent_dim is 0"),
         (lambda: ModelConfig(dropout=1.0), "model.dropout is 1.0"),
+        (lambda: ModelConfig(drop_path=1.0), "model.drop_path is 1.0"),
         (lambda: ModelConfig(remat="some"), "model.remat is .some.; it must be one of none, dots"),
         (lambda: OptimizerConfig(learning_rate=0), "optimizer.learning_rate is 0"),
         (lambda: OptimizerConfig(weight_decay=0.1), "needs optimizer.name adamw"),

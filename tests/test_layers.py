@@ -12,7 +12,7 @@ from jax import lax
 from toy import max_relative
 
 from patchgd_jax.models import cpu_conv
-from patchgd_jax.models.conv import conv2d
+from patchgd_jax.models.conv import Patchify, conv2d, depthwise_conv2d
 from patchgd_jax.models.norm import Normalize, batch_norm
 from patchgd_jax.models.pool import max_pool_3x3
 
@@ -95,6 +95,49 @@ def test_winograd_and_its_gradients_equal_xlas(float64, height, width):
     assert max_relative(cpu_conv.winograd(x, w), wanted) < 1e-12
     assert max_relative(cpu_conv.winograd_input_gradient(dy, w), dx) < 1e-12
     assert max_relative(cpu_conv.winograd_weight_gradient(x, dy), dw) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side", "stride", "padding"),
+    [
+        (9, 7, 3, 1, 1), (8, 8, 3, 2, 1), (7, 10, 5, 2, 2), (1, 1, 7, 1, 3), (2, 3, 7, 1, 3),
+        (9, 9, 7, 1, 3), (1, 2, 3, 2, 1), (8, 9, 3, 3, 0), (6, 6, 3, 1, 3), (5, 5, 1, 2, 0),
+    ],
+)  # fmt: skip
+def test_depthwise_convolution_and_both_gradients_equal_xlas(
+    float64, height, width, side, stride, padding
+):
+    def xla(x, w):
+        layout, around = ("NHWC", "HWIO", "NHWC"), [(padding, padding)] * 2
+        return lax.conv_general_dilated(
+            x, w, (stride, stride), around, dimension_numbers=layout, feature_group_count=4
+        )
+
+    def ours(x, w):
+        return depthwise_conv2d(x, w, stride, padding)
+
+    def run(conv):
+        rng = np.random.default_rng(0)
+        x, w = rng.normal(size=(2, height, width, 4)), rng.normal(size=(side, side, 1, 4))
+        dy = rng.normal(size=jax.eval_shape(conv, x, w).shape)
+
+        def both_ways(x, w, dy):
+            y, pull = jax.vjp(conv, x, w)
+            return y, pull(dy)
+
+        quick = {"xla_backend_optimization_level": 0}
+        return jax.jit(both_ways, compiler_options=quick)(x, w, dy)
+
+    assert max_relative(run(ours), run(xla)) < 1e-12
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 12), (9, 15)])
+def test_patchify_is_a_convolution_without_overlap(float64, height, width):
+    x = normal(0, 2, height, width, 3)
+    layer = Patchify(5, 4, jnp.float64)
+    params = {"kernel": normal(1, 4, 4, 3, 5), "bias": normal(2, 5)}
+    wanted = xla_conv(x, params["kernel"], 4, 0) + params["bias"]
+    assert max_relative(layer.apply({"params": params}, x), wanted) < 1e-12
 
 
 def test_winograds_rounding_error_is_that_of_float32():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from patchgd_jax.metrics import Results
+from patchgd_jax.tasks import SINGLE_LABEL
 
 
 def slow_metrics(labels, predictions, classes):
@@ -32,9 +33,10 @@ def test_summary_equals_the_loops_and_leaves_padding_out():
             loss=losses[part],
             label=labels[part],
             prediction=predictions[part],
+            outputs=losses[part],
             weight=weights[part],
         )
-    got = results.summary(6)
+    got = results.summary(SINGLE_LABEL, 6)
     confusion, balanced, kappa = slow_metrics(labels[:37], predictions[:37], 6)
     assert got["confusion_matrix"] == confusion.tolist()
     assert got["examples"] == 37
@@ -47,6 +49,6 @@ def test_summary_equals_the_loops_and_leaves_padding_out():
 def test_kappa_is_undefined_where_everything_is_alike():
     results = Results()
     ones = np.ones(3, np.int64)
-    results.add(loss=np.zeros(3), label=ones, prediction=ones, weight=np.ones(3))
-    assert results.summary(4)["quadratic_weighted_kappa"] is None
-    assert results.summary(4)["accuracy"] == 1
+    results.add(loss=np.zeros(3), label=ones, prediction=ones, outputs=ones, weight=np.ones(3))
+    assert results.summary(SINGLE_LABEL, 4)["quadratic_weighted_kappa"] is None
+    assert results.summary(SINGLE_LABEL, 4)["accuracy"] == 1

@@ -30,7 +30,8 @@ def python(code, **environment):
 
 
 def test_importing_the_package_is_light():
-    heavy = "grain tyro matplotlib sklearn tensorflow_datasets PIL psutil torch tensorflow"
+    heavy = "grain tyro matplotlib sklearn tensorflow_datasets PIL psutil torch tensorflow "
+    heavy += "safetensors pooch"
     code = f"import patchgd_jax, sys; print([m for m in {heavy.split()} if m in sys.modules])"
     assert python(code).strip() == "[]"
 
@@ -41,6 +42,28 @@ def test_the_core_needs_only_jax_flax_optax_and_numpy():
     example = re.search(r"```python\n(.*?)```", README, re.S).group(1)
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n{example}"
     assert float(python(code)) > 0
+
+
+@pytest.mark.parametrize("call", ["register_encoder", "from_nnx"])
+def test_the_readmes_own_networks_work(call):
+    (example,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", README, re.S)
+        if f"pgd.{call}(" in block
+    ]
+    check = """
+import jax, numpy as np
+patches, key = np.zeros((2, 64, 64, 3), np.uint8), jax.random.key(0)
+params, state = jax.eval_shape(model.init, key)
+def encode(params, state):
+    return model.encode(params, state, patches, train=True, rng=key)[0]
+latents = jax.eval_shape(encode, params, state)
+def classify(params, state):
+    z = np.zeros((2, 8, 12, latents.shape[1]), np.float32)
+    return model.classify(params, state, z, None, train=True, rng=key)[0]
+print(jax.eval_shape(classify, params, state).shape)
+"""
+    assert python(example + check).strip() == "(2, 10)"
 
 
 def test_the_readmes_commands_are_one_line_each():

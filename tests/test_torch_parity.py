@@ -61,7 +61,7 @@ class Case(NamedTuple):
 def make_model(depth, dtype, remat="none") -> PatchModel:
     dtype = jnp.dtype(dtype)
     return from_linen(
-        ENCODERS[f"resnet{depth}"](latent_dim=LATENT, norm="batch", dtype=dtype, remat=remat),
+        ENCODERS[f"resnet{depth}"].build(latent_dim=LATENT, norm="batch", dtype=dtype, remat=remat),
         CNNHead(CLASSES, 1, 1, FEATURES, dropout=0.0, dtype=dtype),
         grid=GRID,
         channels=3,

@@ -94,16 +94,24 @@ class TrainBatches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """`image` `uint8 [B, H, W, C]`, `label` `int32 [B]` and `id` `int64 [B]`."""
+        """`image` `uint8 [B, H, W, C]`, `label` `int32 [B]` and `id` `int64 [B]`.
+
+        Labels that are no integers are `float32`, and may have a second axis.
+        """
         batch = next(self._iterator)
-        return {**batch, "label": np.asarray(batch["label"], np.int32)}
+        return {**batch, "label": _labels(batch["label"])}
+
+
+def _labels(values: Any) -> np.ndarray:
+    labels = np.asarray(values)
+    return labels.astype(np.int32 if labels.dtype.kind in "iu" else np.float32)
 
 
 def eval_batches(source: ExampleSource, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """All examples once, in order; the last batch is padded.
 
     Yields:
-        `image` `uint8 [B, H, W, C]`, `label` `int32 [B]` and `weight` `float32 [B]`, which is 0
+        `image` `uint8 [B, H, W, C]`, `label` as in training and `weight` `float32 [B]`, which is 0
         for padding.
     """
     named = _Named(source)
@@ -113,6 +121,6 @@ def eval_batches(source: ExampleSource, batch_size: int) -> Iterator[dict[str, n
         padded = examples + [examples[0]] * missing
         yield {
             "image": np.stack([e["image"] for e in padded]),
-            "label": np.array([e["label"] for e in padded], np.int32),
+            "label": _labels([e["label"] for e in padded]),
             "weight": np.array([1] * len(examples) + [0] * missing, np.float32),
         }

@@ -1,7 +1,8 @@
 """2-D convolution that is fast on every platform.
 
 On GPU and TPU it is XLA's own; on the CPU `conv2d` chooses by shape among XLA's and the matrix
-products of `cpu_conv`, in both directions.
+products of `cpu_conv`, in both directions. `depthwise_conv2d` has a kernel for each channel, and
+`Patchify` is the convolution whose windows do not overlap.
 """
 
 from __future__ import annotations
@@ -30,9 +31,14 @@ _LARGE_BYTES = 2**24
 _STRIP_BYTES = 2**21
 
 
-def _native(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
+def _native(x: jax.Array, w: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:
     return lax.conv_general_dilated(
-        x, w, (stride, stride), [(padding, padding)] * 2, dimension_numbers=_LAYOUT
+        x,
+        w,
+        (stride, stride),
+        [(padding, padding)] * 2,
+        dimension_numbers=_LAYOUT,
+        feature_group_count=groups,
     )
 
 
@@ -143,6 +149,54 @@ def _backward(
 conv2d.defvjp(_forward, _backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def depthwise_conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int = 0) -> jax.Array:
+    """As `conv2d`, with one kernel for each channel, as torch.nn.Conv2d with `groups=C` does.
+
+    XLA:CPU has no fast grouped convolution, and its gradients are slower still.
+
+    Args:
+        x: `float [M, H, W, C]`.
+        w: `float [k, k, 1, C]` of the same dtype.
+        stride: of both axes.
+        padding: zeros added on every side, in pixels.
+
+    Returns:
+        `float [M, (H + 2 * padding - k) // stride + 1, ..., C]`.
+    """
+    return lax.platform_dependent(
+        x,
+        w,
+        cpu=lambda x, w: cpu_conv.depthwise_taps(x, w, stride, padding),
+        default=lambda x, w: _native(x, w, stride, padding, x.shape[3]),
+    )
+
+
+def _depthwise_forward(
+    x: jax.Array, w: jax.Array, stride: int, padding: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return depthwise_conv2d(x, w, stride, padding), (x, w)
+
+
+def _depthwise_backward(
+    stride: int, padding: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    def on_cpu(x: jax.Array, w: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (
+            cpu_conv.depthwise_input_gradient(dy, w, stride, padding, x.shape),
+            cpu_conv.depthwise_weight_gradient(x, dy, w.shape[0], stride, padding),
+        )
+
+    def elsewhere(x: jax.Array, w: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        native = partial(_native, stride=stride, padding=padding, groups=x.shape[3])
+        return jax.vjp(native, x, w)[1](dy)
+
+    return lax.platform_dependent(*saved, dy, cpu=on_cpu, default=elsewhere)
+
+
+depthwise_conv2d.defvjp(_depthwise_forward, _depthwise_backward)
+
+
 class Conv(nn.Module):
     """A square convolution layer over `conv2d`.
 
@@ -170,3 +224,56 @@ class Conv(nn.Module):
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), param_dtype)
             x = x + bias.astype(self.dtype)
         return x
+
+
+class DepthwiseConv(nn.Module):
+    """A square convolution with one kernel per channel, `[k, k, 1, C]`; else as `Conv`.
+
+    The padding is `side // 2`.
+    """
+
+    side: int
+    stride: int = 1
+    use_bias: bool = False
+    kernel_init: Any = nn.initializers.he_normal()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolves `x [M, H, W, C]`."""
+        channels = x.shape[-1]
+        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
+        shape = (self.side, self.side, 1, channels)
+        kernel = self.param("kernel", self.kernel_init, shape, param_dtype).astype(self.dtype)
+        x = keep(depthwise_conv2d(x.astype(self.dtype), kernel, self.stride, self.side // 2))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (channels,), param_dtype)
+            x = x + bias.astype(self.dtype)
+        return x
+
+
+class Patchify(nn.Module):
+    """A convolution with a bias whose stride is its side: each square of pixels becomes one.
+
+    Pixels beyond the last whole square are not seen, as in any convolution without padding. The
+    kernel is `[side, side, C, features]`.
+    """
+
+    features: int
+    side: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `x [M, H, W, C]` to `[M, H // side, W // side, features]`."""
+        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
+        count, height, width, channels = x.shape
+        side, rows, cols = self.side, height // self.side, width // self.side
+        init = nn.initializers.truncated_normal(0.02)
+        kernel = self.param("kernel", init, (side, side, channels, self.features), param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), param_dtype)
+        x = x[:, : rows * side, : cols * side].astype(self.dtype)
+        x = x.reshape(count, rows, side, cols, side, channels).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(count, rows, cols, side * side * channels)
+        product = x @ kernel.reshape(-1, self.features).astype(self.dtype)
+        return keep(product) + bias.astype(self.dtype)

@@ -73,7 +73,7 @@ def taps(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
     3x3 kernel costs 16 products of one pixel instead of 36.
     """
     side, _, _, features = w.shape
-    height, width = ((n + 2 * padding - side) // stride + 1 for n in x.shape[1:3])
+    height, width = _outputs(x.shape, side, stride, padding)
     shape = (x.shape[0], height, width, features)
     total = jnp.zeros(shape, x.dtype)
     for i, j, rows, cols in _reaches(x.shape, shape, side, stride, padding):
@@ -157,6 +157,61 @@ def rows_weight_gradient(
 
 def _transposed_product(a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
+
+
+def depthwise_taps(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
+    """Convolves each channel of `x [M, H, W, C]` with its own kernel of `w [k, k, 1, C]`.
+
+    One pass over the map that multiplies and adds shifted slices; no products of matrices.
+    """
+    side, height, width = w.shape[0], *_outputs(x.shape, w.shape[0], stride, padding)
+    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    shape = (x.shape[0], height, width, x.shape[3])
+    total = jnp.zeros(shape, x.dtype)
+    for i, j, _, _ in _reaches(x.shape, shape, side, stride, padding):
+        total += _met(padded, i, j, stride, height, width) * w[i, j, 0]
+    return total
+
+
+def depthwise_input_gradient(
+    dy: jax.Array, w: jax.Array, stride: int, padding: int, x_shape: tuple[int, ...]
+) -> jax.Array:
+    """The gradient of `depthwise_taps`' `x`: the turned kernels over `dy`, spread by the stride."""
+    low = w.shape[0] - 1 - padding
+    axes = [
+        (low, n + padding - (stride * (outputs - 1) + 1), stride - 1)
+        for n, outputs in zip(x_shape[1:3], dy.shape[1:3], strict=True)
+    ]
+    spread = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *axes, (0, 0, 0)])
+    # Inside the loop over pixels, XLA:CPU would work the spreading out anew for every tap.
+    return depthwise_taps(lax.optimization_barrier(spread), jnp.flip(w, (0, 1)), 1, 0)
+
+
+def depthwise_weight_gradient(
+    x: jax.Array, dy: jax.Array, side: int, stride: int, padding: int
+) -> jax.Array:
+    """The gradient of `w [side, side, 1, C]` for `x [M, H, W, C]` and `dy [M, H', W', C]`."""
+    height, width, channels = dy.shape[1:]
+    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    taps = [[jnp.zeros((1, channels), x.dtype)] * side for _ in range(side)]
+    for i, j, _, _ in _reaches(x.shape, dy.shape, side, stride, padding):
+        met = _met(padded, i, j, stride, height, width)
+        taps[i][j] = (met * dy).sum((0, 1, 2))[None]
+    return jnp.stack([jnp.stack(row) for row in taps])
+
+
+def _outputs(shape: tuple[int, ...], side: int, stride: int, padding: int) -> tuple[int, int]:
+    return (
+        (shape[1] + 2 * padding - side) // stride + 1,
+        (shape[2] + 2 * padding - side) // stride + 1,
+    )
+
+
+def _met(padded: jax.Array, i: int, j: int, stride: int, height: int, width: int) -> jax.Array:
+    """The pixels that tap `(i, j)` meets at each output."""
+    return padded[
+        :, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride
+    ]
 
 
 # F(2x2, 3x3) of Lavin and Gray, arXiv 1509.09308, section 4.1: Y = A' [(G w G') * (B' d B)] A.

@@ -76,7 +76,10 @@ class AttentionHead(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
-        """Classifies `z float [B, rows, cols, D]`; patches where `mask` is False have no weight."""
+        """Classifies `z float [B, rows, cols, D]`; patches where `mask` is False have no weight.
+
+        Sows `attention`, `[B, rows, cols]`: the weight of each patch, which sum to one.
+        """
         param_dtype = jnp.promote_types(jnp.float32, self.dtype)
 
         def dense(features: int, x: jax.Array, **options: Any) -> jax.Array:
@@ -93,6 +96,8 @@ class AttentionHead(nn.Module):
         )
         if mask is not None:
             score = jnp.where(mask.reshape(batch, rows * cols, 1), score, -jnp.inf)
-        pooled = (nn.softmax(score, axis=1) * x).sum(1)
+        weights = nn.softmax(score, axis=1)
+        self.sow("intermediates", "attention", weights.reshape(batch, rows, cols))
+        pooled = (weights * x).sum(1)
         pooled = nn.Dropout(self.dropout, deterministic=not train)(pooled)
         return dense(self.classes, pooled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Literal
 
@@ -101,6 +102,7 @@ class Normalize(nn.Module):
     kind: Norm
     dtype: Any = jnp.float32
     groups: int = 32
+    """The most that GroupNorm makes: as many of them as divide the channels."""
     zero_scale: bool = False
     """Start the scale at zero: for the last norm of a residual branch."""
 
@@ -114,7 +116,7 @@ class Normalize(nn.Module):
         channels = x.shape[-1]
         if self.kind == "group":
             return nn.GroupNorm(
-                num_groups=min(self.groups, channels),
+                num_groups=math.gcd(self.groups, channels),
                 dtype=self.dtype,
                 param_dtype=param_dtype,
                 scale_init=scale_init,
@@ -133,3 +135,10 @@ class Normalize(nn.Module):
             for running, new in ((running_mean, mean), (running_variance, variance)):
                 running.value = _MOMENTUM * running.value + (1 - _MOMENTUM) * new
         return y
+
+
+def layer_norm(dtype: Any) -> nn.LayerNorm:
+    """LayerNorm over the channels as ConvNeXt and ViT have it: epsilon 1e-6, statistics wide."""
+    param_dtype = jnp.promote_types(jnp.float32, dtype)
+    # The fast variance is a difference of squares, which loses half of float32's digits.
+    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False)

@@ -1,4 +1,4 @@
-"""ResNet-18/34/50, version 1.5 as in torchvision (arXiv 1512.03385; stride in the 3x3)."""
+"""ResNet-18/34/50/101, version 1.5 as in torchvision (arXiv 1512.03385; stride in the 3x3)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from patchgd_jax.models.conv import Conv
+from patchgd_jax.models.drop_path import drop_path, drop_rates
 from patchgd_jax.models.norm import Norm, Normalize
 from patchgd_jax.models.pool import max_pool_3x3
 from patchgd_jax.models.remat import Remat, rematerialise
@@ -21,6 +22,7 @@ class BasicBlock(nn.Module):
     stride: int
     norm: Norm
     dtype: Any
+    drop_path: float = 0.0
 
     expansion = 1
 
@@ -35,6 +37,7 @@ class BasicBlock(nn.Module):
         residual = x
         y = nn.relu(norm(Conv(self.features, stride=self.stride, dtype=self.dtype)(x)))
         y = norm(Conv(self.features, dtype=self.dtype)(y), zero_scale=True)
+        y = drop_path(self.drop_path, y, train)
         if residual.shape != y.shape:
             residual = norm(Conv(self.features, 1, self.stride, dtype=self.dtype)(residual))
         return nn.relu(residual + y)
@@ -47,6 +50,7 @@ class Bottleneck(nn.Module):
     stride: int
     norm: Norm
     dtype: Any
+    drop_path: float = 0.0
 
     expansion = 4
 
@@ -63,13 +67,17 @@ class Bottleneck(nn.Module):
         y = nn.relu(norm(Conv(self.features, 1, dtype=self.dtype)(x)))
         y = nn.relu(norm(Conv(self.features, 3, self.stride, dtype=self.dtype)(y)))
         y = norm(Conv(wide, 1, dtype=self.dtype)(y), zero_scale=True)
+        y = drop_path(self.drop_path, y, train)
         if residual.shape != y.shape:
             residual = norm(Conv(wide, 1, self.stride, dtype=self.dtype)(residual))
         return nn.relu(residual + y)
 
 
 class ResNet(nn.Module):
-    """The network up to global average pooling, then a dense layer to the latent vector."""
+    """The network up to global average pooling, then a dense layer to the latent vector.
+
+    `drop_path` is the rate of stochastic depth in the last block (arXiv 1603.09382).
+    """
 
     latent_dim: int
     blocks: tuple[int, ...]
@@ -77,6 +85,7 @@ class ResNet(nn.Module):
     norm: Norm = "group"
     dtype: Any = jnp.float32
     remat: Remat = "none"
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
@@ -85,11 +94,16 @@ class ResNet(nn.Module):
         x = nn.relu(Normalize(self.norm, self.dtype)(x, train=train, mask=mask))
         x = max_pool_3x3(x)
         block = rematerialise(self.block, self.remat)
+        rates = drop_rates(self.drop_path, sum(self.blocks))
         for stage, count in enumerate(self.blocks):
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
+                number = sum(self.blocks[:stage]) + index
                 # Named here, so that the tree is the same under every policy.
-                name = f"{self.block.__name__}_{sum(self.blocks[:stage]) + index}"
-                x = block(64 * 2**stage, stride, self.norm, self.dtype, name=name)(x, train, mask)
+                name = f"{self.block.__name__}_{number}"
+                layer = block(
+                    64 * 2**stage, stride, self.norm, self.dtype, rates[number], name=name
+                )
+                x = layer(x, train, mask)
         param_dtype = jnp.promote_types(jnp.float32, self.dtype)
         return nn.Dense(self.latent_dim, dtype=self.dtype, param_dtype=param_dtype)(x.mean((1, 2)))

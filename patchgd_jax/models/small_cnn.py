@@ -42,6 +42,11 @@ class SmallCNN(nn.Module):
     remat: Remat = "none"
     widths: tuple[int, ...] = (32, 64, 128, 128)
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Blocks of each stage."""
+        return (1,) * len(self.widths)
+
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Encodes `x float [M, p, p, C]` to `float [M, latent_dim]`."""
