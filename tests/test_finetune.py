@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +37,8 @@ from patchgd_jax import (
 from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.experiment import frozen_entries, make_run_optimizer
 from patchgd_jax.predict import TrainedModel
+from patchgd_jax.pretrained import starting_point
+from patchgd_jax.progress import Progress
 from patchgd_jax.train import resume, train
 
 KEY = jax.random.key(17)
@@ -48,7 +49,7 @@ quick = partial(jax.jit, compiler_options=UNOPTIMISED)
 
 
 def layers(encoder):
-    return encoder_layers(build_encoder(ModelConfig(encoder=encoder)), patch=32, channels=3)
+    return encoder_layers(build_encoder(ModelConfig(encoder=encoder), 32), patch=32, channels=3)
 
 
 def test_depth_and_stage_of_a_resnet():
@@ -326,16 +327,12 @@ def test_an_averaged_run_is_evaluated_by_its_average_and_resumes_bit_for_bit(tmp
     )
 
     # Another run may start from it, and starts from the average.
-    from patchgd_jax.train import _take_encoder
-
+    start = starting_point(TrainConfig(init_encoder=str(tmp_path / "straight")), Progress())
     like = jax.tree.map(jnp.zeros_like, model.params)
-    state = SimpleNamespace(params=like, model_state=model.model_state)
-    state._replace = lambda **changes: SimpleNamespace(**{**vars(state), **changes})
-    silent = SimpleNamespace(warn=print, message=print)
-    taken = _take_encoder(state, str(tmp_path / "straight"), silent)
+    taken, _ = start.into(like, model.model_state)
     arrays = checkpoints.restore_arrays(checkpoints.best())
     wanted = {**arrays["params"]["encoder"], **arrays["opt_state"]["average"]["encoder"]}
-    assert max_relative(taken.params["encoder"], wanted) == 0
+    assert max_relative(taken["encoder"], wanted) == 0
 
 
 @pytest.mark.slow

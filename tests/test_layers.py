@@ -14,7 +14,7 @@ from toy import max_relative
 from patchgd_jax.models import cpu_conv
 from patchgd_jax.models.conv import Patchify, conv2d, depthwise_conv2d
 from patchgd_jax.models.norm import Normalize, batch_norm
-from patchgd_jax.models.pool import max_pool_3x3
+from patchgd_jax.models.pool import global_max_pool, max_pool_3x3
 
 
 def xla_conv(x, w, stride, padding):
@@ -240,3 +240,14 @@ def test_max_pooling_hands_nan_on():
     x = np.zeros((1, 4, 4, 1), np.float32)
     x[0, 1, 1] = np.nan
     assert np.isnan(max_pool_3x3(jnp.asarray(x))).sum() == 4
+
+
+def test_the_global_maximum_and_its_gradient(float64):
+    x = normal(0, 3, 4, 5, 6)
+    y, pull = jax.vjp(global_max_pool, x)
+    wanted, pull_max = jax.vjp(lambda x: x.max((1, 2)), x)
+    dy = normal(1, *y.shape)
+    np.testing.assert_array_equal(y, wanted)
+    np.testing.assert_array_equal(pull(dy)[0], pull_max(dy)[0])
+    flat = jax.vjp(global_max_pool, jnp.zeros((1, 2, 2, 1)))[1](jnp.ones((1, 1)))[0]
+    np.testing.assert_array_equal(flat.ravel(), [1, 0, 0, 0])

@@ -12,40 +12,59 @@ import pytest
 from patchgd_jax import (
     ENCODERS,
     HEADS,
-    ModelConfig,
     PatchGDConfig,
     PatchGrid,
-    build_model,
+    from_linen,
     init_state,
     train_step,
 )
+from patchgd_jax.models.convnext_v2 import ConvNeXtV2
+from patchgd_jax.models.resnet import BasicBlock, Bottleneck, ResNet
+from patchgd_jax.models.small_cnn import SmallCNN
+from patchgd_jax.models.vit import ViT
 
 KEY = jax.random.key(29)
-GRID = PatchGrid(32, 48, 16)
-QUICK = {
-    *(
-        ("small-cnn", head)
-        for head in ("attention", "linear", "transformer", "adaptive-cnn", "cnn-original")
-    ),
-    ("resnet18", "attention"),
+GRID = PatchGrid(64, 96, 32)
+ARCHITECTURES = {
+    "small-cnn": partial(SmallCNN, norm="batch"),
+    "resnet-basic": partial(ResNet, blocks=(1, 1), block=BasicBlock, norm="batch"),
+    "resnet-bottleneck": partial(ResNet, blocks=(1, 1), block=Bottleneck, norm="batch"),
+    "convnext-v2": partial(ConvNeXtV2, blocks=(1, 1, 1, 1), widths=(8, 16, 32, 64)),
+    "vit": partial(ViT, width=32, heads=2, depth=2),
+    "mobilenet-v2": ENCODERS["mobilenet-v2"].build,
+    "efficientnet-b0": ENCODERS["efficientnet-b0"].build,
 }
-"""Each kind of head and of encoder once; the rest is for `-m slow`."""
+"""Each architecture, in a small size where it has sizes; the last two have one."""
+ONE_SIZE = ("mobilenet-v2", "efficientnet-b0")
+HEADS_OF_ONE_SIZE = ("attention", "cnn-original")
+"""An encoder knows nothing of heads; these compile for long."""
+QUICK_HEADS = ("attention", "linear", "transformer", "adaptive-cnn", "cnn-original")
 
 
-@pytest.mark.parametrize(
-    ("encoder", "head"),
-    [
-        pytest.param(encoder, head, marks=[] if (encoder, head) in QUICK else pytest.mark.slow)
-        for encoder in sorted(ENCODERS)
-        for head in sorted(HEADS)
-    ],
-)
+def pairs():
+    """Each architecture and each kind of head once; the rest is for `-m slow`."""
+    for encoder in ARCHITECTURES:
+        for head in HEADS_OF_ONE_SIZE if encoder in ONE_SIZE else sorted(HEADS):
+            quick = (encoder == "small-cnn" and head in QUICK_HEADS) or (
+                encoder not in ONE_SIZE and head == "attention"
+            )
+            yield pytest.param(encoder, head, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("encoder", "head"), list(pairs()))
 def test_an_outer_step_lowers_the_loss(encoder, head):
-    config = ModelConfig(encoder=encoder, head=head, latent_dim=8, dropout=0.0, remat="none")
-    model = build_model(config, grid=GRID, channels=3, classes=4, mean=0.5, std=0.3)
+    dropout = {"dropout": 0.0} if head.startswith("cnn") else {}
+    model = from_linen(
+        ARCHITECTURES[encoder](latent_dim=8),
+        HEADS[head].build(classes=4, **dropout),
+        grid=GRID,
+        channels=3,
+        mean=0.5,
+        std=0.3,
+    )
     rng = np.random.default_rng(0)
     batch = {
-        "image": rng.integers(0, 256, (4, 32, 48, 3), dtype=np.uint8),
+        "image": rng.integers(0, 256, (4, 64, 96, 3), dtype=np.uint8),
         "label": np.arange(4, dtype=np.int32),
     }
     optimizer = optax.adam(1e-3)
@@ -60,7 +79,7 @@ def test_an_outer_step_lowers_the_loss(encoder, head):
             model=model,
             optimizer=optimizer,
             grid=GRID,
-            patchgd=PatchGDConfig(patch=16, fraction=0.5, fill_chunk=3),
+            patchgd=PatchGDConfig(patch=32, fraction=0.5, fill_chunk=3),
         ),
         compiler_options=fast,
     )

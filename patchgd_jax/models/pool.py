@@ -1,4 +1,4 @@
-"""Max pooling with a cheap gradient."""
+"""Max pooling whose gradient remembers where the maximum was."""
 
 from __future__ import annotations
 
@@ -72,3 +72,39 @@ def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Ar
 
 
 max_pool_3x3.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def global_max_pool(x: jax.Array) -> jax.Array:
+    """The maximum over each map; the first of several has all of the gradient.
+
+    The gradient of `x.max((1, 2))` looks for values equal to the maximum and divides by their
+    number. A compiler that computes `x` twice, with another rounding, finds none, and divides zero
+    by zero (seen on the CPU).
+
+    Args:
+        x: `float [M, H, W, C]`.
+
+    Returns:
+        `float [M, C]`.
+    """
+    return _global_forward(x)[0]
+
+
+def _global_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    count, height, width, channels = x.shape
+    pixels = x.reshape(count, height * width, channels)
+    index = pixels.argmax(1)
+    y = jnp.take_along_axis(pixels, index[:, None], 1)[:, 0]
+    return y, (index, jnp.zeros((0, height, width, 0), x.dtype))
+
+
+def _global_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+    index, like = saved
+    height, width = like.shape[1:3]
+    chosen = jnp.arange(height * width)[:, None] == index[:, None]
+    dx = jnp.where(chosen, dy[:, None], 0)
+    return (dx.reshape(dy.shape[0], height, width, dy.shape[1]),)
+
+
+global_max_pool.defvjp(_global_forward, _global_backward)

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from patchgd_jax.models.conv import Conv
 from patchgd_jax.models.norm import Norm, Normalize
+from patchgd_jax.models.pool import global_max_pool
 from patchgd_jax.models.remat import Remat, rematerialise
 
 
@@ -62,6 +63,6 @@ class SmallCNN(nn.Module):
                 x = nn.max_pool(x, (2, 2), (2, 2))
             # Named here, so that the tree is the same under every policy.
             x = block(features, self.norm, self.dtype, name=f"Stage_{stage}")(x, train, mask)
-        x = jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], axis=-1)
+        x = jnp.concatenate([x.mean((1, 2)), global_max_pool(x)], axis=-1)
         param_dtype = jnp.promote_types(jnp.float32, self.dtype)
         return nn.Dense(self.latent_dim, dtype=self.dtype, param_dtype=param_dtype)(x)
