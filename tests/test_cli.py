@@ -289,7 +289,9 @@ def test_debug_adds_the_traceback(command):
     assert "Traceback" in result.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_resume_ends_like_an_uninterrupted_run(command, tmp_path, number):
     long = [*MICRO, "--epochs", 60, "--eval-every", 100]
     straight = command("train", *long, "--run-dir", "straight")

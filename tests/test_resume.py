@@ -90,7 +90,7 @@ def kill_and_resume(straight, folder, step):
 
 
 # Before the first save, between saves, at an evaluation.
-@pytest.mark.parametrize("step", [2, 23, 36])
+@pytest.mark.parametrize("step", [2, pytest.param(23, marks=pytest.mark.slow), 36])
 def test_killed_and_resumed_is_like_uninterrupted(straight, tmp_path, step):
     kill_and_resume(straight, tmp_path / "run", step)
 

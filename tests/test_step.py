@@ -479,7 +479,9 @@ def test_the_state_is_donated():
     assert compiled.memory_analysis().alias_size_in_bytes >= size
 
 
-@pytest.mark.parametrize("mode", ["patchgd", "accumulate", "exact"])
+@pytest.mark.parametrize(
+    "mode", ["accumulate", *(pytest.param(m, marks=pytest.mark.slow) for m in ("patchgd", "exact"))]
+)
 def test_memory_grows_by_no_more_than_the_image_and_z(mode):
     """At a fixed k, from 512 to 2048 px a side (nothing is allocated, only compiled)."""
     temporary, allowed = [], []

@@ -50,7 +50,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = ("colour", "shrunk")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in CASES]
+)
 def test_trained_evaluated_and_predicted(name, tmp_path):
     """The score is reproduced, and an example's file gives what evaluating the example gives."""
     config = CASES[name]
