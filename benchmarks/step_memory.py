@@ -36,7 +36,9 @@ def temporary_bytes(side: int, mode: str) -> dict[str, int]:
         patch=64, mode=mode, inner_steps=grid.num_patches // PATCHES, fill_chunk=PATCHES
     )
     step = partial(pgd.train_step, model=model, optimizer=optimizer, grid=grid, patchgd=patchgd)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch, key).compile()
+    # As `patchgd-jax train` compiles it.
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=pgd.compiler_options())
+    compiled = jitted.lower(state, batch, key).compile()
     return {
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
         "image": side * side,
