@@ -1,0 +1,51 @@
+"""The memory planner: what training takes, why, and the largest setting that fits.
+
+`PlanRequest` says what is planned. `method_table` gives every method's memory by formula,
+`compiled_total` by XLA, `measure` by a real step, and `solve` the largest setting for a budget.
+"""
+
+from patchgd_jax.memory.compiled import Compiled, Line, compile_program, compiled_total
+from patchgd_jax.memory.errors import MeasureError, MemoryBudgetError
+from patchgd_jax.memory.explain import explain
+from patchgd_jax.memory.formula import Formula, Row, method_table
+from patchgd_jax.memory.layers import Layer, LayerTable, encoder_table, layer_table
+from patchgd_jax.memory.liveness import TracedProgram
+from patchgd_jax.memory.measure import Calibration, Measured, calibration, keep_calibration, measure
+from patchgd_jax.memory.methods import METHODS, Method, step_of
+from patchgd_jax.memory.request import PlanRequest
+from patchgd_jax.memory.size import device_limit, parse_size, show_size
+from patchgd_jax.memory.solver import QUANTITIES, Answer, Quantity, solve
+
+__all__ = [
+    "METHODS",
+    "QUANTITIES",
+    "Answer",
+    "Calibration",
+    "Compiled",
+    "Formula",
+    "Layer",
+    "LayerTable",
+    "Line",
+    "MeasureError",
+    "Measured",
+    "MemoryBudgetError",
+    "Method",
+    "PlanRequest",
+    "Quantity",
+    "Row",
+    "TracedProgram",
+    "calibration",
+    "compile_program",
+    "compiled_total",
+    "device_limit",
+    "encoder_table",
+    "explain",
+    "keep_calibration",
+    "layer_table",
+    "measure",
+    "method_table",
+    "parse_size",
+    "show_size",
+    "solve",
+    "step_of",
+]

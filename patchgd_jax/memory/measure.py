@@ -1,0 +1,206 @@
+"""One real step in a process of its own, whose peak counter is therefore clean.
+
+The result over XLA's figure is the calibration factor of this kind of device and version of jaxlib.
+It is kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from patchgd_jax.config import from_dict
+from patchgd_jax.errors import ConfigError
+from patchgd_jax.files import write_json
+from patchgd_jax.memory.compiled import compile_program
+from patchgd_jax.memory.errors import MeasureError
+from patchgd_jax.memory.methods import Method, Program, step_of
+from patchgd_jax.memory.request import PlanRequest
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+# Before there is a measurement. On the CPU, buffers inside of single operations and the allocator's
+# own are not XLA's; on a GPU, the scratch of its libraries.
+_FIRST_GUESS = {"cpu": 1.4, "gpu": 1.15, "tpu": 1.05}
+# What any step adds to a process, however small it is (measured on the CPU: 21 to 26 MB).
+_OVERHEAD = {"cpu": 24 * 2**20}
+
+
+class Calibration(NamedTuple):
+    """What a step takes on a device, given XLA's figure for it."""
+
+    factor: float
+    overhead: int
+    """Bytes, whatever the step."""
+    measured: bool
+    """Whether the factor was measured on this device, or is a first guess."""
+
+    def expected(self, compiled: float) -> int:
+        """Bytes that a step will take at its highest moment."""
+        return math.ceil(self.factor * compiled) + self.overhead
+
+    def within(self, budget: int) -> float:
+        """The most that XLA's figure may be for a step to fit."""
+        return (budget - self.overhead) / self.factor
+
+
+class Measured(NamedTuple):
+    """A training step as it ran."""
+
+    peak: int
+    """Bytes at the highest moment, arguments included."""
+    compiled: int
+    """XLA's figure for the same program."""
+    device: str
+    """Kind of device."""
+    platform: str
+
+    @property
+    def factor(self) -> float:
+        """The calibration factor of this step; never less than 1."""
+        return max(1.0, (self.peak - _OVERHEAD.get(self.platform, 0)) / self.compiled)
+
+
+def measure(
+    request: PlanRequest, method: Method, *, platform: str | None = None, timeout: float = 1800
+) -> Measured:
+    """Runs two training steps of a method on zeros in a new process, and reads its peak.
+
+    On the CPU it is the growth of the resident memory over that before the arrays were made; on
+    other devices, what the allocator counted.
+
+    Args:
+        request: what is planned; an encoder of the user's own is not known to the new process.
+        method: one of METHODS.
+        platform: cpu, gpu or tpu; None: as here.
+        timeout: seconds.
+
+    Raises:
+        MeasureError: if the process fails, for want of memory say.
+        ConfigError: if the peak cannot be read on this system.
+    """
+    platform = platform or jax.default_backend()
+    if platform == "cpu" and not _CLEAR.exists():
+        raise ConfigError(
+            "the peak of a step on the CPU can only be read on Linux; use tier compile here"
+        )
+    environment = {**os.environ, "JAX_PLATFORMS": {"gpu": "cuda"}.get(platform, platform)}
+    given = json.dumps({"request": asdict(request), "method": method})
+    command = [sys.executable, "-m", "patchgd_jax.memory.measure"]
+    try:
+        result = subprocess.run(
+            command, input=given, capture_output=True, text=True, timeout=timeout, env=environment
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MeasureError(
+            f"measuring {method} took more than {timeout:.0f} s; plan with tier compile"
+        ) from error
+    if result.returncode != 0:
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        how = f"signal {-result.returncode}" if result.returncode < 0 else lines[-1][:300]
+        raise MeasureError(
+            f"a step of {method} did not run here ({how}); it may be too large for this device: "
+            "plan a smaller one, or use tier compile"
+        )
+    return Measured(**json.loads(result.stdout.splitlines()[-1]))
+
+
+def _status(name: str) -> int:
+    line = next(li for li in _STATUS.read_text().splitlines() if li.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def _zeros(leaf: Any) -> Any:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key(0)
+    # Written to, so that the memory is really there.
+    return jax.device_put(np.full(leaf.shape, 0, leaf.dtype))
+
+
+def _run(program: Program) -> Measured:
+    """Two steps, the second of which has the state of the first."""
+    from patchgd_jax.compiling import release_memory, use_compilation_cache
+
+    use_compilation_cache()
+    figures, compiled = compile_program(program)
+    device = jax.devices()[0]
+    on_cpu = device.platform == "cpu"
+    # The runtime's threads and their stacks are there before any step is.
+    jax.block_until_ready(jax.jit(lambda x: (x @ x).sum())(np.ones((1024, 1024), np.float32)))
+    release_memory()
+    before = _status("VmRSS") if on_cpu else 0
+    if on_cpu:
+        # Sets the peak to what is resident now.
+        _CLEAR.write_text("5")
+    state, batch, key = jax.tree.map(_zeros, program.arguments)
+    for _ in range(2):
+        state, metrics = compiled(state, batch, key)
+        jax.block_until_ready((state, metrics))
+    if on_cpu:
+        peak = _status("VmHWM") - before
+    else:
+        stats = device.memory_stats() or {}
+        peak = int(stats["peak_bytes_in_use"])
+    return Measured(peak, figures.total, device.device_kind, device.platform)
+
+
+def _calibrations() -> Path:
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("patchgd-jax")) / "calibration.json"
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("jaxlib")
+
+
+def calibration(device: jax.Device) -> Calibration:
+    """The calibration of a device for this version of jaxlib, or a first guess."""
+    overhead = _OVERHEAD.get(device.platform, 0)
+    try:
+        factors = json.loads(_calibrations().read_text(encoding="utf-8"))
+        factor = float(factors[f"{device.device_kind} jaxlib {_version()}"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return Calibration(_FIRST_GUESS.get(device.platform, 1.4), overhead, False)
+    return Calibration(max(1.0, factor), overhead, True)
+
+
+def keep_calibration(measured: Measured) -> float:
+    """Keeps the largest factor that was measured for a device and version; returns it.
+
+    A cache folder that cannot be written is no error: the next plan then measures again.
+    """
+    path, name = _calibrations(), f"{measured.device} jaxlib {_version()}"
+    try:
+        factors = json.loads(path.read_text(encoding="utf-8"))
+        known = float(factors.get(name, 0.0))
+    except (OSError, ValueError, TypeError, AttributeError):
+        factors, known = {}, 0.0
+    factors[name] = max(known, measured.factor)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json(path, factors)
+    return float(factors[name])
+
+
+def _main() -> None:
+    given = json.load(sys.stdin)
+    request = from_dict(PlanRequest, json.loads(json.dumps(given["request"])), "request")
+    print(json.dumps(_run(step_of(request, given["method"]).train)._asdict()))
+
+
+if __name__ == "__main__":
+    _main()

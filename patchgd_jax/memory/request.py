@@ -1,0 +1,98 @@
+"""What is planned: the settings that decide how much memory a step takes, and a step's shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from patchgd_jax.config import (
+    AugmentConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PatchGDConfig,
+    TrainConfig,
+)
+from patchgd_jax.errors import ConfigError
+from patchgd_jax.grid import PatchGrid
+from patchgd_jax.sampling import group_size
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """The settings of a run that memory depends on.
+
+    Raises:
+        ConfigError: for sizes that are not positive.
+    """
+
+    image: tuple[int, int, int]
+    """Height, width and channels of the images the model sees."""
+    batch: int = 16
+    """Images per outer step."""
+    eval_batch: int = 16
+    """Images per evaluation step."""
+    classes: int = 10
+    """Number of logits."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    patchgd: PatchGDConfig = field(default_factory=PatchGDConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        if len(self.image) != 3 or min(self.image) < 1:
+            raise ConfigError(
+                f"the image to plan for is {self.image}; it must be height, width and channels, "
+                "all positive"
+            )
+        for name in ("batch", "eval_batch", "classes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"the {name} to plan for is {getattr(self, name)}; at least 1")
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> PlanRequest:
+        """What `train` would do with a config."""
+        return cls(
+            image=config.data.image_shape,
+            batch=config.batch_size,
+            eval_batch=config.eval_batch_size,
+            classes=config.data.classes,
+            model=config.model,
+            patchgd=config.patchgd,
+            optimizer=config.optimizer,
+            augment=config.augment,
+        )
+
+    @property
+    def grid(self) -> PatchGrid:
+        """The patch grid of the images.
+
+        Raises:
+            ConfigError: if the patch is larger than the image.
+        """
+        height, width, _ = self.image
+        return PatchGrid(height, width, self.patchgd.patch, self.patchgd.stride or 0)
+
+    @property
+    def sampled(self) -> int:
+        """k, the patches of an image that one inner step encodes.
+
+        Raises:
+            ConfigError: if there are more inner steps than patches.
+        """
+        return group_size(self.grid.num_patches, self.patchgd.num_inner_steps)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays (or their shapes) in a tree."""
+    return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def leaf_bytes(leaf: Any) -> int:
+    """Bytes of an array or of its shape and dtype; a typed PRNG key counts its words."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize

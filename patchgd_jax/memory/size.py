@@ -1,0 +1,64 @@
+"""Memory sizes as text, and what a device has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+
+from patchgd_jax.errors import ConfigError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_CGROUP = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `8GiB`, `512 MiB`, `8GB` (10^9) or `1073741824`.
+
+    Raises:
+        ConfigError: for anything else, and for sizes that are not positive.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(
+            f"the size {text!r} cannot be read; write a number and a unit, 8GiB or 500MB say"
+        )
+    size = int(float(match[1]) * {**_UNITS, **_BINARY}[(match[2] or "").lower()])
+    if size < 1:
+        raise ConfigError(f"the size {text!r} is not positive")
+    return size
+
+
+def show_size(size: float) -> str:
+    """A size with a unit that suits it."""
+    if abs(size) >= 2**40:
+        return f"{size / 2**40:.2f} TiB"
+    if abs(size) >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB" if abs(size) >= 2**20 else f"{size / 2**10:.1f} KiB"
+
+
+def device_limit(device: jax.Device) -> tuple[int, str]:
+    """What a device lets this process have in bytes, and where the figure is from.
+
+    For the CPU it is the smaller of the machine's memory and its control group's limit.
+    """
+    stats = device.memory_stats()
+    if stats and stats.get("bytes_limit"):
+        return int(stats["bytes_limit"]), f"JAX's allocator on {device.device_kind}"
+    import psutil
+
+    limit, source = int(psutil.virtual_memory().total), "the machine's memory"
+    for path in _CGROUP:
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < limit:
+            limit, source = int(text), f"the control group ({path})"
+    return limit, source

@@ -1,0 +1,245 @@
+"""The layer table and the formula tier: exact against real residuals, near XLA's figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from patchgd_jax import ConfigError, ModelConfig, OptimizerConfig, PatchGDConfig, PatchGrid
+from patchgd_jax.memory import (
+    METHODS,
+    Formula,
+    PlanRequest,
+    compile_program,
+    encoder_table,
+    method_table,
+    step_of,
+)
+from patchgd_jax.memory.formula import profile_encoder
+from patchgd_jax.memory.liveness import TracedProgram
+from patchgd_jax.memory.request import tree_bytes
+from patchgd_jax.models import build_model
+
+MIB = 2**20
+
+
+def request(encoder="small-cnn", image=256, patch=64, batch=2, **changes) -> PlanRequest:
+    model = {"encoder": encoder, **changes.pop("model", {})}
+    patchgd = {"patch": patch, "norm_policy": "frozen", **changes.pop("patchgd", {})}
+    return PlanRequest(
+        image=(image, image, 3),
+        batch=batch,
+        eval_batch=batch,
+        model=ModelConfig(**model),
+        patchgd=PatchGDConfig(**patchgd),
+        **changes,
+    )
+
+
+def encoder_of(encoder, remat, patch):
+    """The encoder as a function, with its parameters' shapes."""
+    model = build_model(
+        ModelConfig(encoder=encoder, remat=remat),
+        grid=PatchGrid(patch, patch, patch),
+        channels=3,
+        classes=10,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+    )
+    params, state = jax.eval_shape(model.init, jax.random.key(0))
+
+    def encode(encoder, state, images):
+        parts = {**params, "encoder": encoder}
+        return model.encode(parts, state, images, train=True, rng=jax.random.key(1))[0]
+
+    return encode, params["encoder"], state
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "blocks"])
+def test_sums_are_those_of_the_real_tree_and_the_real_residuals(remat):
+    plan = request(model={"remat": remat}, patch=32)
+    table = encoder_table(plan, inputs=3)
+    params = step_of(plan, "accumulate").state.params["encoder"]
+    assert table.total("parameter_bytes") == tree_bytes(params)
+    assert table.total("parameters") == sum(x.size for x in jax.tree.leaves(params))
+
+    # Real arrays, no two parameters alike, so that those among the residuals can be told.
+    encode, params, state = encoder_of("small-cnn", remat, 32)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 8, x.dtype), params)
+    state = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), state)
+    images = jnp.asarray(rng.integers(0, 255, (3, 32, 32, 3)), "u1")
+    pull_back = jax.jit(lambda p: jax.vjp(lambda p: encode(p, state, images), p)[1])(params)
+    given = {(x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves(params)}
+    kept = [
+        x for x in jax.tree.leaves(pull_back) if (x.shape, np.asarray(x).tobytes()) not in given
+    ]
+    assert table.total("kept_bytes") == sum(x.nbytes for x in kept)
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "deit-tiny", "convnext-v2-atto"])
+def test_kept_bytes_of_other_architectures_are_the_residuals_without_parameters(encoder):
+    plan = request(encoder, patch=32, model={"remat": "none"})
+    encode, params, state = encoder_of(encoder, "none", 32)
+    images = jax.ShapeDtypeStruct((31, 32, 32, 3), np.uint8)
+    residuals = jax.eval_shape(
+        lambda p, s, x: jax.vjp(lambda p: encode(p, s, x), p)[1], params, state, images
+    )
+    # No parameter has a number of elements that 31 divides; everything of the inputs has.
+    growing = [x for x in jax.tree.leaves(residuals) if x.size % 31 == 0]
+    table = encoder_table(plan, inputs=31)
+    rest = table.total("kept_bytes") - tree_bytes(growing)
+    # A kernel in another shape is an array of its own; beside such there are only statistics.
+    assert 0 <= rest <= tree_bytes(params) + 2 * tree_bytes(state)
+
+
+def test_flops_and_shapes_are_those_worked_out_by_hand():
+    layers = {x.name: x for x in encoder_table(request(), inputs=5).layers}
+    # A 3 x 3 convolution of 32 to 64 channels on a 16 x 16 map, two operations for each product.
+    conv = layers["Stage_1/Conv_0"]
+    assert conv.output == (5, 16, 16, 64)
+    assert conv.parameters == 3 * 3 * 32 * 64
+    assert conv.flops == 2 * 5 * 16 * 16 * 64 * 3 * 3 * 32
+    dense = layers["Dense_0"]
+    assert dense.flops == 2 * 5 * 256 * 128
+    assert dense.parameters == 256 * 128 + 128
+
+
+def test_resnet50_has_the_published_parameters_and_products():
+    table = encoder_table(request("resnet50", patch=224, model={"latent_dim": 1000}))
+    assert table.total("parameters") == 25_557_032
+    # 4.09 billion products are what its paper's authors and torchvision count.
+    assert table.total("flops") / 2 == pytest.approx(4.09e9, rel=0.01)
+
+
+def test_a_profile_is_in_proportion_to_the_inputs():
+    plan = request(patch=32)
+    formula = Formula(plan, "cpu")
+    model, params, state = formula._shapes(plan.model, 32, True)
+    arguments = {"side": (32, 32), "channels": 3, "platform": "cpu"}
+    profile = profile_encoder(model, params, state, inputs=16, **arguments)
+    for count in (16, 40):
+        table = encoder_table(plan, inputs=count)
+        assert profile.kept(count) == table.total("kept_bytes")
+
+
+def test_peak_of_a_chain_by_hand():
+    x = jax.ShapeDtypeStruct((1024, 1024), np.float32)
+
+    def chain(x, w):
+        return ((x @ w) @ w) @ w
+
+    # Two products at a time: the one that is read and the one that is written.
+    assert TracedProgram(jax.make_jaxpr(chain)(x, x), platform="cpu").peak_bytes() == 8 * MIB
+
+
+def test_what_is_fused_has_no_buffer_and_what_is_kept_has():
+    x = jax.ShapeDtypeStruct((1024, 1024), np.float32)
+
+    def fused(x):
+        return (x * 2 + 1).sum()
+
+    assert TracedProgram(jax.make_jaxpr(fused)(x), platform="cpu").peak_bytes() < 1024
+
+    def kept(x, w):
+        y = x @ w
+        z = y @ w
+        return y.T @ z
+
+    # Both y and z, y's transpose, and the result.
+    assert TracedProgram(jax.make_jaxpr(kept)(x, x), platform="cpu").peak_bytes() >= 12 * MIB
+
+
+@pytest.mark.parametrize("method", ["gd", "patch-wise", "accumulate", "exact"])
+def test_formula_is_near_the_compiled_figure(method):
+    plan = request(image=256, batch=4)
+    compiled = compile_program(step_of(plan, method).train)[0].total
+    assert Formula(plan, "cpu").row(method).total == pytest.approx(compiled, rel=0.15)
+
+
+def test_columns_add_up_and_are_the_real_tree():
+    plan = request()
+    rows, refused = method_table(plan, "cpu")
+    assert [row.method for row in rows] == list(METHODS)
+    assert not refused
+    for row in rows:
+        parts = (row.parameters, row.gradients, row.optimizer, row.activations, row.input, row.z)
+        # Gradients, activations, Z and the rest are the peak beside the arguments.
+        assert sum(parts) + row.workspace == row.total
+        state = step_of(plan, row.method).state
+        assert row.parameters == tree_bytes((state.params, state.model_state))
+        assert row.optimizer == tree_bytes(state.opt_state)
+
+
+def test_patchgd_takes_less_than_the_whole_image_and_grows_with_k():
+    plan = request(image=1024, batch=1)
+    formula = Formula(plan, "cpu")
+    whole = formula.row("gd").total
+    sizes = []
+    for inner in (32, 16, 8):
+        patchgd = dataclasses.replace(plan.patchgd, inner_steps=inner)
+        sizes.append(Formula(dataclasses.replace(plan, patchgd=patchgd), "cpu").row("accumulate"))
+    totals = [row.total for row in sizes]
+    assert totals == sorted(totals)
+    assert totals[-1] < whole / 3
+
+
+def test_the_optimizer_and_frozen_statistics_are_counted():
+    adam = Formula(request(), "cpu").row("accumulate")
+    sgd = request(optimizer=OptimizerConfig(name="sgd"))
+    plain = Formula(sgd, "cpu").row("accumulate")
+    assert adam.optimizer == pytest.approx(2 * plain.optimizer, rel=1e-3)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "everything"])
+def test_fully_convolutional_training_reaches_the_encoder_under_every_policy(remat):
+    step = step_of(request(model={"remat": remat}), "fully-convolutional").train
+    text = str(jax.make_jaxpr(step.function)(*step.arguments))
+    # The gradients of both max poolings are there only if the encoder has a gradient.
+    assert text.count("select_and_scatter_add") == 2
+
+
+def test_methods_that_an_encoder_does_not_support_say_why():
+    vit = request("deit-tiny", image=64, patch=32)
+    rows, refused = method_table(vit, "cpu", ["gd", "fully-convolutional"])
+    assert [row.method for row in rows] == ["gd"]
+    assert "no map of features" in refused["fully-convolutional"]
+    batch_norm = request(patchgd={"norm_policy": "inner"})
+    assert "model.norm group" in method_table(batch_norm, "cpu", ["exact"])[1]["exact"]
+    with pytest.raises(ConfigError, match="did you mean 'patchgd'"):
+        Formula(request(), "cpu").row("patchdg")
+    flat = dataclasses.replace(request("deit-tiny", patch=32), image=(64, 96, 3))
+    assert "not square" in method_table(flat, "cpu", ["gd"])[1]["gd"]
+
+
+def test_a_wide_image_is_planned_for_convolutional_encoders():
+    wide = dataclasses.replace(request(), image=(128, 512, 3))
+    rows, refused = method_table(wide, "cpu", ["gd", "accumulate"])
+    assert len(rows) == 2
+    assert not refused
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_planning_a_100_000_px_image_allocates_nothing():
+    code = """
+from pathlib import Path
+from patchgd_jax import ModelConfig, PatchGDConfig
+from patchgd_jax.memory import PlanRequest, method_table
+request = PlanRequest(
+    image=(100_000, 100_000, 3), batch=1, eval_batch=1, model=ModelConfig(norm="group"),
+    patchgd=PatchGDConfig(patch=500, fraction=0.001),
+)
+rows, refused = method_table(request, "cpu")
+assert len(rows) == 10 and not refused, refused
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) * 1024 < 2**30
