@@ -17,19 +17,27 @@ _GREY = (0.299, 0.587, 0.114)
 """Luma of red, green and blue (ITU-R BT.601)."""
 
 
-def augmentation(config: AugmentConfig | None, key: jax.Array) -> Augment | None:
+def augmentation(
+    config: AugmentConfig | None, key: jax.Array, first_image: int | jax.Array = 0
+) -> Augment | None:
     """The changes of one outer step, or None if there are none to make.
 
     A patch's changes are a function of the key, the image's place in the batch and the patch's
-    number only: whoever is given the same key sees the same picture.
+    number only: whoever is given the same key sees the same picture. `first_image` is the place of
+    the first image given.
     """
     if config is None or not config.active:
         return None
-    return partial(augment_patches, key=key, config=config)
+    return partial(augment_patches, key=key, config=config, first_image=first_image)
 
 
 def augment_patches(
-    patches: jax.Array, ids: jax.Array, *, key: jax.Array, config: AugmentConfig
+    patches: jax.Array,
+    ids: jax.Array,
+    *,
+    key: jax.Array,
+    config: AugmentConfig,
+    first_image: int | jax.Array = 0,
 ) -> jax.Array:
     """Changes each patch by itself; nothing moves in Z.
 
@@ -38,6 +46,7 @@ def augment_patches(
         ids: `int [B, k]`, the patches' numbers.
         key: PRNG key of the outer step.
         config: what changes and how much.
+        first_image: the first image's place in the batch.
 
     Returns:
         Patches of that shape: of that dtype for flips and turns alone, else float in [0, 1].
@@ -58,7 +67,8 @@ def augment_patches(
         factors = 1 + spread * jax.random.uniform(colour, (3,), minval=-1.0)
         return jitter(patch, factors)
 
-    images = jnp.broadcast_to(jnp.arange(ids.shape[0])[:, None], ids.shape)
+    places = first_image + jnp.arange(ids.shape[0])
+    images = jnp.broadcast_to(places[:, None], ids.shape)
     return jax.vmap(jax.vmap(one))(patches, images, ids)
 
 

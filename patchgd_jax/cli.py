@@ -1,4 +1,4 @@
-"""The command line: `patchgd-jax train | resume | evaluate | predict | export | presets`."""
+"""The command line: `patchgd-jax train | resume | evaluate | predict | ...`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from patchgd_jax._version import __version__
 from patchgd_jax.config import TrainConfig, to_dict
+from patchgd_jax.data_command import data_command
 from patchgd_jax.errors import PatchGDError, unknown_name
-from patchgd_jax.presets import PRESETS, get_preset
+from patchgd_jax.plan_command import plan_command
+from patchgd_jax.presets import PRESETS, get_preset, preset_argument
 
 PROGRAM = "patchgd-jax"
 Device = Literal["auto", "cpu", "gpu", "tpu"]
@@ -26,21 +28,7 @@ Device = Literal["auto", "cpu", "gpu", "tpu"]
 
 def train_command(arguments: Sequence[str]) -> None:
     """Train a model: train [PRESET] [--SETTING VALUE ...]."""
-    preset = "default"
-    if arguments and not arguments[0].startswith("-"):
-        preset, *arguments = arguments
-    config = tyro.cli(
-        TrainConfig,
-        prog=f"{PROGRAM} train {preset}",
-        description=(
-            f"Train a model: {PROGRAM} train [PRESET] [--SETTING VALUE ...]. Presets: "
-            f"{', '.join(PRESETS)}. The defaults shown are those of the preset {preset!r}."
-        ),
-        args=list(arguments),
-        default=get_preset(preset),
-    )
-    run_dir = config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{preset}"
-    config = dataclasses.replace(config, run_dir=run_dir)
+    config, run_dir = run_config("train", "Train a model", arguments)
 
     from patchgd_jax.progress import ConsoleProgress
     from patchgd_jax.run_folder import EXAMPLES
@@ -48,22 +36,60 @@ def train_command(arguments: Sequence[str]) -> None:
 
     train(config, run_dir, progress=ConsoleProgress())
     examples = sorted((Path(run_dir) / EXAMPLES).glob("*.png"))
-    print(f"Try it on an image:  {PROGRAM} predict {run_dir} {examples[0]}")
+    image = examples[0] if examples else "IMAGE"
+    print(f"Try it on an image:  {PROGRAM} predict {run_dir} {image}")
+
+
+def run_config(command: str, about: str, arguments: Sequence[str]) -> tuple[TrainConfig, str]:
+    """The settings that a command line names, from a preset on, and the run folder."""
+    preset, default, rest = preset_argument(arguments)
+    config = tyro.cli(
+        TrainConfig,
+        prog=f"{PROGRAM} {command} {preset}",
+        description=(
+            f"{about}: {PROGRAM} {command} [PRESET] [--SETTING VALUE ...]. Presets: "
+            f"{', '.join(PRESETS)}. The defaults shown are those of the preset {preset!r}."
+        ),
+        args=rest,
+        default=default,
+    )
+    run_dir = config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{preset}"
+    return dataclasses.replace(config, run_dir=run_dir), run_dir
+
+
+def cross_validate_command(arguments: Sequence[str]) -> None:
+    """Train a run for each fold of your images, and sum them up."""
+    config, folder = run_config("cross-validate", "Train a run for each fold", arguments)
+
+    from patchgd_jax.cross_validation import RESULT, cross_validate
+    from patchgd_jax.progress import ConsoleProgress, describe
+
+    result = cross_validate(config, folder, progress=ConsoleProgress)
+    print()
+    for fold, score in result["folds"].items():
+        print(f"fold {fold}  {describe(score)}")
+    for name, mean in result["mean"].items():
+        print(f"{name}: {mean:.4f} +- {result['std'][name]:.4f} (standard deviation over folds)")
+    print(f"Written to {Path(folder) / RESULT}")
 
 
 def resume_command(arguments: Sequence[str]) -> None:
     """Continue an interrupted run exactly where it was."""
 
-    def resume_run(run: Positional[str]) -> None:
+    def resume_run(
+        run: Positional[str],
+        accept_changed_data: FlagCreatePairsOff[bool] = False,
+    ) -> None:
         """Continue an interrupted run from its newest intact checkpoint.
 
         Args:
             run: Run folder.
+            accept_changed_data: Go on although images, labels or splits are no longer the same.
         """
         from patchgd_jax.progress import ConsoleProgress
         from patchgd_jax.train import resume
 
-        resume(run, progress=ConsoleProgress())
+        resume(run, progress=ConsoleProgress(), accept_changed_data=accept_changed_data)
 
     tyro.cli(resume_run, prog=f"{PROGRAM} resume", args=list(arguments))
 
@@ -73,6 +99,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
 
     def evaluate_run(
         run: Positional[str],
+        split: Literal["validation", "test"] = "validation",
         checkpoint: Literal["best", "last"] = "best",
         device: Device = "auto",
         as_json: Annotated[bool, arg(name="json"), FlagCreatePairsOff] = False,
@@ -81,12 +108,13 @@ def evaluate_command(arguments: Sequence[str]) -> None:
 
         Args:
             run: Run folder.
+            split: Images to score: those the best checkpoint was chosen by, or those held out.
             checkpoint: The one with the best validation score, or the last.
             device: Device to run on.
             as_json: Print one JSON object.
         """
         model, progress = _load(run, checkpoint, device)
-        metrics = model.evaluate(progress)
+        metrics = model.evaluate(progress, split)
         if as_json:
             print(json.dumps(metrics))
             return
@@ -94,7 +122,10 @@ def evaluate_command(arguments: Sequence[str]) -> None:
 
         print(f"step {metrics['step']}: {describe(metrics)}")
         recorded = metrics["recorded"]
-        print(f"recorded in training: {describe(recorded) if recorded else 'nothing'}")
+        if split == "validation":
+            print(f"recorded in training: {describe(recorded) if recorded else 'nothing'}")
+        if "confusion_matrix" not in metrics:
+            return
         print("confusion matrix (rows: label, columns: prediction):")
         for name, row in zip(
             model.preprocess.class_names, metrics["confusion_matrix"], strict=True
@@ -118,7 +149,7 @@ def predict_command(arguments: Sequence[str]) -> None:
 
         Args:
             run: Run folder.
-            images: Image files (PNG, JPEG, TIFF, WebP or BMP).
+            images: Image files or slides.
             checkpoint: The one with the best validation score, or the last.
             device: Device to run on.
             as_json: Print one JSON list.
@@ -133,9 +164,12 @@ def predict_command(arguments: Sequence[str]) -> None:
             print(json.dumps(results))
             return
         for result in results:
-            odds = sorted(result["probabilities"].items(), key=lambda item: -item[1])
+            odds = sorted(result.get("probabilities", {}).items(), key=lambda item: -item[1])
             listed = "  ".join(f"{name}: {value:.3f}" for name, value in odds)
-            print(f"{result['image']}  label {result['label']}  ({listed})")
+            label = result["label"]
+            if isinstance(label, list):
+                label = ", ".join(label) or "none"
+            print(f"{result['image']}  label {label}{f'  ({listed})' if listed else ''}")
 
     tyro.cli(predict_images, prog=f"{PROGRAM} predict", args=list(arguments))
 
@@ -201,10 +235,13 @@ def _load(run: str, checkpoint: Literal["best", "last"], device: str) -> tuple[A
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train_command,
     "resume": resume_command,
+    "cross-validate": cross_validate_command,
     "evaluate": evaluate_command,
     "predict": predict_command,
     "export": export_command,
     "presets": presets_command,
+    "data": data_command,
+    "plan": plan_command,
 }
 
 
@@ -214,7 +251,7 @@ def _usage() -> str:
         "",
         "Train an ordinary network on very large images, end to end, with Patch Gradient Descent.",
         "",
-        *(f"  {name:<10} {function.__doc__}" for name, function in COMMANDS.items()),
+        *(f"  {name:<14} {function.__doc__}" for name, function in COMMANDS.items()),
         "",
         f"{PROGRAM} COMMAND --help shows a command's settings. --debug adds tracebacks to errors.",
     ]

@@ -23,18 +23,139 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Images of handwritten digits, generated on the fly (UltraMNIST and a simpler variant)."""
+class ColumnsConfig:
+    """Names of the columns of `data.csv`."""
 
+    path: str = "path"
+    """Image file, relative to data.root."""
+    label: str = "label"
+    """Class name or number; several names with ; between them for task multi-label; a number for
+    regression."""
+    group: str | None = None
+    """What must not be torn apart by a split: a patient, a slide or a scanner."""
+    split: str | None = None
+    """train, validation or test for each row, instead of folds."""
+    weight: str | None = None
+    """Factor on the training loss of a row; not negative."""
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How images without a split of their own are divided: folds of like label counts that keep
+    groups together.
+    """
+
+    folds: int = 5
+    """Number of folds."""
+    fold: int | None = None
+    """Fold that is the validation set. None: the first that is not the test fold."""
+    test_fold: int | None = None
+    """Fold that neither training nor the choice of the best model sees. None: there is none."""
+    seed: int = 0
+    """Seed of the folds; apart from the run's, so that runs of several seeds share them."""
+
+    def __post_init__(self) -> None:
+        _require(self.folds >= 2, f"data.split.folds is {self.folds}; at least 2")
+        for name in ("fold", "test_fold"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 <= value < self.folds,
+                f"data.split.{name} is {value}; it must be in 0..{self.folds - 1}, the folds",
+            )
+        _require(
+            self.test_fold is None or self.test_fold != self.fold,
+            f"data.split.fold and data.split.test_fold are both {self.fold}; the test fold must be "
+            "another",
+        )
+        _require(
+            self.test_fold is None or self.folds >= 3,
+            "data.split.test_fold needs data.split.folds 3 or more: one must be left to train on",
+        )
+
+    @property
+    def validation_fold(self) -> int:
+        """The fold that is the validation set."""
+        if self.fold is not None:
+            return self.fold
+        return 1 if self.test_fold == 0 else 0
+
+
+@dataclass(frozen=True)
+class BackgroundConfig:
+    """Which patches hold nothing: they are neither encoded nor seen by the head."""
+
+    method: Literal["none", "otsu", "threshold"] = "none"
+    """none: every patch counts. otsu: each image's own threshold. threshold: a fixed one."""
+    threshold: int = 220
+    """Grey value that parts tissue from background (method threshold): what is nearer to the
+    background than this is empty."""
+    share: float = 0.05
+    """Share of a patch that must be no background for the patch to count."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.threshold <= 255,
+            f"data.empty.threshold is {self.threshold}; it must be in 0..255",
+        )
+        _require(0 < self.share <= 1, f"data.empty.share is {self.share}; it must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class PandaConfig:
+    """Settings of the PANDA prostate biopsies (`data.panda`)."""
+
+    cleaned_list: str | None = None
+    """Text or CSV file whose first column names the image ids to use. None: all of train.csv."""
+    reference_level: bool = False
+    """Resize from the pyramid level that the paper's code took, which is the last one; otherwise
+    from the smallest that is large enough."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images and their labels: your files (`csv`, `root`), a tensorflow-datasets set (`tfds`),
+    PANDA (`panda`), or, where none is named, generated images of handwritten digits (UltraMNIST and
+    a simpler variant).
+    """
+
+    csv: str | None = None
+    """Your labels: a CSV file with a row for each image; see data.columns."""
+    root: str | None = None
+    """Folder of your images. Without csv it holds a folder for each class. None: the CSV's."""
+    tfds: str | None = None
+    """A prepared tensorflow-datasets set: NAME, NAME/CONFIG, or the folder it was prepared in."""
+    panda: str | None = None
+    """Folder of the PANDA challenge as Kaggle has it: train.csv and train_images."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    class_names: tuple[str, ...] | None = None
+    """The classes of csv in the order of their numbers; another label is an error. None: they are
+    found from the labels."""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    empty: BackgroundConfig = field(default_factory=BackgroundConfig)
+    panda_options: PandaConfig = field(default_factory=PandaConfig)
+    fit: Literal["resize", "native"] = "resize"
+    """resize: shrink every image into size, keeping its shape and filling up with background.
+    native: take its pixels as they are; images of different sizes are padded to at most three, and
+    the padding is left out."""
+    level: int = 0
+    """Pyramid level that fit native reads; 0 is the full resolution."""
+    background: int | None = None
+    """Grey value outside an image and under transparent pixels. None: 255 for slides and PANDA, 0
+    for the rest."""
+    bad_images: Literal["raise", "substitute"] = "raise"
+    """What an unreadable image does. raise: end the run. substitute: another image takes its place;
+    bad_images.csv lists them."""
+    bad_limit: int = 10
+    """Unreadable images that substitute bears before it ends the run after all."""
     task: Literal["most-frequent", "digit-sum"] = "most-frequent"
     """most-frequent: the label is the digit that occurs most often. digit-sum: UltraMNIST, the
     label is the sum of three to five digits."""
     classes: int = 10
     """10, or 28 for the benchmark's sums 0..27 (digit-sum only)."""
     size: tuple[int, int] = (256, 256)
-    """Image height and width in pixels."""
+    """Height and width in pixels of generated images, and of your own with fit resize."""
     channels: Literal[1, 3] = 1
-    """1: grey; 3: the grey image repeated, for encoders that expect colour."""
+    """1: grey; 3: colour, or a grey image repeated for encoders that expect colour."""
     digits: Literal["sklearn", "mnist", "font"] = "sklearn"
     """Where digits come from: scikit-learn's 1,797 handwritten ones, MNIST files you have, or a
     font."""
@@ -63,6 +184,49 @@ class DataConfig:
             self.classes == 10 or (self.classes == 28 and self.task == "digit-sum"),
             f"data.classes is {self.classes}; it must be 10, or 28 with data.task digit-sum",
         )
+        named = [n for n in ("csv", "tfds", "panda") if getattr(self, n) is not None]
+        if self.root is not None and self.csv is None:
+            named.append("root")
+        _require(
+            len(named) <= 1,
+            f"data.{' and data.'.join(named)} each name the images; give one of them",
+        )
+        _require(
+            self.class_names is None or (self.csv is not None and len(self.class_names) >= 2),
+            "data.class_names is about the labels of data.csv, and names at least two classes",
+        )
+        _require(self.level >= 0, f"data.level is {self.level}; it must not be negative")
+        _require(
+            self.level == 0 or self.fit == "native",
+            "data.level is about data.fit native; resize finds the level it needs",
+        )
+        _require(
+            self.background is None or 0 <= self.background <= 255,
+            f"data.background is {self.background}; it must be in 0..255",
+        )
+        _require(self.bad_limit >= 1, f"data.bad_limit is {self.bad_limit}; at least 1")
+        generated = not named
+        _require(
+            generated or self.downscale == 1,
+            "data.downscale is about generated images; shrink your own with data.size",
+        )
+        _require(
+            not generated or (self.fit == "resize" and self.empty.method == "none"),
+            "data.fit native and data.empty are about image files; name them with data.csv, "
+            "data.root, data.tfds or data.panda",
+        )
+        _require(
+            self.tfds is None or (self.fit == "resize" and self.empty.method == "none"),
+            "data.fit native and data.empty need image files, which data.tfds has none of",
+        )
+        _require(
+            self.panda is None or self.channels == 3,
+            "data.panda is in colour; set data.channels 3",
+        )
+        _require(
+            self.panda is None or self.fit == "native" or self.size[0] == self.size[1],
+            f"data.size is {self.size}, but data.panda puts slides into squares",
+        )
         _require(min(self.size) >= 1, f"data.size is {self.size}; both sides must be positive")
         _require(self.downscale >= 1, f"data.downscale is {self.downscale}; it must be at least 1")
         _require(
@@ -89,8 +253,13 @@ class DataConfig:
         )
 
     @property
+    def generated(self) -> bool:
+        """Whether the images are the built-in ones."""
+        return all(name is None for name in (self.csv, self.root, self.tfds, self.panda))
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of the images the model sees."""
+        """Height, width and channels of the images the model sees, unless fit is native."""
         height, width = self.size
         return height // self.downscale, width // self.downscale, self.channels
 
@@ -177,6 +346,9 @@ class PatchGDConfig:
     """partition: each patch once per outer step (the paper). uniform: with replacement."""
     sample_per: Literal["batch", "image"] = "batch"
     """Whether all images of a batch share the sampled positions."""
+    strata: int = 1
+    """Parts of the grid, equal runs of patches, that each sample takes an equal share of. Devices
+    share an image by strata: their number along the mesh's patch axis must divide this."""
     norm_policy: Literal["inner", "paper", "frozen"] = "inner"
     """When the encoder's batch statistics move: in inner steps, in the fill as well, or never.
     paper fills Z in train mode, in shuffled groups of the inner steps' size as the official code
@@ -204,6 +376,7 @@ class PatchGDConfig:
             self.inner_steps is None or self.inner_steps >= 1,
             f"patchgd.inner_steps is {self.inner_steps}; at least 1",
         )
+        _require(self.strata >= 1, f"patchgd.strata is {self.strata}; at least 1")
         _require(self.fill_chunk >= 1, f"patchgd.fill_chunk is {self.fill_chunk}; at least 1")
         _require(self.epsilon >= 1, f"patchgd.epsilon is {self.epsilon}; at least 1")
         if self.mode == "patchgd":
@@ -301,12 +474,14 @@ class TaskConfig:
 
     name: Literal["single-label", "multi-label", "regression", "ordinal"] = "single-label"
     """single-label: one of several classes. multi-label: any of them. regression: a number.
-    ordinal: one of several grades in order (CORN). The built-in images have single or ordinal
-    labels."""
+    ordinal: one of several grades in order (CORN)."""
     label_smoothing: float = 0.0
     """Share of each training target that is spread over all answers."""
     class_weights: tuple[float, ...] | None = None
     """Factors on the training loss, one for each class: larger ones for rare classes."""
+    best_metric: str | None = None
+    """Validation metric that names the best checkpoint, such as accuracy, balanced_accuracy,
+    quadratic_weighted_kappa, mean_f1, rmse or loss. None: the task's own."""
 
 
 @dataclass(frozen=True)
@@ -373,6 +548,10 @@ class TrainConfig:
     """Device to train on; anything but auto is an error where it is missing."""
     reader_threads: int = 1
     """Threads that prepare images ahead of the training step."""
+    reader_workers: int = 0
+    """Processes that do so instead, for decoders that hold Python up."""
+    reader_mib: int = 256
+    """Most memory in MiB that prepared images may wait in."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "eval_batch_size", "epochs", "reader_threads"):
@@ -384,33 +563,29 @@ class TrainConfig:
         _require(
             self.seed >= 0 and self.seed < 2**31, f"seed is {self.seed}; it must be in [0, 2^31)"
         )
-        _require(
-            self.batch_size <= self.data.train_size,
-            f"batch_size {self.batch_size} is more than the {self.data.train_size} training images",
-        )
+        _require(self.reader_workers >= 0, f"reader_workers is {self.reader_workers}; at least 0")
+        _require(self.reader_mib >= 1, f"reader_mib is {self.reader_mib}; at least 1")
         _require(
             self.init_encoder is None or self.model.weights is None,
             "init_encoder and model.weights both say what the encoder starts from; name one",
         )
         _require(
-            self.task.name not in ("multi-label", "regression"),
-            f"task.name is {self.task.name}, but the built-in images have one class each; use "
-            "single-label or ordinal",
+            self.task.name not in ("multi-label", "regression") or self.data.csv is not None,
+            f"task.name is {self.task.name}, but these images have one class each; use "
+            "single-label or ordinal, or name a CSV file with data.csv",
         )
         _require(
             self.augment.saturation == 0 or self.data.channels == 3,
             "augment.saturation needs data.channels 3: grey images have no colours",
         )
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; a batch may straddle two."""
-        return max(1, self.data.train_size // self.batch_size)
+    def steps_per_epoch(self, examples: int) -> int:
+        """Whole batches in an epoch of so many training images; a batch may straddle two."""
+        return max(1, examples // self.batch_size)
 
-    @property
-    def total_steps(self) -> int:
+    def total_steps(self, examples: int) -> int:
         """Outer steps of the whole run."""
-        return self.data.train_size * self.epochs // self.batch_size
+        return examples * self.epochs // self.batch_size
 
 
 def to_dict(config: Any) -> dict[str, Any]:

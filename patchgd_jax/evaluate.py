@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from typing import Any
 
 import jax
 import numpy as np
 
-from patchgd_jax.data.pipeline import ExampleSource, eval_batches
+from patchgd_jax.data.source import ExampleSource
 from patchgd_jax.metrics import Results
 from patchgd_jax.patch_model import Parts
 from patchgd_jax.tasks import SINGLE_LABEL, Task
 
-EvalStep = Callable[[Parts, Parts, Mapping[str, jax.Array]], dict[str, jax.Array]]
+EvalStep = Callable[[Parts, Parts, Mapping[str, np.ndarray]], dict[str, jax.Array]]
 
 
 def evaluate(
@@ -21,24 +22,25 @@ def evaluate(
     params: Parts,
     model_state: Parts,
     source: ExampleSource,
+    batches: Generator[dict[str, np.ndarray], None, None],
     *,
-    batch_size: int,
     task: Task = SINGLE_LABEL,
     on_batch: Callable[[int], bool] = lambda done: True,
 ) -> dict[str, Any] | None:
     """Evaluates every example of the source once.
 
     Args:
-        eval_step: jitted `patchgd_jax.step.eval_step`, of params, model state and batch.
+        eval_step: jitted `patchgd_jax.step.eval_step`, of params, model state and a batch that is
+            still on the host.
         params: of both parts.
         model_state: of both parts.
         source: the examples.
-        batch_size: B of the compiled step; the last batch is padded to it.
+        batches: all of them, from `eval_batches`; closed at the end.
         task: that of the step; it has the metrics.
         on_batch: called with the number of examples done; False stops the evaluation.
 
     Returns:
-        `Results.summary`, or None if it was stopped.
+        `Results.summary`, and `bad_images` if any were left out; or None if it was stopped.
     """
     results = Results()
     waiting: tuple[dict[str, np.ndarray], dict[str, jax.Array]] | None = None
@@ -55,14 +57,16 @@ def evaluate(
         )
 
     done = 0
-    for batch in eval_batches(source, batch_size):
-        out = eval_step(params, model_state, jax.device_put(batch))
-        if waiting is not None:
-            collect(*waiting)
-        waiting = (batch, out)
-        done += int(batch["weight"].sum())
-        if not on_batch(done):
-            return None
+    with closing(batches):
+        for batch in batches:
+            out = eval_step(params, model_state, batch)
+            if waiting is not None:
+                collect(*waiting)
+            waiting = (batch, out)
+            done += int(batch["weight"].sum())
+            if not on_batch(done):
+                return None
     assert waiting is not None
     collect(*waiting)
-    return results.summary(task, source.num_classes)
+    summary = results.summary(task, source.num_classes)
+    return summary if done == len(source) else {**summary, "bad_images": len(source) - done}

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Generator
+
 import jax
+import numpy as np
 import optax
 
 from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.config import TrainConfig
-from patchgd_jax.data.digits import Split
-from patchgd_jax.data.ultramnist import UltraMnist
+from patchgd_jax.data.bad_records import OnBad
+from patchgd_jax.data.pipeline import TrainBatches, eval_batches
+from patchgd_jax.data.source import ExampleSource
+from patchgd_jax.data.sources import RunData
 from patchgd_jax.errors import ConfigError, DeviceError
 from patchgd_jax.grid import PatchGrid
-from patchgd_jax.models import build_encoder, build_model, encoder_norm
+from patchgd_jax.models import build_encoder, build_model, encoder_norm, head_entry
 from patchgd_jax.models.depth import Layers, encoder_layers
 from patchgd_jax.optimizer import make_optimizer
 from patchgd_jax.patch_model import Parts, PatchModel, Tree, split_frozen
 from patchgd_jax.preprocess import Preprocess
 from patchgd_jax.sampling import group_size
 from patchgd_jax.tasks import Task, make_task
-
-
-def make_source(config: TrainConfig, split: Split) -> UltraMnist:
-    """The examples of one split."""
-    return UltraMnist(config.data, split, config.seed)
 
 
 def make_grid(config: TrainConfig, height: int, width: int, background: int = 0) -> PatchGrid:
@@ -34,18 +35,23 @@ def make_grid(config: TrainConfig, height: int, width: int, background: int = 0)
     return PatchGrid(height, width, config.patchgd.patch, config.patchgd.stride or 0, background)
 
 
-def training_grid(config: TrainConfig) -> PatchGrid:
-    """The patch grid of the training images, checked against the sampling.
+def training_grids(config: TrainConfig, data: RunData) -> tuple[PatchGrid, ...]:
+    """The patch grid of each padded size, checked against the sampling and the head.
 
     Raises:
-        ConfigError: if the patch is larger than the image, or there are more inner steps than
-            patches.
+        ConfigError: if the patch is larger than the image, there are more inner steps than patches,
+            or there are several grids for a head that takes one.
     """
-    height, width, _ = config.data.image_shape
-    grid = make_grid(config, height, width)
-    if config.patchgd.mode in ("patchgd", "accumulate"):
-        group_size(grid.num_patches, config.patchgd.num_inner_steps)
-    return grid
+    grids = tuple(make_grid(config, *shape, data.background) for shape in data.shapes)
+    for grid, slots in zip(grids, data.slots, strict=True):
+        if config.patchgd.mode in ("patchgd", "accumulate"):
+            group_size(slots or grid.num_patches, config.patchgd.num_inner_steps)
+    if len(grids) > 1 and head_entry(config.model.head).fixed_grid:
+        raise ConfigError(
+            f"the head {config.model.head} takes one grid of patches, but these images have "
+            f"{len(grids)} sizes; use --data.fit resize, or --model.head attention"
+        )
+    return grids
 
 
 def make_model(config: TrainConfig, grid: PatchGrid, preprocess: Preprocess) -> PatchModel:
@@ -67,19 +73,25 @@ def make_model(config: TrainConfig, grid: PatchGrid, preprocess: Preprocess) -> 
         config.model,
         grid=grid,
         channels=config.data.channels,
-        classes=make_run_task(config).num_outputs(config.data.classes),
+        classes=make_run_task(config, len(preprocess.class_names)).num_outputs(
+            len(preprocess.class_names)
+        ),
         mean=preprocess.mean,
         std=preprocess.std,
     )
 
 
-def make_run_task(config: TrainConfig) -> Task:
-    """The task, checked against the data.
+def make_run_task(config: TrainConfig, classes: int) -> Task:
+    """The task, checked against the number of classes of the data.
 
     Raises:
         ConfigError: for settings that do not fit the task or the number of classes.
     """
-    return make_task(config.task, config.data.classes)
+    task = config.task
+    if config.data.panda is not None and task.name == "single-label" and task.best_metric is None:
+        # The challenge's own measure.
+        task = dataclasses.replace(task, best_metric="quadratic_weighted_kappa")
+    return make_task(task, classes)
 
 
 def _layers(config: TrainConfig) -> Layers:
@@ -100,14 +112,47 @@ def frozen_entries(config: TrainConfig) -> frozenset[str]:
     return _layers(config).until(stages) if stages else frozenset()
 
 
-def make_run_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """The optimizer for the length of the run."""
+def make_run_optimizer(config: TrainConfig, examples: int) -> optax.GradientTransformation:
+    """The optimizer for the length of a run over so many training images."""
     return make_optimizer(
         config.optimizer,
-        total_steps=config.total_steps,
-        steps_per_epoch=config.steps_per_epoch,
+        total_steps=config.total_steps(examples),
+        steps_per_epoch=config.steps_per_epoch(examples),
         updates_per_step=config.patchgd.updates_per_step,
         depth=_layers(config).depth if config.optimizer.layer_decay != 1 else None,
+    )
+
+
+def training_batches(
+    config: TrainConfig, source: ExampleSource, start: int, on_bad: OnBad
+) -> TrainBatches:
+    """The batches of a run from number `start` on."""
+    return TrainBatches(
+        source,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start=start,
+        threads=config.reader_threads,
+        workers=config.reader_workers,
+        buffer_bytes=config.reader_mib * 2**20,
+        bad_images=config.data.bad_images,
+        bad_limit=config.data.bad_limit,
+        on_bad=on_bad,
+    )
+
+
+def evaluation_batches(
+    config: TrainConfig, source: ExampleSource, on_bad: OnBad
+) -> Generator[dict[str, np.ndarray], None, None]:
+    """All examples of a source once, for an evaluation."""
+    return eval_batches(
+        source,
+        config.eval_batch_size,
+        threads=config.reader_threads,
+        buffer_bytes=config.reader_mib * 2**20,
+        bad_images=config.data.bad_images,
+        bad_limit=config.data.bad_limit,
+        on_bad=on_bad,
     )
 
 

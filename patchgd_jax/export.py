@@ -78,7 +78,7 @@ def export_header(config: TrainConfig, preprocess: Preprocess) -> dict[str, str]
             "model.norm": config.model.norm,
             "model.latent_dim": config.model.latent_dim,
             "model.head": config.model.head,
-            "data.classes": config.data.classes,
+            "data.classes": len(preprocess.class_names),
         },
         "preprocess": dataclasses.asdict(preprocess),
     }

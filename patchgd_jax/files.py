@@ -17,10 +17,15 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file so that it is either the old or the new one, never half of it."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that it is either the old or the new one, never half of it."""
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.write_bytes(content)
     fsync_path(partial)
     partial.replace(path)
     fsync_path(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())

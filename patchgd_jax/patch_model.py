@@ -340,13 +340,13 @@ def join_frozen(trained: Parts, fixed: Parts) -> Parts:
     return {**trained, "encoder": {**trained["encoder"], **fixed["encoder"]}}
 
 
-def with_fixed(model: PatchModel, fixed: Parts) -> PatchModel:
+def with_fixed(model: PatchModel, fixed: Callable[[], Parts]) -> PatchModel:
     """The model as a function of the other parameters: no gradient of the fixed ones ever is."""
 
     def encode(params: Parts, *args: Any, **kwargs: Any) -> tuple[jax.Array, Parts]:
-        return model.encode(join_frozen(params, fixed), *args, **kwargs)
+        return model.encode(join_frozen(params, fixed()), *args, **kwargs)
 
     def classify(params: Parts, *args: Any, **kwargs: Any) -> tuple[jax.Array, Parts]:
-        return model.classify(join_frozen(params, fixed), *args, **kwargs)
+        return model.classify(join_frozen(params, fixed()), *args, **kwargs)
 
     return model._replace(encode=encode, classify=classify)

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 
+_LABELS = {"loss": "loss", "accuracy": "accuracy", "mae": "mean absolute error"}
+
 
 def plot_curves(
     lines: Sequence[Mapping[str, Any]], shortcuts: Mapping[str, float], path: Path
 ) -> None:
-    """Draws loss and accuracy over outer steps into a PNG file.
+    """Draws loss and accuracy (or mean absolute error) over outer steps into a PNG file.
 
     Args:
         lines: of `metrics.jsonl`.
-        shortcuts: accuracies of simple guesses; the best is drawn as a line.
+        shortcuts: accuracies of simple guesses; the best is drawn as a line. May be empty.
         path: the file.
     """
     import matplotlib
@@ -25,7 +27,8 @@ def plot_curves(
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+    metric = "accuracy" if "accuracy" in lines[0] else "mae"
+    for axis, name in zip(axes, ("loss", metric), strict=True):
         for kind, label, style in (("train", "training", "-"), ("eval", "validation", "o-")):
             chosen = [line for line in lines if line["kind"] == kind]
             steps = np.array([line["step"] for line in chosen])
@@ -35,10 +38,13 @@ def plot_curves(
                 values = np.convolve(values, np.ones(width) / width, "valid")
                 steps, label = steps[width - 1 :], f"training, mean of {width} steps"
             axis.plot(steps, values, style, label=label, markersize=4)
-        axis.set(xlabel="outer step", ylabel="loss (nats)" if name == "loss" else name)
-    best = max(shortcuts, key=lambda name: shortcuts[name])
-    axes[1].axhline(shortcuts[best], color="grey", linestyle=":", label=f"shortcut: {best}")
-    axes[1].set_ylim(0, 1)
+        axis.set(xlabel="outer step", ylabel=_LABELS[name])
+    if metric == "accuracy":
+        axes[0].set_ylabel("loss (nats)")
+        axes[1].set_ylim(0, 1)
+    if shortcuts:
+        best = max(shortcuts, key=lambda name: shortcuts[name])
+        axes[1].axhline(shortcuts[best], color="grey", linestyle=":", label=f"shortcut: {best}")
     for axis in axes:
         axis.legend()
         axis.grid(alpha=0.3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,17 +12,19 @@ import numpy as np
 
 from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.config import TrainConfig
+from patchgd_jax.data.file_images import FileReader, used_patches
 from patchgd_jax.data.safe_image import read_image
 from patchgd_jax.data.shrink import shrink
+from patchgd_jax.data.source import ExampleSource
+from patchgd_jax.data.sources import make_data
 from patchgd_jax.errors import ConfigError, DataError
 from patchgd_jax.evaluate import evaluate
 from patchgd_jax.experiment import (
+    evaluation_batches,
     make_grid,
     make_model,
     make_run_task,
-    make_source,
     restore_params,
-    training_grid,
 )
 from patchgd_jax.grid import PatchGrid
 from patchgd_jax.metrics_log import read_metrics
@@ -33,6 +35,10 @@ from patchgd_jax.run_folder import METRICS, RunFolder
 from patchgd_jax.step import eval_step
 
 Which = Literal["best", "last"]
+EvaluationSplit = Literal["validation", "test"]
+
+_ARRAYS = ("image", "label", "patches", "weight")
+"""What of a batch the evaluation step takes."""
 
 
 class TrainedModel:
@@ -53,8 +59,8 @@ class TrainedModel:
         self.folder = RunFolder(run_dir)
         self.config: TrainConfig = self.folder.config()
         self.preprocess = self.folder.preprocess()
-        self.task = make_run_task(self.config)
-        self._grid = training_grid(self.config)
+        self.task = make_run_task(self.config, len(self.preprocess.class_names))
+        self._grid = self._grid_of(self.preprocess.shapes[0])
         model = make_model(self.config, self._grid, self.preprocess)
         checkpoints = Checkpoints(self.folder.checkpoints, (progress or Progress()).warn)
         self.step = checkpoints.best() if which == "best" else checkpoints.newest_intact()
@@ -65,6 +71,9 @@ class TrainedModel:
         }
         self.model_state: Parts = checkpoints.restore_part(self.step, "model_state", model_state)
         self._score = lru_cache(maxsize=None)(self._jitted_score)
+
+    def _grid_of(self, shape: tuple[int, int]) -> PatchGrid:
+        return make_grid(self.config, *shape, self.preprocess.background)
 
     def _jitted_score(self, grid: PatchGrid) -> Any:
         model = make_model(self.config, grid, self.preprocess)
@@ -78,33 +87,70 @@ class TrainedModel:
             )
         )
 
-    def evaluate(self, progress: Progress | None = None) -> dict[str, Any]:
-        """Scores the validation images, as in training.
+    def _score_batch(
+        self, params: Parts, model_state: Parts, batch: Mapping[str, np.ndarray]
+    ) -> dict[str, jax.Array]:
+        height, width = batch["image"].shape[1:3]
+        arrays = {name: batch[name] for name in _ARRAYS if name in batch}
+        result: dict[str, jax.Array] = self._score(self._grid_of((height, width)))(
+            params, model_state, jax.device_put(arrays)
+        )
+        return result
+
+    def source(self, split: EvaluationSplit) -> ExampleSource:
+        """The images of a split.
+
+        Raises:
+            ConfigError: if the run has no test images.
+            DataError: if they cannot be used.
+        """
+        data = make_data(self.config)
+        if split == "validation":
+            return data.validation
+        if data.test is None:
+            raise ConfigError(
+                f"run {self.folder.path} has no test images; name them in the split column of its "
+                "CSV file, or train with --data.split.test-fold"
+            )
+        return data.test
+
+    def evaluate(
+        self, progress: Progress | None = None, split: EvaluationSplit = "validation"
+    ) -> dict[str, Any]:
+        """Scores the images of a split, as in training.
 
         Returns:
-            The metrics, `step`, and `recorded`: what the run's log says of that step, or None.
+            The metrics, `step`, and `recorded`: what the run's log says of the validation images at
+            that step, or None.
+
+        Raises:
+            ConfigError: if there are no such images.
+            DataError: if they cannot be used.
         """
-        source = make_source(self.config, "validation")
+        source = self.source(split)
         progress = progress or Progress()
 
         def show(done: int) -> bool:
             progress.evaluating(done, len(source))
             return True
 
+        def on_bad(index: int, path: str, reason: str) -> None:
+            progress.warn(f"left out: {path}: {reason}")
+
         metrics = evaluate(
-            self._score(self._grid),
+            self._score_batch,
             self.params,
             self.model_state,
             source,
+            evaluation_batches(self.config, source, on_bad),
             task=self.task,
-            batch_size=self.config.eval_batch_size,
             on_batch=show,
         )
         assert metrics is not None
         recorded = [
             {k: v for k, v in line.items() if k in metrics}
             for line in read_metrics(self.folder.path / METRICS)
-            if line["kind"] == "eval" and line["step"] == self.step
+            if line["kind"] == "eval" and line["step"] == self.step and split == "validation"
         ]
         return {"step": self.step, **metrics, "recorded": recorded[0] if recorded else None}
 
@@ -115,11 +161,19 @@ class TrainedModel:
             DataError: if it cannot be read, or is smaller than a patch.
             ConfigError: if the model's head cannot take an image of that size.
         """
-        background = self.preprocess.background
-        image = read_image(path, channels=self.config.data.channels, background=background)
-        image = shrink(image, self.config.data.downscale, background)
+        background, data = self.preprocess.background, self.config.data
+        if data.generated:
+            image = read_image(path, channels=data.channels, background=background)
+            image = shrink(image, data.downscale, background)
+        else:
+            image, _ = FileReader(data, background).read(path)
+            if data.fit == "native":
+                # As in training: an image that is smaller than a patch has one.
+                missing = [max(0, self.config.patchgd.patch - side) for side in image.shape[:2]]
+                pad = ((0, missing[0]), (0, missing[1]), (0, 0))
+                image = np.pad(image, pad, constant_values=background)
         try:
-            grid = make_grid(self.config, image.shape[0], image.shape[1], background)
+            grid = self._grid_of(image.shape[:2])
         except ConfigError as error:
             raise DataError(f"image {path}: {error}") from error
         trained = (self._grid.rows, self._grid.cols)
@@ -131,29 +185,52 @@ class TrainedModel:
             )
         return image
 
-    def predict(self, image: np.ndarray) -> dict[str, Any]:
-        """Labels one image from `read`.
+    def patches(self, path: str | Path) -> np.ndarray | None:
+        """The numbers of a file's patches that hold something, `int32 [m]`; None: all count."""
+        if self.config.data.empty.method == "none":
+            return None
+        reader = FileReader(self.config.data, self.preprocess.background)
+        grid = self._grid_of(reader.shape(path))
+        return np.flatnonzero(used_patches(path, reader, grid)).astype(np.int32)
+
+    def predict(self, image: np.ndarray, patches: np.ndarray | None = None) -> dict[str, Any]:
+        """Labels one image.
+
+        Args:
+            image: from `read`.
+            patches: from `patches`; the others are not encoded.
 
         Returns:
-            `label` (the class name) and `probabilities` by class name.
+            `label`: the class name, for a multi-label task the list of those that hold, for a
+            regression the number; and for all but the last `probabilities` by class name.
         """
-        grid = make_grid(self.config, image.shape[0], image.shape[1], self.preprocess.background)
+        grid = self._grid_of(image.shape[:2])
         names = self.preprocess.class_names
         spec = self.task.label_spec(1, len(names))
         batch = {"image": image[None], "label": np.zeros(spec.shape, spec.dtype)}
+        if patches is not None:
+            # As many slots for every image of a size: one program.
+            slots = np.full((1, grid.num_patches), grid.num_patches, np.int32)
+            slots[0, : len(patches)] = patches
+            batch["patches"] = slots
         out = self._score(grid)(self.params, self.model_state, jax.device_put(batch))
         out = jax.device_get(out)
+        (answer,) = out["prediction"]
+        if self.task.name == "regression":
+            return {"label": float(answer)}
         (probabilities,) = self.task.probabilities(out["logits"]).tolist()
-        return {
-            "label": names[int(out["prediction"][0])],
-            "probabilities": dict(zip(names, probabilities, strict=True)),
-        }
+        label: Any = (
+            [name for name, holds in zip(names, answer, strict=True) if holds]
+            if self.task.name == "multi-label"
+            else names[int(answer)]
+        )
+        return {"label": label, "probabilities": dict(zip(names, probabilities, strict=True))}
 
     def predict_files(self, paths: Sequence[str | Path]) -> list[dict[str, Any]]:
         """Labels image files; all are checked before any is labelled.
 
         Returns:
-            Per file `image` (the path), `label` and `probabilities`.
+            Per file `image` (the path) and what `predict` gives.
 
         Raises:
             DataError: for the first file that cannot be used.
@@ -161,4 +238,7 @@ class TrainedModel:
         """
         for path in paths:
             self.read(path)
-        return [{"image": str(path), **self.predict(self.read(path))} for path in paths]
+        return [
+            {"image": str(path), **self.predict(self.read(path), self.patches(path))}
+            for path in paths
+        ]

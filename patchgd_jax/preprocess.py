@@ -7,10 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from patchgd_jax.data.pipeline import ExampleSource
-from patchgd_jax.errors import CheckpointError
+from patchgd_jax.data.sources import RunData
+from patchgd_jax.errors import CheckpointError, DataError
 
 _STATISTICS_EXAMPLES = 64
+
+
+def _moments(image: np.ndarray) -> np.ndarray:
+    """Mean and mean square of each channel of `uint8 [H, W, C]` over 255, `float64 [2, C]`."""
+    # From the histogram: a float64 copy of a large image would be eight times its size.
+    values = np.arange(256) / 255
+    counts = np.stack(
+        [np.bincount(channel.reshape(-1), minlength=256) for channel in np.moveaxis(image, -1, 0)]
+    ) / (image.shape[0] * image.shape[1])
+    return np.stack([counts @ values, counts @ values**2])
 
 
 @dataclass(frozen=True)
@@ -23,20 +33,45 @@ class Preprocess:
     background: int
     """uint8 value outside an image and under transparent pixels."""
     class_names: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    """Heights and widths that the training images were padded to."""
 
     @classmethod
-    def measure(cls, source: ExampleSource) -> Preprocess:
-        """Statistics over the first training examples."""
-        images = [source[i]["image"] / 255 for i in range(min(_STATISTICS_EXAMPLES, len(source)))]
-        mean = np.mean([image.mean((0, 1)) for image in images], axis=0)
-        square = np.mean([(image**2).mean((0, 1)) for image in images], axis=0)
+    def measure(cls, data: RunData, *, leave_out_bad: bool = False) -> Preprocess:
+        """Statistics over some training examples, spread evenly; padding does not count.
+
+        Args:
+            data: of the run.
+            leave_out_bad: whether examples that cannot be read are left out.
+
+        Raises:
+            DataError: if one of them cannot be read, or none.
+        """
+        source = data.train
+        count = min(_STATISTICS_EXAMPLES, len(source))
+        moments = []
+        for i in range(count) if data.generated else np.linspace(0, len(source) - 1, count):
+            try:
+                example = source[int(i)]
+            except DataError as error:
+                if leave_out_bad:
+                    continue
+                raise DataError(f"{source.describe(int(i))}: {error}") from error
+            height, width = example.get("size", example["image"].shape[:2])
+            moments.append(_moments(example["image"][:height, :width]))
+        if not moments:
+            raise DataError(
+                "no training image that was tried can be read; run: patchgd-jax data check"
+            )
+        mean, square = np.mean(moments, axis=0)
         std = np.sqrt(np.maximum(square - mean**2, 1e-6))
         # Rounded, so that a last bit of difference between NumPy versions does not matter.
         return cls(
             mean=tuple(round(float(m), 6) for m in mean),
             std=tuple(round(float(s), 6) for s in std),
-            background=0,
-            class_names=tuple(str(c) for c in range(source.num_classes)),
+            background=data.background,
+            class_names=source.class_names,
+            shapes=data.shapes,
         )
 
     @classmethod
@@ -52,6 +87,7 @@ class Preprocess:
                 std=tuple(map(float, values["std"])),
                 background=int(values["background"]),
                 class_names=tuple(map(str, values["class_names"])),
+                shapes=tuple((int(height), int(width)) for height, width in values["shapes"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the run's preprocess.json is damaged: {error!r}") from error

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from patchgd_jax.config import (
+    AugmentConfig,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -79,6 +80,22 @@ PRESETS: Mapping[str, Preset] = {
         ),
         "the UltraMNIST benchmark: 4000 px with noise, 28 classes; for a GPU or TPU",
     ),
+    "panda": Preset(
+        TrainConfig(
+            data=DataConfig(panda="panda", size=(2048, 2048), channels=3),
+            model=ModelConfig(
+                encoder="resnet50", norm="batch", latent_dim=256, head="cnn-original"
+            ),
+            patchgd=PatchGDConfig(patch=128, fraction=0.1, fill_chunk=8),
+            optimizer=OptimizerConfig(schedule="linear", warmup_epochs=2),
+            augment=AugmentConfig(flips=True, turns=True),
+            batch_size=8,
+            eval_batch_size=8,
+            epochs=100,
+        ),
+        "PANDA prostate biopsies at 2048 px, ResNet-50; name its folder with --data.panda; for a "
+        "GPU or TPU",
+    ),
     "paper": Preset(
         TrainConfig(
             data=DataConfig(
@@ -114,3 +131,18 @@ def get_preset(name: str) -> TrainConfig:
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
     return PRESETS[name].config
+
+
+def preset_argument(arguments: Sequence[str]) -> tuple[str, TrainConfig, list[str]]:
+    """Takes a preset's name off the front of a command's arguments.
+
+    Returns:
+        The name (`default` if there is none), its config, and the other arguments.
+
+    Raises:
+        ConfigError: if there is no preset of that name.
+    """
+    name, rest = "default", list(arguments)
+    if rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+    return name, get_preset(name), rest

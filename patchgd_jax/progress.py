@@ -28,7 +28,7 @@ class Progress:
         yield
 
     def trained(self, step: int, values: Values, perf: Values) -> None:
-        """A step's `loss`, `accuracy` and `grad_norm`, and its speed."""
+        """A step's `loss`, `grad_norm` and training metric, and its speed."""
 
     def evaluating(self, done: int, total: int) -> None:
         """Examples evaluated so far."""
@@ -104,7 +104,7 @@ class ConsoleProgress(Progress):
         self._mean.add({**values, **perf})
         mean = self._mean.values
         info = (
-            f"loss {mean['loss']:.3f}  acc {100 * mean['accuracy']:.1f}%  "
+            f"loss {mean['loss']:.3f}  {_describe_training(mean)}  "
             f"{mean['images_per_s']:.1f} img/s  "
             f"{mean['patches_per_s']:.0f} patches/s  "
             f"data wait {100 * mean['data_wait']:.0f}%  {perf['memory_mib']:.0f} MiB"
@@ -126,6 +126,8 @@ class ConsoleProgress(Progress):
         self.message(f"step {step}  validation {describe(metrics)}")
 
     def shortcuts(self, scores: Mapping[str, float]) -> None:
+        if not scores:
+            return
         best = max(scores, key=lambda name: scores[name])
         self.message(
             f"Guessing from one simple property scores at most {100 * scores[best]:.1f}% here "
@@ -134,12 +136,11 @@ class ConsoleProgress(Progress):
 
     def finished(self, summary: Mapping[str, Any], folder: Path) -> None:
         best, shortcuts = summary["best"], summary["shortcuts"]
-        name = max(shortcuts, key=lambda name: shortcuts[name])
-        self.message(
-            f"\nBest validation, step {best['step']}: {describe(best)}\n"
-            f"Best shortcut: {100 * shortcuts[name]:.1f}% ({name})\n"
-            f"Run folder: {folder}"
-        )
+        lines = [f"\nBest validation, step {best['step']}: {describe(best)}"]
+        if shortcuts:
+            name = max(shortcuts, key=lambda name: shortcuts[name])
+            lines.append(f"Best shortcut: {100 * shortcuts[name]:.1f}% ({name})")
+        self.message("\n".join([*lines, f"Run folder: {folder}"]))
 
 
 class StderrProgress(Progress):
@@ -151,13 +152,39 @@ class StderrProgress(Progress):
 
 def describe(metrics: Mapping[str, Any]) -> str:
     """An evaluation in one line."""
-    kappa = metrics["quadratic_weighted_kappa"]
-    return (
-        f"accuracy {100 * metrics['accuracy']:.1f}%  balanced "
-        f"{100 * metrics['balanced_accuracy']:.1f}%  kappa "
-        f"{'undefined' if kappa is None else format(kappa, '.3f')}  loss {metrics['loss']:.3f}  "
-        f"({metrics['examples']} images)"
+    shown = []
+    for name, (short, percent) in _SHOWN.items():
+        if name in metrics:
+            value = metrics[name]
+            figure = f"{100 * value:.1f}%" if percent else _figure(value)
+            shown.append(f"{short} {figure}")
+    bad = metrics.get("bad_images")
+    left_out = f", {bad} unreadable ones left out" if bad else ""
+    return "  ".join(
+        [*shown, f"loss {metrics['loss']:.3f}", f"({metrics['examples']} images{left_out})"]
     )
+
+
+# What an evaluation shows, in this order: its short name, and whether it is a share.
+_SHOWN = {
+    "accuracy": ("accuracy", True),
+    "balanced_accuracy": ("balanced", True),
+    "quadratic_weighted_kappa": ("kappa", False),
+    "mean_average_precision": ("mean average precision", False),
+    "mean_f1": ("mean F1", False),
+    "mae": ("mean absolute error", False),
+    "rmse": ("root mean square error", False),
+}
+
+
+def _figure(value: float | None) -> str:
+    return "undefined" if value is None else format(value, ".3f")
+
+
+def _describe_training(values: Values) -> str:
+    if "accuracy" in values:
+        return f"acc {100 * values['accuracy']:.1f}%"
+    return f"mae {values['mae']:.3f}"
 
 
 class _RunningMean:

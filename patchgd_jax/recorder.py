@@ -32,7 +32,7 @@ class Recorder:
         progress: what shows it.
         upto: the step that the run continues after; 0 for a new one.
         batch_size: images per outer step.
-        patches_per_image: N.
+        patches_per_image: N, or the mean over images with fewer that count.
         identity: stored with every checkpoint: what must be the same when it is resumed.
         device: whose memory is reported.
         task: says which evaluation is the best.
@@ -45,7 +45,7 @@ class Recorder:
         *,
         upto: int,
         batch_size: int,
-        patches_per_image: int,
+        patches_per_image: float,
         identity: dict[str, Any],
         device: jax.Device,
         task: Task,

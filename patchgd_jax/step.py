@@ -14,21 +14,24 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from patchgd_jax.augment import Augment, augmentation
+from patchgd_jax.augment import augmentation
 from patchgd_jax.config import AugmentConfig, PatchGDConfig
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.gradients import (
     Batch,
     Gradient,
+    chunks,
     exact_gradient,
     full_gradient,
     inner_gradient,
+    listed_patches,
+    patch_mask,
     read_z,
     real_patches,
     stream,
 )
 from patchgd_jax.grid import PatchGrid
-from patchgd_jax.latents import chunked_ids, fill, has_spare
+from patchgd_jax.latents import fill, has_spare
 from patchgd_jax.optimizer import AverageState
 from patchgd_jax.patch_model import (
     Parts,
@@ -38,6 +41,7 @@ from patchgd_jax.patch_model import (
     split_frozen,
     with_fixed,
 )
+from patchgd_jax.placement import ALONE, Placement
 from patchgd_jax.sampling import inclusion_probability, sample_groups
 from patchgd_jax.tasks import SINGLE_LABEL, Task
 
@@ -88,6 +92,7 @@ def train_step(
     task: Task = SINGLE_LABEL,
     augment: AugmentConfig | None = None,
     frozen: frozenset[str] = frozenset(),
+    placement: Placement = ALONE,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One outer step on one batch of images.
 
@@ -103,6 +108,7 @@ def train_step(
         augment: random changes of the patches.
         frozen: the encoder's top-level entries whose parameters stay as they are, bit for bit
             (`Layers.until`); the same as for `init_state`.
+        placement: of the images, patches and parameters; see `sharding.sharded_train_step`.
 
     Returns:
         The new state and metrics, each `float []`: `loss` (mean over the inner steps), the task's
@@ -112,7 +118,8 @@ def train_step(
 
     Raises:
         ConfigError: if there are more inner steps than patches, mode `exact` is asked of an encoder
-            whose batch statistics move, or the labels are not the task's.
+            whose batch statistics move, the labels are not the task's, or the scale `unbiased` is
+            asked for where images have different numbers of patches that are drawn uniformly.
     """
     if frozen:
         trained, fixed = split_frozen(state.params, frozen)
@@ -120,12 +127,13 @@ def train_step(
             state._replace(params=trained),
             batch,
             key,
-            model=with_fixed(model, fixed),
+            model=with_fixed(model, lambda: placement.vary(fixed)),
             optimizer=optimizer,
             grid=grid,
             patchgd=patchgd,
             task=task,
             augment=augment,
+            placement=placement,
         )
         params = join_frozen(new_state.params, fixed)
         return new_state._replace(params=params), {**metrics, "param_norm": _norm(params)}
@@ -141,32 +149,20 @@ def train_step(
             patchgd=patchgd,
             task=task,
             augment=augment,
+            placement=placement,
         )
     else:
-        train_encoder = patchgd.norm_policy != "frozen"
-        arguments = (state.params, state.model_state, batch, key)
-        changes = augmentation(augment, stream(key, "augment"))
-        if patchgd.mode == "exact":
-            gradient = exact_gradient(
-                *arguments,
-                model=model,
-                grid=grid,
-                chunk=patchgd.fill_chunk,
-                train_encoder=train_encoder,
-                task=task,
-                augment=changes,
-            )
-        else:
-            gradient = full_gradient(
-                *arguments,
-                model=model,
-                grid=grid,
-                chunk=patchgd.fill_chunk,
-                train_encoder=train_encoder,
-                remat=patchgd.remat,
-                task=task,
-                augment=changes,
-            )
+        gradient = _whole_gradient(
+            state,
+            batch,
+            key,
+            model=model,
+            grid=grid,
+            patchgd=patchgd,
+            task=task,
+            augment=augment,
+            placement=placement,
+        )
         scale = patchgd.encoder_grad_scale
         # Every patch has its part in these gradients: they are unbiased as they are.
         new_state, metrics = _update(
@@ -212,6 +208,49 @@ def _update(
     return TrainState(state.step, params, gradient.model_state, opt_state), metrics
 
 
+def _whole_gradient(
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    model: PatchModel,
+    grid: PatchGrid,
+    patchgd: PatchGDConfig,
+    task: Task,
+    augment: AugmentConfig | None,
+    placement: Placement,
+) -> Gradient:
+    """The gradient of the modes `exact` and `full`."""
+    of_part = exact_gradient
+    if patchgd.mode == "full":
+        of_part = partial(full_gradient, remat=patchgd.remat)
+
+    def local(
+        params: Parts, model_state: Parts, batch: Batch, key: jax.Array
+    ) -> tuple[Parts, Parts, jax.Array, jax.Array]:
+        first = placement.first_image(batch["image"].shape[0])
+        gradient = of_part(
+            params,
+            model_state,
+            batch,
+            key,
+            model=model,
+            grid=grid,
+            chunk=patchgd.fill_chunk,
+            strata=patchgd.strata,
+            train_encoder=patchgd.norm_policy != "frozen",
+            task=task,
+            augment=augmentation(augment, stream(key, "augment"), first),
+            placement=placement,
+        )
+        return gradient.grads, gradient.model_state, gradient.loss, gradient.logits
+
+    everywhere = placement.spread(
+        local, ("params", "same", "batch", "same"), ("gradient", "same", "sum", "images")
+    )
+    return Gradient(*everywhere(state.params, state.model_state, batch, key))
+
+
 def _inner_steps(
     state: TrainState,
     batch: Batch,
@@ -223,74 +262,119 @@ def _inner_steps(
     patchgd: PatchGDConfig,
     task: Task,
     augment: AugmentConfig | None,
+    placement: Placement,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The fill and the J inner steps of the modes `patchgd` and `accumulate`."""
     inner_steps = patchgd.num_inner_steps
     epsilon = inner_steps if patchgd.mode == "accumulate" else patchgd.epsilon
     scale = patchgd.encoder_grad_scale
+    patches = listed_patches(batch, grid)
     groups = partial(
         sample_groups,
         num_patches=grid.num_patches,
         inner_steps=inner_steps,
         batch=batch["image"].shape[0],
         sample_per=patchgd.sample_per,
+        patches=patches,
+        strata=patchgd.strata,
     )
     ids = groups(stream(key, "sampling"), sampling=patchgd.sampling)
     if patchgd.norm_policy == "paper":
         # Batch statistics of neighbours would not be those of the inner steps.
         fill_ids = groups(stream(key, "fill-order"), sampling="partition")
+        fill_spare = patches is not None or has_spare(fill_ids, grid)
     else:
-        fill_ids = chunked_ids(grid, patchgd.fill_chunk, batch["image"].shape[0])
+        fill_ids, fill_spare = chunks(batch, grid, patchgd.fill_chunk, patchgd.strata)
     if scale == "unbiased":
-        scale = 1 / inclusion_probability(grid.num_patches, inner_steps, patchgd.sampling)
-    changes: Augment | None = augmentation(augment, stream(key, "augment"))
-    z, model_state = fill(
-        state.params,
-        state.model_state,
-        batch["image"],
-        stream(key, "fill"),
-        model=model,
-        grid=grid,
-        ids=fill_ids,
-        real=real_patches(batch, grid),
-        train=patchgd.norm_policy == "paper",
-        augment=changes,
-    )
-    if augment is not None and not augment.same_draw:
-        changes = augmentation(augment, stream(key, "augment-inner"))
+        if patches is not None and patchgd.sampling == "uniform":
+            raise ConfigError(
+                "patchgd.encoder_grad_scale unbiased with patchgd.sampling uniform has a factor of "
+                "its own for each number of patches, and these images differ; use partition"
+            )
+        scale = 1 / inclusion_probability(
+            grid.num_patches, inner_steps, patchgd.sampling, patchgd.strata
+        )
+    redrawn = augment is not None and not augment.same_draw
 
-    def accumulate(
-        params: Parts, carry: tuple[Parts, Parts, jax.Array], step: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[Parts, Parts, jax.Array], tuple[jax.Array, jax.Array]]:
-        total, model_state, z = carry
-        number, group = step
-        # The gradient is taken inside the scan: a gradient of the scan would keep every step.
-        gradient, z = inner_gradient(
+    def first_fill(
+        params: Parts, model_state: Parts, batch: Batch, ids: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Parts]:
+        first = placement.first_image(batch["image"].shape[0])
+        return fill(
             params,
             model_state,
-            z,
-            group,
-            batch,
-            jax.random.fold_in(key, number),
+            batch["image"],
+            stream(key, "fill"),
             model=model,
             grid=grid,
-            train_encoder=patchgd.norm_policy != "frozen",
-            spare=patchgd.sampling == "uniform" or has_spare(ids, grid),
-            task=task,
-            augment=changes,
+            ids=ids,
+            spare=fill_spare,
+            real=real_patches(batch, grid),
+            train=patchgd.norm_policy == "paper",
+            augment=augmentation(augment, stream(key, "augment"), first),
+            placement=placement,
         )
-        total = jax.tree.map(lambda t, g: t + g / epsilon, total, gradient.grads)
-        return (total, gradient.model_state, z), (gradient.loss, gradient.logits)
+
+    def group_gradient(
+        params: Parts,
+        model_state: Parts,
+        z: jax.Array,
+        batch: Batch,
+        steps: tuple[jax.Array, jax.Array],
+        key: jax.Array,
+    ) -> tuple[Parts, Parts, jax.Array, jax.Array, jax.Array]:
+        """The mean gradient of the inner steps between two updates, and what they leave."""
+        first = placement.first_image(batch["image"].shape[0])
+        changes = augmentation(
+            augment, stream(key, "augment-inner" if redrawn else "augment"), first
+        )
+
+        def accumulate(
+            carry: tuple[Parts, Parts, jax.Array], step: tuple[jax.Array, jax.Array]
+        ) -> tuple[tuple[Parts, Parts, jax.Array], tuple[jax.Array, jax.Array]]:
+            total, model_state, z = carry
+            number, group = step
+            # The gradient is taken inside the scan: a gradient of the scan would keep every step.
+            gradient, z = inner_gradient(
+                params,
+                model_state,
+                z,
+                group,
+                batch,
+                jax.random.fold_in(key, number),
+                model=model,
+                grid=grid,
+                train_encoder=patchgd.norm_policy != "frozen",
+                spare=patches is not None or patchgd.sampling == "uniform" or has_spare(ids, grid),
+                task=task,
+                augment=changes,
+                placement=placement,
+            )
+            total = jax.tree.map(lambda t, g: t + g / epsilon, total, gradient.grads)
+            return (total, gradient.model_state, z), (gradient.loss, gradient.logits)
+
+        start = (jax.tree.map(jnp.zeros_like, params), model_state, z)
+        (grads, model_state, z), (losses, logits) = lax.scan(accumulate, start, steps)
+        return grads, model_state, z, losses.mean(), logits[-1]
+
+    fill_everywhere = placement.spread(
+        first_fill, ("params", "same", "batch", "groups", "same"), ("images", "same")
+    )
+    gradient_everywhere = placement.spread(
+        group_gradient,
+        ("params", "same", "images", "batch", ("same", "groups"), "same"),
+        ("gradient", "same", "images", "sum", "images"),
+    )
+    z, model_state = fill_everywhere(state.params, state.model_state, batch, fill_ids, key)
 
     def update(
         carry: tuple[TrainState, jax.Array], steps: tuple[jax.Array, jax.Array]
     ) -> tuple[tuple[TrainState, jax.Array], dict[str, jax.Array]]:
         state, z = carry
-        start = (jax.tree.map(jnp.zeros_like, state.params), state.model_state, z)
-        (grads, model_state, z), (losses, logits) = lax.scan(
-            lambda carry, step: accumulate(state.params, carry, step), start, steps
+        grads, model_state, z, loss, logits = gradient_everywhere(
+            state.params, state.model_state, z, batch, steps, key
         )
-        gradient = Gradient(grads, model_state, losses.mean(), logits[-1])
+        gradient = Gradient(grads, model_state, loss, logits)
         state, metrics = _update(state, gradient, batch, optimizer, task, scale)
         return (state, z), metrics
 
@@ -315,7 +399,9 @@ def eval_step(
     model: PatchModel,
     grid: PatchGrid,
     fill_chunk: int,
+    strata: int = 1,
     task: Task = SINGLE_LABEL,
+    placement: Placement = ALONE,
 ) -> dict[str, jax.Array]:
     """One fill in eval mode and one head pass.
 
@@ -324,19 +410,34 @@ def eval_step(
         task's: `int [B]` for classes) and `logits` `float [B, O]`. Padding examples are in them;
         the caller leaves them out by the batch's `weight`.
     """
-    key = jax.random.key(0)
-    z = _fill_to_read(params, model_state, batch, model=model, grid=grid, fill_chunk=fill_chunk)
-    logits, losses, _ = read_z(
-        params,
-        model_state,
-        z,
-        batch,
-        key,
-        model=model,
-        grid=grid,
-        train=False,
-        task=task.for_evaluation(),
-    )
+
+    def local(params: Parts, model_state: Parts, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        z = _fill_to_read(
+            params,
+            model_state,
+            batch,
+            model=model,
+            grid=grid,
+            fill_chunk=fill_chunk,
+            strata=strata,
+            placement=placement,
+        )
+        logits, losses, _ = read_z(
+            params,
+            model_state,
+            z,
+            batch,
+            jax.random.key(0),
+            model=model,
+            grid=grid,
+            train=False,
+            task=task.for_evaluation(),
+            placement=placement,
+        )
+        return losses, logits
+
+    everywhere = placement.spread(local, ("params", "same", "batch"), ("images", "images"))
+    losses, logits = everywhere(params, model_state, batch)
     return {"loss": losses, "prediction": task.predict(logits), "logits": logits}
 
 
@@ -354,7 +455,7 @@ def attention_map(
     Args:
         params: of both parts.
         model_state: of both parts.
-        batch: `image`, and `size` if it has one.
+        batch: `image`, and `patches` or `size` if it has them.
         model: with a head that has attention: `attention` or `transformer` of the shipped ones.
         grid: the patch grid of the images.
         fill_chunk: grid positions encoded at a time.
@@ -369,7 +470,7 @@ def attention_map(
     if model.attend is None:
         raise ConfigError("the model has no attention to show: its `attend` is None")
     z = _fill_to_read(params, model_state, batch, model=model, grid=grid, fill_chunk=fill_chunk)
-    mask = grid.mask(batch["size"]) if "size" in batch else None
+    mask = patch_mask(batch, grid)
     z = z.reshape(z.shape[0], grid.rows, grid.cols, z.shape[-1])
     return model.attend(params, model_state, z, mask)
 
@@ -382,8 +483,20 @@ def _fill_to_read(
     model: PatchModel,
     grid: PatchGrid,
     fill_chunk: int,
+    strata: int = 1,
+    placement: Placement = ALONE,
 ) -> jax.Array:
     """All of Z in eval mode, `[B, N, D]`."""
-    ids = chunked_ids(grid, fill_chunk, batch["image"].shape[0])
-    key = jax.random.key(0)
-    return fill(params, model_state, batch["image"], key, model=model, grid=grid, ids=ids)[0]
+    ids, spare = chunks(batch, grid, fill_chunk, strata)
+    z, _ = fill(
+        params,
+        model_state,
+        batch["image"],
+        jax.random.key(0),
+        model=model,
+        grid=grid,
+        ids=ids,
+        spare=spare,
+        placement=placement,
+    )
+    return z

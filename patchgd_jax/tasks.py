@@ -18,6 +18,9 @@ from patchgd_jax import metrics
 from patchgd_jax.config import TaskConfig
 from patchgd_jax.errors import ConfigError, unknown_name
 
+_CLASSIFICATION = ("accuracy", "balanced_accuracy", "quadratic_weighted_kappa")
+_LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse"})
+
 
 @dataclass(frozen=True)
 class Task(ABC):
@@ -29,6 +32,8 @@ class Task(ABC):
         label_smoothing: share of a target that is spread evenly over all answers.
         class_weights: K factors on the loss; see each task. None: 1. The mean over a batch is over
             its examples, not over their weights, so that an example counts alike in every batch.
+        selection: metric of `summary`, or `loss`, by which the best checkpoint is chosen. None:
+            `best_metric`.
 
     Raises:
         ConfigError: for a value that the task cannot have.
@@ -36,18 +41,25 @@ class Task(ABC):
 
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
+    selection: str | None = None
 
     name: ClassVar[str]
     training_metric: ClassVar[str] = "accuracy"
     """What the mean of `score` is called."""
     best_metric: ClassVar[str] = "accuracy"
-    """The metric of `summary` by which the best checkpoint is chosen."""
-    higher_is_better: ClassVar[bool] = True
+    """The metric of `summary` by which the best checkpoint is chosen, unless `selection` is set."""
+    numbers: ClassVar[tuple[str, ...]] = _CLASSIFICATION
+    """The metrics of `summary` that are single numbers, the most telling first."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(
                 f"task.label_smoothing is {self.label_smoothing}; it must be in [0, 1)"
+            )
+        if self.selection not in (None, "loss", *self.numbers):
+            raise ConfigError(
+                f"task.best_metric is {self.selection!r}; the task {self.name} has "
+                f"{', '.join(self.numbers)} and loss"
             )
         weights = self.class_weights
         if weights is not None and not (
@@ -121,10 +133,11 @@ class Task(ABC):
 
     def rank(self, summary: Mapping[str, Any]) -> float:
         """A number that is higher for a better evaluation."""
-        value = summary[self.best_metric]
+        metric = self.selection or self.best_metric
+        value = summary[metric]
         if value is None:
             return -math.inf
-        return float(value if self.higher_is_better else -value)
+        return float(-value if metric in _LOWER_IS_BETTER else value)
 
     def _check(self, outputs: jax.Array, labels: jax.Array, wide: bool, kinds: str) -> None:
         """Refuses labels of another shape, or of a kind that is not among NumPy's `kinds`."""
@@ -206,6 +219,7 @@ class Ordinal(Task):
 
     name: ClassVar[str] = "ordinal"
     best_metric: ClassVar[str] = "quadratic_weighted_kappa"
+    numbers: ClassVar[tuple[str, ...]] = (*_CLASSIFICATION, "mae")
 
     def num_outputs(self, classes: int) -> int:
         """K - 1."""
@@ -263,6 +277,7 @@ class MultiLabel(Task):
 
     name: ClassVar[str] = "multi-label"
     best_metric: ClassVar[str] = "mean_average_precision"
+    numbers: ClassVar[tuple[str, ...]] = ("mean_average_precision", "mean_f1", "accuracy")
 
     def num_outputs(self, classes: int) -> int:
         """K."""
@@ -307,7 +322,7 @@ class Regression(Task):
     name: ClassVar[str] = "regression"
     training_metric: ClassVar[str] = "mae"
     best_metric: ClassVar[str] = "mae"
-    higher_is_better: ClassVar[bool] = False
+    numbers: ClassVar[tuple[str, ...]] = ("mae", "rmse")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -361,7 +376,7 @@ def make_task(config: TaskConfig, classes: int) -> Task:
     """
     if config.name not in TASKS:
         raise unknown_name("task", config.name, TASKS)
-    task = TASKS[config.name](config.label_smoothing, config.class_weights)
+    task = TASKS[config.name](config.label_smoothing, config.class_weights, config.best_metric)
     task.num_outputs(classes)
     task.check_classes(classes)
     return task

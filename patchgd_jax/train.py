@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,27 +17,41 @@ from patchgd_jax._version import __version__
 from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.compiling import compiler_options, release_memory, use_compilation_cache
 from patchgd_jax.config import TrainConfig, flatten, to_dict
-from patchgd_jax.data.pipeline import TrainBatches
-from patchgd_jax.data.shortcuts import shortcut_scores
-from patchgd_jax.errors import CheckpointError, DiskError, Interrupted
+from patchgd_jax.data.bad_images import BadImages
+from patchgd_jax.data.sources import make_data
+from patchgd_jax.data.ultramnist import UltraMnist
+from patchgd_jax.errors import CheckpointError, DataError, DiskError, Interrupted
 from patchgd_jax.evaluate import evaluate
 from patchgd_jax.experiment import (
+    evaluation_batches,
     frozen_entries,
     make_model,
     make_run_optimizer,
     make_run_task,
-    make_source,
     select_device,
-    training_grid,
+    training_batches,
+    training_grids,
 )
 from patchgd_jax.optimizer import with_average
+from patchgd_jax.patch_model import Parts
 from patchgd_jax.preprocess import Preprocess
 from patchgd_jax.pretrained import starting_point
 from patchgd_jax.progress import Progress
 from patchgd_jax.recorder import Recorder
-from patchgd_jax.run_folder import EXAMPLES, RunFolder
+from patchgd_jax.run_folder import CONFIG, EXAMPLES, RunFolder
 from patchgd_jax.signals import StopRequest
 from patchgd_jax.step import TrainState, eval_step, evaluated_params, init_state, train_step
+
+_MAY_CHANGE = (
+    "run_dir",
+    "device",
+    "data.bad_images",
+    "data.bad_limit",
+    "reader_threads",
+    "reader_workers",
+    "reader_mib",
+)
+"""Settings that a resumed run may have different."""
 
 OnStep = Callable[[int], None]
 """Called with the number of outer steps done, after each."""
@@ -84,11 +98,19 @@ def resume(
     progress: Progress | None = None,
     optimizer: optax.GradientTransformation | None = None,
     on_step: OnStep | None = None,
+    accept_changed_data: bool = False,
 ) -> dict[str, Any]:
     """Continues a run from its newest intact checkpoint, or from the start if it has none.
 
     On the CPU the run ends with the same parameters and metrics, bit for bit, as one that was
-    never interrupted. Arguments, result and errors are those of `train`.
+    never interrupted. Other arguments, result and errors are those of `train`.
+
+    Args:
+        run_dir: its folder.
+        progress: as `train`'s.
+        optimizer: as `train`'s.
+        on_step: as `train`'s.
+        accept_changed_data: go on although the images, labels or splits are no longer the same.
     """
     progress = progress or Progress()
     with StopRequest() as stop:
@@ -99,12 +121,22 @@ def resume(
             checkpoints = Checkpoints(folder.checkpoints, progress.warn)
             if checkpoints.steps():
                 step = checkpoints.newest_intact()
-                run.check_identity(checkpoints.meta(step), step)
+                meta = checkpoints.meta(step)
+                run.check_identity(meta, step, accept_changed_data=accept_changed_data)
                 state = checkpoints.restore(step, jax.eval_shape(run.init, run.key))
             else:
                 state, step = run.first_state(), 0
             progress.message(f"Resuming {folder.path} after step {step}")
         return run.loop(folder, state, step, stop, on_step)
+
+
+class _Programs(NamedTuple):
+    """What is compiled for one padded size, and the arrays of a batch that it takes."""
+
+    train: Any
+    score: Any
+    train_arrays: tuple[str, ...]
+    score_arrays: tuple[str, ...]
 
 
 class _Run:
@@ -119,34 +151,36 @@ class _Run:
     ) -> None:
         self.config = config
         self.progress = progress
-        self.grid = training_grid(config)
-        self.task = make_run_task(config)
+        self.data = make_data(config)
+        for note in self.data.notes:
+            progress.message(note)
+        self.grids = training_grids(config, self.data)
+        self.task = make_run_task(config, self.data.num_classes)
+        self.total_steps = config.total_steps(len(self.data.train))
         self.device = select_device(config.device)
         cache = use_compilation_cache()
         progress.message(
             f"Device: {self.device.device_kind} ({self.device.platform}). "
             f"Compiled programs are {cache}."
         )
-        self.source = make_source(config, "train")
-        self.validation = make_source(config, "validation")
         if preprocess is None:
-            preprocess = Preprocess.measure(self.source)
+            bear = config.data.bad_images == "substitute"
+            preprocess = Preprocess.measure(self.data, leave_out_bad=bear)
             start = starting_point(config, progress)
             if start is not None:
                 # The encoder's input must be scaled as it was when the encoder was trained.
                 preprocess = dataclasses.replace(preprocess, mean=start.mean, std=start.std)
         self.preprocess = preprocess
-        self.shortcuts = shortcut_scores(self.source, self.validation)
-        self.model = make_model(config, self.grid, self.preprocess)
+        self.models = [make_model(config, grid, self.preprocess) for grid in self.grids]
         self.frozen = frozen_entries(config)
         self.optimizer = (
-            make_run_optimizer(config)
+            make_run_optimizer(config, len(self.data.train))
             if optimizer is None
             else with_average(optimizer, config.optimizer.ema_decay)
         )
         self.key = jax.random.key(config.seed)
         self.init = jax.jit(
-            partial(init_state, model=self.model, optimizer=self.optimizer, frozen=self.frozen)
+            partial(init_state, model=self.models[0], optimizer=self.optimizer, frozen=self.frozen)
         )
 
     def first_state(self) -> TrainState:
@@ -161,18 +195,35 @@ class _Run:
     @property
     def identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and a resume, besides the tree."""
-        settings = {k: v for k, v in flatten(to_dict(self.config)).items() if k != "run_dir"}
+        settings = flatten(to_dict(self.config))
+        # What does not change the result of a run that meets no obstacle.
+        for name in _MAY_CHANGE:
+            del settings[name]
         return {
             "settings": settings,
             "preprocess": to_dict(self.preprocess),
-            "data": {"fingerprint": self.source.fingerprint},
+            "data": {
+                "fingerprint": self.data.train.fingerprint,
+                "validation": self.data.validation.fingerprint,
+            },
         }
 
-    def check_identity(self, meta: dict[str, Any], step: int) -> None:
+    def check_identity(
+        self, meta: dict[str, Any], step: int, *, accept_changed_data: bool = False
+    ) -> None:
         """Refuses a checkpoint that other settings or other data led to."""
         lines = []
         for kind, now in self.identity.items():
             then = meta.get(kind, {})
+            if kind == "data" and then != now:
+                changed = (
+                    "the images have changed (a file, its time or size, a label, or the split)"
+                )
+                if not accept_changed_data:
+                    lines.append(f"{changed}; to go on with them, use --accept-changed-data")
+                    continue
+                self.progress.warn(changed)
+                continue
             lines += [
                 f"{kind}: {name} was {then.get(name)!r}, is {now.get(name)!r}"
                 for name in sorted(then.keys() | now.keys())
@@ -191,28 +242,40 @@ class _Run:
             )
 
     def write_examples(self, folder: RunFolder) -> None:
-        """A few validation images as files, to look at and to try `predict` on."""
+        """A few generated validation images as files, to look at and to try `predict` on."""
         from PIL import Image
 
+        source = self.data.validation
+        if not isinstance(source, UltraMnist):
+            return
         where = folder.path / EXAMPLES
         try:
             where.mkdir()
-            for index in range(min(4, len(self.validation))):
+            for index in range(min(4, len(source))):
                 # As a user has them: at full size, before any down-scaling.
-                pixels = self.validation.read(index, 0, 0, *self.config.data.size)
-                name = self.preprocess.class_names[self.validation.plan(index).label]
+                pixels = source.read(index, 0, 0, *self.config.data.size)
+                name = self.preprocess.class_names[source.plan(index).label]
                 Image.fromarray(pixels).save(where / f"{index}_label_{name}.png")
         except OSError as error:
             raise DiskError(f"cannot write {where}: {error.strerror or error}") from error
 
-    def compile(self, state: TrainState) -> tuple[Any, Any]:
-        """Compiles the training and the evaluation step before the first batch needs them."""
-        config = self.config
+    def compile(self, state: TrainState) -> dict[tuple[int, int], _Programs]:
+        """Compiles training and evaluation for each padded size before a batch needs them."""
+        begun = time.monotonic()
+        programs = {shape: self._compile(state, i) for i, shape in enumerate(self.data.shapes)}
+        release_memory()
+        self.progress.message(
+            f"Compiled {2 * len(programs)} programs in {time.monotonic() - begun:.1f} s."
+        )
+        return programs
+
+    def _compile(self, state: TrainState, number: int) -> _Programs:
+        config, model, grid = self.config, self.models[number], self.grids[number]
         step = partial(
             train_step,
-            model=self.model,
+            model=model,
             optimizer=self.optimizer,
-            grid=self.grid,
+            grid=grid,
             patchgd=config.patchgd,
             task=self.task,
             augment=config.augment,
@@ -220,34 +283,34 @@ class _Run:
         )
         score = partial(
             eval_step,
-            model=self.model,
-            grid=self.grid,
+            model=model,
+            grid=grid,
             fill_chunk=config.patchgd.fill_chunk,
             task=self.task,
         )
 
-        def batch(size: int, **more: Any) -> dict[str, Any]:
-            return {
-                "image": jax.ShapeDtypeStruct((size, *config.data.image_shape), np.uint8),
-                "label": self.task.label_spec(size, self.source.num_classes),
-                **more,
+        def batch(size: int, weight: bool) -> dict[str, jax.ShapeDtypeStruct]:
+            shape = (size, *self.data.shapes[number], config.data.channels)
+            arrays = {
+                "image": jax.ShapeDtypeStruct(shape, np.uint8),
+                "label": self.task.label_spec(size, self.data.num_classes),
             }
+            slots = self.data.slots[number]
+            if slots is not None:
+                arrays["patches"] = jax.ShapeDtypeStruct((size, slots), np.int32)
+            if weight:
+                arrays["weight"] = jax.ShapeDtypeStruct((size,), np.float32)
+            return arrays
 
-        weight = jax.ShapeDtypeStruct((config.eval_batch_size,), np.float32)
-        begun = time.monotonic()
+        train_batch = batch(config.batch_size, self.data.weighted)
+        eval_batch = batch(config.eval_batch_size, True)
         train_fn = (
             jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
-            .lower(state, batch(config.batch_size), self.key)
+            .lower(state, train_batch, self.key)
             .compile()
         )
-        eval_fn = (
-            jax.jit(score)
-            .lower(state.params, state.model_state, batch(config.eval_batch_size, weight=weight))
-            .compile()
-        )
-        release_memory()
-        self.progress.message(f"Compiled 2 programs in {time.monotonic() - begun:.1f} s.")
-        return train_fn, eval_fn
+        eval_fn = jax.jit(score).lower(state.params, state.model_state, eval_batch).compile()
+        return _Programs(train_fn, eval_fn, tuple(train_batch), tuple(eval_batch))
 
     def loop(
         self,
@@ -260,77 +323,97 @@ class _Run:
         """Runs from `step` to the end, or to a signal."""
         config, progress = self.config, self.progress
         with stop.immediate():
-            train_fn, eval_fn = self.compile(state)
-            progress.shortcuts(self.shortcuts)
+            programs = self.compile(state)
+            progress.shortcuts(self.data.shortcuts)
         recorder = Recorder(
             folder,
             progress,
             upto=step,
             batch_size=config.batch_size,
-            patches_per_image=self.grid.num_patches,
+            patches_per_image=self.data.mean_patches(self.grids),
             identity={**self.identity, "version": __version__},
             device=self.device,
             task=self.task,
         )
-        eval_every = config.eval_every or config.steps_per_epoch
-        batches = TrainBatches(
-            self.source,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start=step,
-            threads=config.reader_threads,
-        )
+        eval_every = config.eval_every or config.steps_per_epoch(len(self.data.train))
+        bad_images = BadImages(folder.path)
+        for record in bad_images.records:
+            progress.warn(f"known as unreadable: {record}")
+
+        def on_bad(index: int, path: str, reason: str) -> None:
+            bad_images.add(index, path, reason)
+            progress.warn(f"left out: {path}: {reason}; see {bad_images.path}")
+
+        batches = training_batches(config, self.data.train, step, on_bad)
 
         def due(every: int) -> bool:
-            return step % every == 0 or step == config.total_steps
+            return step % every == 0 or step == self.total_steps
+
+        def score_batch(
+            params: Parts, model_state: Parts, batch: Mapping[str, np.ndarray]
+        ) -> dict[str, jax.Array]:
+            program = programs[batch["image"].shape[1:3]]
+            arrays = {name: batch[name] for name in program.score_arrays}
+            return program.score(params, model_state, jax.device_put(arrays))
 
         def score() -> None:
             metrics = evaluate(
-                eval_fn,
+                score_batch,
                 evaluated_params(state),
                 state.model_state,
-                self.validation,
+                self.data.validation,
+                evaluation_batches(config, self.data.validation, on_bad),
                 task=self.task,
-                batch_size=config.eval_batch_size,
                 on_batch=keep_evaluating,
             )
             if metrics is not None:
                 recorder.scored(step, metrics)
 
         def keep_evaluating(done: int) -> bool:
-            progress.evaluating(done, len(self.validation))
+            progress.evaluating(done, len(self.data.validation))
             return stop.signal_number is None
 
         def end_if_stopped(stopping: bool) -> None:
-            if stopping and not (step == config.total_steps and recorder.has_score(step)):
+            if stopping and not (step == self.total_steps and recorder.has_score(step)):
                 advice = f"saved. Continue with: patchgd-jax resume {folder.path}"
                 text = stop.message(f"after step {step}; {advice}")
                 raise Interrupted(stop.signal_number or 0, text)
 
-        with batches, recorder, progress.running(step, config.total_steps):
-            # A run that was stopped during an evaluation makes up for it first.
-            if step and due(eval_every) and not recorder.has_score(step):
-                score()
-                recorder.save(step, state)
-                end_if_stopped(not recorder.has_score(step))
-            while step < config.total_steps:
-                with recorder.data_wait():
-                    batch = next(batches)
-                arrays = jax.device_put({"image": batch["image"], "label": batch["label"]})
-                state, metrics = train_fn(state, arrays, self.key)
-                # Reading the metrics of the step before keeps the device busy meanwhile.
-                recorder.flush()
-                step += 1
-                recorder.trained(step, batch["id"], metrics)
-                if due(eval_every) and stop.signal_number is None:
-                    recorder.flush()
+        with batches, recorder, progress.running(step, self.total_steps):
+            try:
+                # A run that was stopped during an evaluation makes up for it first.
+                if step and due(eval_every) and not recorder.has_score(step):
                     score()
-                # Read once: a signal that comes after the save waits for the next step.
-                stopping = stop.signal_number is not None
-                if stopping or due(eval_every) or due(config.save_every or eval_every):
-                    recorder.flush()
                     recorder.save(step, state)
-                if on_step is not None:
-                    on_step(step)
-                end_if_stopped(stopping)
-        return recorder.finish(state, self.shortcuts)
+                    end_if_stopped(not recorder.has_score(step))
+                while step < self.total_steps:
+                    with recorder.data_wait():
+                        batch = next(batches)
+                    program = programs[batch["image"].shape[1:3]]
+                    arrays = jax.device_put({name: batch[name] for name in program.train_arrays})
+                    state, metrics = program.train(state, arrays, self.key)
+                    # Reading the metrics of the step before keeps the device busy meanwhile.
+                    recorder.flush()
+                    step += 1
+                    recorder.trained(step, batch["id"], metrics)
+                    if due(eval_every) and stop.signal_number is None:
+                        recorder.flush()
+                        score()
+                    # Read once: a signal that comes after the save waits for the next step.
+                    stopping = stop.signal_number is not None
+                    if stopping or due(eval_every) or due(config.save_every or eval_every):
+                        recorder.flush()
+                        recorder.save(step, state)
+                    if on_step is not None:
+                        on_step(step)
+                    end_if_stopped(stopping)
+            except DataError as error:
+                recorder.flush()
+                if step:
+                    recorder.save(step, state)
+                raise DataError(
+                    f"{error}\nThe run is saved after step {step}. Mend the image, or set "
+                    f"data.bad_images to substitute in {folder.path / CONFIG}; then: "
+                    f"patchgd-jax resume {folder.path} --accept-changed-data"
+                ) from error
+        return recorder.finish(state, self.data.shortcuts)

@@ -36,7 +36,7 @@ from patchgd_jax.progress import Progress
 from patchgd_jax.weight_files import read_weights, write_safetensors
 
 RESNET = ["--model.encoder", "resnet18", "--data.channels", 3]
-PREPROCESS = Preprocess((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0, tuple("0123456789"))
+PREPROCESS = Preprocess((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0, tuple("0123456789"), ((32, 32),))
 
 
 def config_of(encoder, weights=None, *, classes=10, channels=3, **model) -> TrainConfig:

@@ -26,7 +26,13 @@ from patchgd_jax import (
     sample_groups,
     train_step,
 )
-from patchgd_jax.gradients import exact_gradient, full_gradient, inner_gradient, stream
+from patchgd_jax.gradients import (
+    exact_gradient,
+    full_gradient,
+    inner_gradient,
+    listed_patches,
+    stream,
+)
 from patchgd_jax.latents import chunked_ids, write_latents
 
 KEY = jax.random.key(7)
@@ -49,7 +55,7 @@ def run_toy(grid, config, seed=0, rate=0.1):
     return params, batch, new, metrics
 
 
-def real_groups(grid, config, batch_size, step=0):
+def real_groups(grid, config, batch_size, step=0, patches=None):
     """The groups that a step draws, without the slots that hold no patch."""
     ids = sample_groups(
         stream(jax.random.fold_in(KEY, step), "sampling"),
@@ -58,6 +64,7 @@ def real_groups(grid, config, batch_size, step=0):
         batch=batch_size,
         sampling=config.sampling,
         sample_per=config.sample_per,
+        patches=patches,
     )
     return [
         [[int(n) for n in row if n < grid.num_patches] for row in group]
@@ -363,7 +370,8 @@ def test_what_is_no_patch_does_not_count_in_batch_statistics(padding):
     before, after, _ = step_once(model, grid, config, batch, optax.sgd(0.0))
     state = before.model_state
     patches = np.asarray(grid.take(batch["image"], jnp.tile(jnp.arange(6), (4, 1))))
-    for group in real_groups(grid, config, 4):
+    listed = listed_patches(batch, grid)
+    for group in real_groups(grid, config, 4, patches=listed):
         rows = [patches[b, n] for b in range(4) for n in group[b] if real[b, n]]
         _, state = model.encode(before.params, state, np.stack(rows), train=True, rng=KEY)
     assert max_relative(after.model_state["encoder"], state["encoder"]) < 1e-4

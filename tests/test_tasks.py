@@ -299,7 +299,7 @@ def test_evaluation_is_without_smoothing_and_weights():
         (lambda: make_task(TaskConfig(class_weights=(0.0, 0.0)), 2), "not all 0"),
         (lambda: make_task(TaskConfig("ordinal"), 1), "at least 2 grades, not 1"),
         (lambda: make_task(TaskConfig("regression", 0.1), 1), "the task regression has none"),
-        (lambda: TrainConfig(task=TaskConfig("multi-label")), "the built-in images have one class"),
+        (lambda: TrainConfig(task=TaskConfig("multi-label")), "these images have one class each"),
         (lambda: Regression().probabilities(np.zeros((1, 1))), "gives no probabilities"),
     ],
 )

@@ -84,9 +84,9 @@ def test_trained_evaluated_and_predicted(name, tmp_path):
 
 
 def model_source(config):
-    from patchgd_jax.experiment import make_source
+    from patchgd_jax.data.sources import make_data
 
-    return make_source(config, "validation")
+    return make_data(config).validation
 
 
 def test_any_optax_transformation(tmp_path):

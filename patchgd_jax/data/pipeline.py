@@ -1,126 +1,218 @@
 """From an example source to batches: shuffled for training, padded for evaluation.
 
-Training batch k is a pure function of (source, seed, k), whatever the number of reader threads, so
-a resumed run starts at batch k and needs no iterator state.
+Training batch k is a pure function of (source, seed, k), whatever the number of reader threads,
+worker processes and hosts, so a resumed run starts at batch k and needs no iterator state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol, Self
+import atexit
+import contextlib
+import itertools
+from collections.abc import Generator, Iterator
+from typing import Self
 
 import numpy as np
 
-from patchgd_jax.errors import DataError
+from patchgd_jax.data.bad_records import BadTally, OnBad, Policy, RecordError
+from patchgd_jax.data.order import TrainOrder
+from patchgd_jax.data.reading import Read, Reader, read_ahead
+from patchgd_jax.data.source import ExampleSource
+from patchgd_jax.data.workers import check_main, read_in_workers
+from patchgd_jax.errors import ConfigError
 
-PREFETCH_BYTES = 256 * 2**20
-"""Upper bound of what waits, decoded, for the training step."""
+__all__ = ["BUFFER_BYTES", "ExampleSource", "RecordError", "TrainBatches", "eval_batches"]
 
-
-class ExampleSource(Protocol):
-    """Random access to examples; stateless and picklable."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of labels."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """A string that changes whenever an example would."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """`image` `uint8 [H, W, C]`, `label` and `id`."""
-        ...
+BUFFER_BYTES = 256 * 2**20
+"""Upper bound of what waits, decoded, for the next step."""
 
 
-class _Named:
-    """A source whose errors say which example failed."""
-
-    def __init__(self, source: ExampleSource) -> None:
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            return self._source[int(index)]
-        except Exception as error:
-            kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
-            raise DataError(f"example {index}: {kind}{error}") from error
+def _ignore(index: int, description: str, reason: str) -> None:
+    """Nobody wants to know."""
 
 
 class TrainBatches:
     """An endless iterator of training batches; a context manager that stops its threads.
 
     Every pass over the source is shuffled anew; a batch may straddle two passes, so none is short.
+    Of a source with several buckets a batch has examples of one only; buckets take turns in
+    proportion to their sizes, and each makes passes of its own.
+
+    A script that uses workers must run inside `if __name__ == "__main__":`, because each of them
+    imports it.
 
     Args:
         source: the examples.
-        batch_size: B.
+        batch_size: B of the whole batch, over all shards.
         seed: of the shuffling.
         start: number of the first batch.
-        threads: threads that make examples ahead of time.
+        threads: threads that read examples ahead of time, in each of the workers if there are any.
+        workers: processes that read, at most as many as batches may wait; 0: the threads of this
+            one do.
+        buffer_bytes: upper bound of what waits for the next step, but for a single batch, which may
+            be larger.
+        shard: index and number of the processes that share each batch: this one gets that part of
+            its rows.
+        bad_images: raise: an unreadable example ends the run. substitute: the next readable one of
+            its bucket takes its place.
+        bad_limit: different unreadable examples that `substitute` bears (in this process).
+        on_bad: called in this process, once for each of them, before its batch is returned.
+
+    Raises:
+        ConfigError: if the shards do not divide the batch.
+        RecordError: if nothing can be read.
     """
 
     def __init__(
-        self, source: ExampleSource, *, batch_size: int, seed: int, start: int, threads: int
+        self,
+        source: ExampleSource,
+        *,
+        batch_size: int,
+        seed: int,
+        start: int,
+        threads: int,
+        workers: int = 0,
+        buffer_bytes: int = BUFFER_BYTES,
+        shard: tuple[int, int] = (0, 1),
+        bad_images: Policy = "raise",
+        bad_limit: int = 10,
+        on_bad: OnBad = _ignore,
     ) -> None:
-        import grain
-
-        example_bytes = sum(np.asarray(v).nbytes for v in source[0].values())
-        # Grain's default would keep 500 batches, 25 GB of them at 4096 px.
-        ahead = int(np.clip(PREFETCH_BYTES // (example_bytes * batch_size), 1, 2 * threads))
-        self._iterator = iter(
-            grain.MapDataset.source(_Named(source))
-            .seed(seed)
-            .shuffle()
-            .repeat(None)
-            .batch(batch_size, drop_remainder=True)[start:]
-            .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
-        )
+        if workers:
+            check_main()
+        part, parts = shard
+        if not 0 <= part < parts or batch_size % parts:
+            raise ConfigError(
+                f"a batch of {batch_size} cannot be shared by {parts} processes (this is number "
+                f"{part}); choose a batch_size that {parts} divides"
+            )
+        rows = batch_size // parts
+        self._tally = BadTally(source, policy=bad_images, limit=bad_limit, on_bad=on_bad)
+        reader = Reader(source, self._tally, threads=threads, substitute=True)
+        order = TrainOrder(reader.buckets, seed=seed, batch_size=batch_size)
+        mine = slice(part * rows, (part + 1) * rows)
+        self._closed = False
+        self._reads: Generator[Read, None, None]
+        if workers:
+            ahead = _ahead(reader, rows, workers * threads, 2 * workers, buffer_bytes)
+            workers = min(workers, ahead)
+            self._reads = read_in_workers(
+                reader, order, mine, start=start, workers=workers, ahead=ahead
+            )
+            # For a program that ends without closing; before multiprocessing would wait for them.
+            atexit.register(self._reads.close)
+        else:
+            ahead = _ahead(reader, rows, threads, 2 * threads, buffer_bytes)
+            numbers = itertools.count(start)
+            self._reads = read_ahead(
+                reader, (order(k, mine) for k in numbers), size=rows, ahead=ahead
+            )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._iterator.close()
+        self.close()
+
+    def close(self) -> None:
+        """Stops threads and processes; there are no batches after it."""
+        self._closed = True
+        atexit.unregister(self._reads.close)
+        self._reads.close()
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """`image` `uint8 [B, H, W, C]`, `label` `int32 [B]` and `id` `int64 [B]`.
+        """The next batch, of B rows or this process's part of them.
 
-        Labels that are no integers are `float32`, and may have a second axis.
+        Returns:
+            Each array of an example with an axis in front: `image` `uint8 [B, H, W, C]`, `label`
+            `int32 [B]` and `id` `int64 [B]`. Labels that are no integers are `float32`, and may
+            have a second axis.
+
+        Raises:
+            RecordError: if the policy about unreadable examples ends the run here; it closes.
+            DataError: if a worker died; it closes.
+            ValueError: if it is closed.
         """
-        batch = next(self._iterator)
-        return {**batch, "label": _labels(batch["label"])}
+        if self._closed:
+            raise ValueError("these batches are closed")
+        try:
+            read = next(self._reads)
+            self._tally.take(read.bad)
+            if not read.good.all():
+                raise self._tally.error("nothing is left to take the place of unreadable examples")
+        except BaseException:
+            self.close()
+            raise
+        return {**read.arrays, "label": _labels(read.arrays["label"])}
 
 
-def _labels(values: Any) -> np.ndarray:
-    labels = np.asarray(values)
-    return labels.astype(np.int32 if labels.dtype.kind in "iu" else np.float32)
+def eval_batches(
+    source: ExampleSource,
+    batch_size: int,
+    *,
+    threads: int = 1,
+    buffer_bytes: int = BUFFER_BYTES,
+    bad_images: Policy = "raise",
+    bad_limit: int = 10,
+    on_bad: OnBad = _ignore,
+) -> Generator[dict[str, np.ndarray], None, None]:
+    """All examples once, bucket after bucket, in order; the last batch of each bucket is padded.
 
-
-def eval_batches(source: ExampleSource, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """All examples once, in order; the last batch is padded.
+    Args:
+        source: the examples.
+        batch_size: B.
+        threads: threads that read examples ahead of time.
+        buffer_bytes: upper bound of what waits for the next step, but for a single batch.
+        bad_images: raise: an unreadable example is an error. substitute: it is left out.
+        bad_limit: different unreadable examples that `substitute` bears.
+        on_bad: called once for each of them, before its batch is returned.
 
     Yields:
-        `image` `uint8 [B, H, W, C]`, `label` as in training and `weight` `float32 [B]`, which is 0
-        for padding.
+        Each array of an example with an axis of B rows in front; labels as in training. `weight`
+        `float32 [B]` is 1, and 0 for rows that are padding or unreadable, whose `id` is -1; a
+        weight of the source's own is for training.
+
+    Raises:
+        RecordError: as the policy says, or if nothing can be read.
     """
-    named = _Named(source)
-    for start in range(0, len(source), batch_size):
-        examples = [named[i] for i in range(start, min(start + batch_size, len(source)))]
-        missing = batch_size - len(examples)
-        padded = examples + [examples[0]] * missing
-        yield {
-            "image": np.stack([e["image"] for e in padded]),
-            "label": _labels([e["label"] for e in padded]),
-            "weight": np.array([1] * len(examples) + [0] * missing, np.float32),
-        }
+    tally = BadTally(source, policy=bad_images, limit=bad_limit, on_bad=on_bad)
+    reader = Reader(source, tally, threads=threads, substitute=False)
+    parts = (
+        (number, bucket[first : first + batch_size].tolist())
+        for number, bucket in enumerate(reader.buckets)
+        for first in range(0, len(bucket), batch_size)
+    )
+    ahead = _ahead(reader, batch_size, threads, 2 * threads, buffer_bytes)
+    reads = read_ahead(reader, parts, size=batch_size, ahead=ahead)
+    any_read = False
+    with contextlib.closing(reads):
+        for read in reads:
+            tally.take(read.bad)
+            if not read.good.any():
+                continue
+            any_read = True
+            for array in read.arrays.values():
+                # Any real example will do: the model's outputs must be finite.
+                array[~read.good] = array[read.good.argmax()]
+            read.arrays["id"][~read.good] = -1
+            yield {
+                **read.arrays,
+                "label": _labels(read.arrays["label"]),
+                "weight": read.good.astype(np.float32),
+            }
+            del read
+    if not any_read:
+        raise tally.error("no example can be read any more")
+
+
+def _ahead(reader: Reader, rows: int, threads: int, most: int, buffer_bytes: int) -> int:
+    """How many batches may be read ahead, beside the example that each thread is at."""
+    spare = buffer_bytes - threads * reader.example_bytes
+    return int(np.clip(spare // reader.batch_bytes(rows), 1, most))
+
+
+def _labels(labels: np.ndarray) -> np.ndarray:
+    return labels.astype(np.int32 if labels.dtype.kind in "iu" else np.float32)

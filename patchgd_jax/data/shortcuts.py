@@ -30,6 +30,18 @@ def _number(plan: Plan) -> Hashable:
     return len(plan.digits)
 
 
+def majority_scores(train: np.ndarray, validation: np.ndarray, classes: int) -> dict[str, float]:
+    """Validation accuracy of a blind guess and of always naming the commonest class.
+
+    Args:
+        train: `int [n]`, labels.
+        validation: `int [m]`, labels.
+        classes: K.
+    """
+    commonest = np.bincount(train, minlength=classes).argmax()
+    return {"chance": 1 / classes, "commonest class": float((validation == commonest).mean())}
+
+
 def shortcut_scores(
     train: UltraMnist, validation: UltraMnist, examples: int = 4000
 ) -> dict[str, float]:

@@ -106,6 +106,16 @@ class UltraMnist:
         return self.config.classes
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each label: its number."""
+        return tuple(map(str, range(self.config.classes)))
+
+    @property
+    def buckets(self) -> tuple[np.ndarray, ...]:
+        """A partition of the indices, `int64 [n]` each, by the images' size: there is but one."""
+        return (np.arange(len(self)),)
+
+    @property
     def fingerprint(self) -> str:
         """Changes whenever an example would."""
         look = dataclasses.replace(self.config, digits="font", digits_dir=None)
@@ -121,6 +131,10 @@ class UltraMnist:
         if self._pool is None:
             self._pool = load_digits(self.config.digits, self.split, self.config.digits_dir)
         return self._pool
+
+    def describe(self, index: int) -> str:
+        """A name of an example for messages."""
+        return f"generated image {index}"
 
     def _rng(self, index: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, 0 if self.split == "train" else 1, index])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
 
@@ -17,30 +20,53 @@ Norm = Literal["group", "batch"]
 
 _EPSILON = 1e-5
 _MOMENTUM = 0.9
+_AXES: ContextVar[tuple[str, ...]] = ContextVar("batch_statistics_axes", default=())
+
+
+@contextmanager
+def statistics_over(axes: tuple[str, ...]) -> Iterator[None]:
+    """Batch statistics of layers applied herein are those of all devices along these mesh axes."""
+    token = _AXES.set(axes)
+    try:
+        yield
+    finally:
+        _AXES.reset(token)
+
+
+def _sum(x: Any, axes: tuple[str, ...]) -> Any:
+    return lax.psum(x, axes) if axes else x
 
 
 def _statistics(
-    x: jax.Array, counts: jax.Array | None
+    x: jax.Array, counts: jax.Array | None, axes: tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array | float]:
     """Mean and biased variance per channel, and the number of values they are taken of.
 
     The variance is E[x^2] - E[x]^2, as in Flax: a map of x - E[x] would be written and read again.
     """
     if counts is None:
-        number: jax.Array | float = float(x.size // x.shape[-1])
+        number: jax.Array | float = _sum(float(x.size // x.shape[-1]), axes)
         counted = x
     else:
         share = counts.astype(x.dtype)[:, None, None, None]
-        number = jnp.maximum(share.sum() * x.shape[1] * x.shape[2], 1)
+        kept = share.sum()
+        if axes:
+            # A mask may be alike on all devices, and jax sums only what may differ.
+            kept += jnp.zeros_like(x[0, 0, 0, 0])
+        number = jnp.maximum(_sum(kept, axes) * x.shape[1] * x.shape[2], 1)
         counted = x * share
-    mean = counted.sum((0, 1, 2)) / number
-    square = (counted * x).sum((0, 1, 2)) / number
+    mean = _sum(counted.sum((0, 1, 2)), axes) / number
+    square = _sum((counted * x).sum((0, 1, 2)), axes) / number
     return mean, jnp.maximum(square - mean * mean, 0), number
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def batch_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, counts: jax.Array | None
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    counts: jax.Array | None,
+    axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises each channel by its statistics over the batch.
 
@@ -53,18 +79,23 @@ def batch_norm(
         scale: `float [C]`.
         bias: `float [C]`.
         counts: `bool [M]`, False for patches that the statistics leave out; None for none.
+        axes: mesh axes along which each device has a part of the batch.
 
     Returns:
         The normalised map, in x's dtype; the mean and the unbiased variance, `[C]` each.
     """
-    return _batch_norm_forward(x, scale, bias, counts)[0]
+    return _batch_norm_forward(x, scale, bias, counts, axes)[0]
 
 
 def _batch_norm_forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, counts: jax.Array | None
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    counts: jax.Array | None,
+    axes: tuple[str, ...],
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean, variance, number = _statistics(wide, counts)
+    mean, variance, number = _statistics(wide, counts, axes)
     mean, variance = keep(mean), keep(variance)
     inverse = lax.rsqrt(variance + _EPSILON)
     factor = inverse * scale
@@ -74,15 +105,16 @@ def _batch_norm_forward(
 
 
 def _batch_norm_backward(
-    saved: Any, cotangents: tuple[jax.Array, jax.Array, jax.Array]
+    axes: tuple[str, ...], saved: Any, cotangents: tuple[jax.Array, jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     x, scale, mean, inverse, counts, number = saved
     dy, wide = cotangents[0].astype(mean.dtype), x.astype(mean.dtype)
     dbias = dy.sum((0, 1, 2))
     dscale = ((dy * wide).sum((0, 1, 2)) - mean * dbias) * inverse
     factor = inverse * scale
-    slope = factor * inverse * dscale / number
-    common = wide * slope + (factor * dbias / number - mean * slope)
+    # Each device returns its part of the parameters' gradient, but a map's depends on all parts.
+    slope = factor * inverse * _sum(dscale, axes) / number
+    common = wide * slope + (factor * _sum(dbias, axes) / number - mean * slope)
     if counts is not None:
         common *= counts.astype(mean.dtype)[:, None, None, None]
     dx = dy * factor - common
@@ -108,7 +140,11 @@ class Normalize(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Normalises `x [M, H, W, C]`; `mask bool [M]` is True for the patches that count."""
+        """Normalises `x [M, H, W, C]`.
+
+        `mask bool [M]` is True for the patches that count; if none
+        does, the running statistics stay.
+        """
         scale_init = (
             nn.initializers.zeros_init() if self.zero_scale else nn.initializers.ones_init()
         )
@@ -130,10 +166,17 @@ class Normalize(nn.Module):
         if not train:
             factor = lax.rsqrt(running_variance.value + _EPSILON) * scale
             return (x * factor + (bias - running_mean.value * factor)).astype(self.dtype)
-        y, mean, variance = batch_norm(x, scale, bias, mask)
+        axes = _AXES.get()
+        some: jax.Array | None = None
+        if mask is not None:
+            some = _sum(mask.sum(), axes) > 0
+            # Without a single patch the variance would be zero, and the maps would overflow.
+            mask = mask | ~some
+        y, mean, variance = batch_norm(x, scale, bias, mask, axes)
         if not self.is_initializing():
             for running, new in ((running_mean, mean), (running_variance, variance)):
-                running.value = _MOMENTUM * running.value + (1 - _MOMENTUM) * new
+                moved = _MOMENTUM * running.value + (1 - _MOMENTUM) * new
+                running.value = moved if some is None else jnp.where(some, moved, running.value)
         return y
 
 

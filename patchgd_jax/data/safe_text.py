@@ -1,0 +1,29 @@
+"""Text from files and file names, made safe for a terminal, a picture or a spreadsheet."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def _is_control(character: str) -> bool:
+    return character in _DIRECTIONS or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+
+
+def has_control(text: str) -> bool:
+    """Whether text holds a control character, a line break, or half of a broken character."""
+    return not (text.isascii() and text.isprintable()) and any(map(_is_control, text))
+
+
+def printable(text: str) -> str:
+    """The text with a `?` for each character that could act on a terminal instead of showing."""
+    if not has_control(text):
+        return text
+    return "".join("?" if _is_control(character) else character for character in text)
+
+
+def csv_cell(text: str) -> str:
+    """The text as a spreadsheet shows it, rather than as a formula that it computes."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -1,0 +1,349 @@
+"""Runs on the user's own files: sizes, masks, tasks, folds, and what must stop them first."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from patchgd_jax import (
+    CheckpointError,
+    ConfigError,
+    DataConfig,
+    DataError,
+    ModelConfig,
+    PatchGDConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from patchgd_jax.config import BackgroundConfig, ColumnsConfig, SplitConfig
+from patchgd_jax.cross_validation import RESULT, cross_validate
+from patchgd_jax.data.sources import make_data
+from patchgd_jax.experiment import training_grids
+from patchgd_jax.predict import TrainedModel
+from patchgd_jax.preprocess import Preprocess
+from patchgd_jax.progress import Progress
+from patchgd_jax.train import resume, train
+
+TINY = {
+    "model": ModelConfig(latent_dim=8),
+    "patchgd": PatchGDConfig(patch=16, fraction=0.5),
+    "batch_size": 4,
+    "eval_batch_size": 4,
+}
+
+
+def write_images(folder, sizes, seed=0):
+    """One file for each size: class "disc" has a bright spot, "plain" has none."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    (folder / "images").mkdir(parents=True)
+    for i, (height, width) in enumerate(sizes):
+        image = rng.integers(0, 40, (height, width), dtype=np.uint8)
+        label = ("disc", "plain")[i % 2]
+        if label == "disc":
+            image[2:12, 2:12] = 255
+        name = f"images/{i}.png"
+        Image.fromarray(image).save(folder / name)
+        tags = ";".join(tag for tag, on in (("a", i % 2), ("b", i % 3 == 0)) if on) or ";"
+        who = f"patient {i // 2}"
+        rows.append({"path": name, "label": label, "who": who, "number": i % 5, "tags": tags})
+    return rows
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def sizes(count, seed=1):
+    rng = np.random.default_rng(seed)
+    return rng.integers(17, 60, (count, 2)).tolist()
+
+
+@pytest.fixture
+def labels(tmp_path):
+    return write_csv(tmp_path / "labels.csv", write_images(tmp_path, sizes(24)))
+
+
+def config_for(labels, **data):
+    return TrainConfig(data=DataConfig(csv=labels, **{"size": (48, 48), **data}), **TINY)
+
+
+FITS = {
+    "resize": {},
+    "native": {"fit": "native"},
+    "native, background left out": {
+        "fit": "native", "background": 0,
+        "empty": BackgroundConfig(method="threshold", threshold=128, share=0.1),
+    },
+    "resize, background left out": {
+        "background": 0, "empty": BackgroundConfig(method="threshold", threshold=30)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_a_run_is_scored_again_and_its_files_predicted(name, labels, tmp_path):
+    """The score is reproduced, and each file gives alone what the evaluation gives it."""
+    config = config_for(labels, **FITS[name])
+    summary = train(config, tmp_path / "run")
+    model = TrainedModel(tmp_path / "run")
+    metrics = model.evaluate()
+    recorded = metrics.pop("recorded")
+    assert metrics == summary["best"]
+    assert recorded["loss"] == metrics["loss"]
+    source = model.source("validation")
+    answers = model.predict_files([source.table.paths[row] for row in source.rows])
+    names = [source.class_names[label] for label in source.labels]
+    chances = [answer["probabilities"][name] for answer, name in zip(answers, names, strict=True)]
+    np.testing.assert_allclose(-np.mean(np.log(chances)), metrics["loss"], rtol=1e-4)
+
+
+def test_native_images_are_padded_to_three_sizes_and_read_as_they_are(labels):
+    config = config_for(labels, fit="native")
+    data = make_data(config)
+    assert len(data.shapes) == 3
+    assert "6 programs" in data.notes[0]
+    for source in (data.train, data.validation):
+        assert sorted(np.concatenate(source.buckets).tolist()) == list(range(len(source)))
+        for bucket in source.buckets:
+            shapes = {source[int(i)]["image"].shape for i in bucket}
+            slots = {source[int(i)]["patches"].shape for i in bucket}
+            assert len(shapes) == len(slots) == 1
+    source = data.train
+    grids = dict(zip(data.shapes, training_grids(config, data), strict=True))
+    for i in range(len(source)):
+        example = source[i]
+        with Image.open(source.table.paths[source.rows[i]]) as file:
+            pixels = np.asarray(file)[..., None]
+        height, width = example["size"]
+        assert (height, width) == pixels.shape[:2]
+        np.testing.assert_array_equal(example["image"][:height, :width], pixels)
+        assert not example["image"][height:].any()
+        assert not example["image"][:, width:].any()
+        grid = grids[example["image"].shape[:2]]
+        used = [p for p in example["patches"].tolist() if p < grid.num_patches]
+        mask = np.asarray(grid.mask(example["size"][None]))[0]
+        assert used == np.flatnonzero(mask).tolist()
+
+
+def test_a_thousand_images_of_three_hundred_sizes_need_six_programs(tmp_path):
+    distinct = np.stack(np.meshgrid(range(17, 32), range(17, 37)), -1).reshape(-1, 2)
+    assert len(distinct) == 300
+    rows = write_images(tmp_path, np.tile(distinct, (4, 1))[:1000].tolist())
+    config = dataclasses.replace(
+        config_for(write_csv(tmp_path / "labels.csv", rows), fit="native"),
+        patchgd=PatchGDConfig(patch=8, fraction=0.5),
+        model=ModelConfig(latent_dim=4, head="linear"),
+        batch_size=50,
+        eval_batch_size=50,
+    )
+    told = []
+
+    class Kept(Progress):
+        def message(self, text):
+            told.append(text)
+
+    summary = train(config, tmp_path / "run", progress=Kept())
+    assert summary["best"]["examples"] == 200
+    # A compiled program takes one shape only: another would have been an error.
+    assert any("Images of 300 sizes are padded to 3" in text for text in told)
+    assert any(text.startswith("Compiled 6 programs") for text in told)
+
+
+@pytest.mark.parametrize("task", ["multi-label", "regression", "ordinal"])
+def test_other_tasks_from_a_csv(task, labels, tmp_path):
+    column = {"multi-label": "tags", "regression": "number", "ordinal": "number"}[task]
+    config = dataclasses.replace(
+        config_for(labels, columns=ColumnsConfig(label=column), split=SplitConfig(folds=3)),
+        task=TaskConfig(name=task),
+    )
+    summary = train(config, tmp_path / "run")
+    model = TrainedModel(tmp_path / "run")
+    (answer,) = model.predict_files([tmp_path / "images" / "0.png"])
+    if task == "regression":
+        assert summary["best"]["mae"] >= 0
+        assert isinstance(answer["label"], float)
+    elif task == "multi-label":
+        assert set(answer["probabilities"]) == {"a", "b"}
+        assert answer["label"] == [n for n, p in answer["probabilities"].items() if p > 0.5]
+    else:
+        assert list(answer["probabilities"]) == ["0", "1", "2", "3", "4"]
+        assert summary["best"]["mae"] >= 0
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_a_label_that_is_no_class_is_named_with_its_line(labels, tmp_path):
+    config = config_for(labels, class_names=("disc", "ring"))
+    with pytest.raises(DataError, match=r"(?s)line 3.*'plain' is none of the 2 classes"):
+        train(config, tmp_path / "run")
+    data = make_data(config_for(labels, class_names=("plain", "disc")))
+    assert data.train.class_names == ("plain", "disc")
+    table = data.train.table
+    assert table.labels[table.paths.index(tmp_path / "images" / "0.png")] == 1
+
+
+def test_the_test_fold_is_apart_and_groups_are_whole(labels):
+    config = config_for(
+        labels, columns=ColumnsConfig(group="who"), split=SplitConfig(folds=4, fold=1, test_fold=3)
+    )
+    data = make_data(config)
+    sources = (data.train, data.validation, data.test)
+    groups = [{s.table.groups[row] for row in s.rows} for s in sources]
+    rows = np.concatenate([s.rows for s in sources])
+    assert sorted(rows.tolist()) == list(range(24))
+    assert not groups[0] & groups[1]
+    assert not groups[0] & groups[2]
+    assert not groups[1] & groups[2]
+
+
+def test_folds_are_trained_once_each_and_go_on_after_a_stop(labels, tmp_path):
+    config = config_for(labels, split=SplitConfig(folds=3, test_fold=2))
+    folder = tmp_path / "folds"
+    first = cross_validate(config, folder)
+    assert set(first["folds"]) == {0, 1}
+    for metric in ("accuracy", "loss"):
+        values = [score[metric] for score in first["folds"].values()]
+        assert first["mean"][metric] == pytest.approx(np.mean(values))
+        assert first["std"][metric] == pytest.approx(np.std(values, ddof=1))
+    # One fold as a kill leaves it: begun, with a log, not finished.
+    (folder / "fold-1" / "summary.json").unlink()
+    before = (folder / "fold-0" / "metrics.jsonl").stat().st_mtime_ns
+    again = cross_validate(config, folder)
+    assert again == first
+    assert (folder / "fold-0" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert json.loads((folder / RESULT).read_text())["mean"] == first["mean"]
+    with pytest.raises(ConfigError, match="run with other settings than fold 0"):
+        cross_validate(dataclasses.replace(config, seed=5), folder)
+
+
+def test_test_images_are_scored_on_demand(labels, tmp_path):
+    config = config_for(labels, split=SplitConfig(folds=3, test_fold=2))
+    train(config, tmp_path / "run")
+    model = TrainedModel(tmp_path / "run")
+    scored = model.evaluate(split="test")
+    assert scored["examples"] == len(make_data(config).test)
+    assert scored["recorded"] is None
+
+
+def test_a_run_does_not_go_on_with_other_files(labels, tmp_path):
+    config = dataclasses.replace(config_for(labels), epochs=2, save_every=2)
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(step):
+        if step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, tmp_path / "run", on_step=stop)
+    image = tmp_path / "images" / "3.png"
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(image)
+    with pytest.raises(CheckpointError, match="--accept-changed-data"):
+        resume(tmp_path / "run")
+    assert resume(tmp_path / "run", accept_changed_data=True)["best"]["examples"] == 5
+
+
+def test_statistics_are_those_of_the_pixels_without_the_padding(labels):
+    data = make_data(config_for(labels, fit="native"))
+    got = Preprocess.measure(data)
+    images = []
+    for i in range(len(data.train)):
+        example = data.train[i]
+        height, width = example["size"]
+        images.append(example["image"][:height, :width].astype(np.float64) / 255)
+    mean = np.mean([image.mean() for image in images])
+    square = np.mean([(image**2).mean() for image in images])
+    assert got.mean == (pytest.approx(mean, abs=1e-6),)
+    assert got.std == (pytest.approx(np.sqrt(square - mean**2), abs=1e-6),)
+
+
+def test_what_is_background_must_be_said(labels):
+    config = config_for(labels, empty=BackgroundConfig(method="otsu"))
+    with pytest.raises(ConfigError, match=r"--data\.background 255"):
+        make_data(config)
+
+
+def test_a_test_fold_beside_a_column_of_splits_is_refused(labels):
+    config = config_for(
+        labels, columns=ColumnsConfig(split="label"), split=SplitConfig(test_fold=1)
+    )
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        make_data(config)
+    assert SplitConfig(test_fold=0).validation_fold == 1
+
+
+def test_an_image_smaller_than_a_patch_is_one_patch(tmp_path):
+    rows = write_images(tmp_path, [(10, 12), *[(48, 48)] * 23])
+    config = config_for(write_csv(tmp_path / "labels.csv", rows), fit="native")
+    train(config, tmp_path / "run")
+    (answer,) = TrainedModel(tmp_path / "run").predict_files([tmp_path / "images" / "0.png"])
+    assert answer["label"] in ("disc", "plain")
+
+
+def test_a_head_for_one_grid_and_images_of_many_is_refused(labels, tmp_path):
+    config = config_for(labels, fit="native")
+    config = dataclasses.replace(config, model=ModelConfig(latent_dim=8, head="cnn-smaller"))
+    with pytest.raises(ConfigError, match="takes one grid of patches"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_files_are_listed_before_anything_begins(labels, tmp_path):
+    (tmp_path / "images" / "4.png").write_bytes(b"no image")
+    path = tmp_path / "images" / "7.png"
+    path.write_bytes(path.read_bytes()[:15])
+    for fit in ("resize", "native"):
+        with pytest.raises(DataError, match=r"(?s)2 of 24 images.*line 6.*4\.png.*line 9.*7\.png"):
+            train(config_for(labels, fit=fit), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_commands_on_a_folder_of_images(labels, tmp_path, command):
+    data = ["--data.csv", labels, "--data.fit", "native", "--data.columns.group", "who"]
+    small = ["--patchgd.patch", "16", "--patchgd.fraction", "0.5", "--model.latent-dim", "8",
+             "--batch-size", "4", "--eval-batch-size", "4"]  # fmt: skip
+    checked = command("data", "check", *data, *small)
+    assert checked.returncode == 0, checked.stderr
+    assert "24" in checked.stdout
+    shown = command("data", "show", *data, *small, "--count", 5, "--output", "sheet.png")
+    assert shown.returncode == 0, shown.stderr
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size[0] > 400
+    trained = command("train", *data, *small, "--run-dir", "run")
+    assert trained.returncode == 0, trained.stderr
+    assert "programs to compile" in trained.stdout
+    predicted = command("predict", "run", "images/1.png", "--json")
+    assert json.loads(predicted.stdout)[0]["label"] in ("disc", "plain")
+    (tmp_path / "images" / "4.png").write_bytes(b"no image")
+    checked = command("data", "check", *data, "--json")
+    assert checked.returncode == 3
+    assert "4.png" in checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": "../outside.png"}, "line 5"),
+        ({"path": "images/none.png"}, "line 5"),
+        ({"label": ""}, "line 5"),
+    ],
+)
+def test_bad_rows_are_named_and_nothing_is_written(change, message, labels, tmp_path, command):
+    with open(labels, newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows[3] |= change
+    write_csv(tmp_path / "labels.csv", rows)
+    failed = command("train", "--data.csv", labels, "--run-dir", "run")
+    assert failed.returncode == 3
+    assert message in failed.stderr
+    assert not (tmp_path / "run").exists()
