@@ -1,0 +1,566 @@
+"""Steps on a mesh of devices; the only module that names its axes.
+
+Along `data` each device has some of a batch's images, along `patch` a part of every image: a band
+of pixel rows with the patches of `D` equal runs of patch numbers. Nothing but latents, gradients
+and batch statistics moves between devices; `jax.shard_map` sees to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from patchgd_jax.config import PatchGDConfig
+from patchgd_jax.errors import ConfigError
+from patchgd_jax.gradients import Batch
+from patchgd_jax.grid import PatchGrid
+from patchgd_jax.models.norm import statistics_over
+from patchgd_jax.patch_model import Parts, PatchModel, Tree
+from patchgd_jax.placement import Placement
+from patchgd_jax.step import TrainState, eval_step, train_step
+
+DATA, PATCH = "data", "patch"
+AXES = (DATA, PATCH)
+"""For layers of your own that synchronise over the encoder's patches: `axis_name=sharding.AXES`."""
+
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+"""Regular expressions that are searched for in a parameter's path (`encoder/Conv_0/kernel`), each
+with the mesh axis that every dimension is divided along, or None. The first one found counts; a
+parameter that none fits is whole on every device."""
+
+
+def make_mesh(
+    layout: str,
+    *,
+    batch_size: int,
+    strata: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """The devices as a mesh.
+
+    Args:
+        layout: `data=2,patch=4`, of which one may be left out if it is 1; or `auto`, which gives
+            `data` as many devices as the batch allows, since images share nothing but gradients.
+        batch_size: images of a batch.
+        strata: `PatchGDConfig.strata`.
+        devices: to be used, all of them. None: every device of every process.
+
+    Raises:
+        ConfigError: if the layout cannot be read, is not of as many devices as there are, or does
+            not divide the batch and the strata.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    data, patch = (
+        _choose(len(found), batch_size, strata) if layout == "auto" else parse_layout(layout)
+    )
+    if data * patch != len(found):
+        raise ConfigError(
+            f"mesh {DATA}={data},{PATCH}={patch} is of {data * patch} devices, but there are "
+            f"{len(found)}; make the product {len(found)}, or use auto"
+        )
+    check_layout(data, patch, batch_size=batch_size, strata=strata)
+    # jax.make_mesh would default to another axis type, which ordinary model code does not pass.
+    return jax.make_mesh((data, patch), AXES, axis_types=(AxisType.Auto,) * 2, devices=found)
+
+
+def parse_layout(layout: str) -> tuple[int, int]:
+    """The sizes of the axes `data` and `patch` in a text such as `data=2,patch=4`.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    sizes = {DATA: 1, PATCH: 1}
+    named = []
+    for part in layout.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d*)\s*", part)
+        if match is None or match[1] not in sizes or match[1] in named:
+            raise ConfigError(
+                f"mesh {layout!r} cannot be read; write auto, or sizes such as {DATA}=2,{PATCH}=4"
+            )
+        named.append(match[1])
+        sizes[match[1]] = int(match[2])
+    return sizes[DATA], sizes[PATCH]
+
+
+def check_layout(data: int, patch: int, *, batch_size: int, strata: int) -> None:
+    """Checks that a mesh divides the work evenly.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    if batch_size % data != 0:
+        raise ConfigError(
+            f"a batch of {batch_size} cannot be divided among {data} devices (mesh axis {DATA}); "
+            f"use a multiple of {data}"
+        )
+    if strata % patch != 0:
+        raise ConfigError(
+            f"patchgd.strata {strata} cannot be divided among {patch} devices (mesh axis {PATCH}); "
+            f"use --patchgd.strata {patch}, or a multiple of it"
+        )
+
+
+def _choose(count: int, batch_size: int, strata: int) -> tuple[int, int]:
+    for patch in range(1, count + 1):
+        if count % patch == 0 and batch_size % (count // patch) == 0 and strata % patch == 0:
+            return count // patch, patch
+    patch = count // math.gcd(count, batch_size)
+    raise ConfigError(
+        f"{count} devices cannot share batches of {batch_size} images with patchgd.strata "
+        f"{strata}; use --patchgd.strata {patch}, or a batch that is a multiple of {count}"
+    )
+
+
+@dataclass(frozen=True)
+class Bands:
+    """How an image is laid over the `patch` axis: bands of whole pixel rows.
+
+    Device `d` of D encodes the patches from `d * N // D` up to `(d + 1) * N // D`. Its band has the
+    grid rows that these are in. All bands are equally high, so some have a row or two that no patch
+    of theirs is in; and where patches overlap, neighbours share pixels.
+
+    Raises:
+        ConfigError: if there are fewer patches than devices.
+    """
+
+    grid: PatchGrid
+    count: int
+    """D."""
+
+    def __post_init__(self) -> None:
+        if self.count > self.grid.num_patches:
+            raise ConfigError(
+                f"{self.count} devices cannot share a grid of {self.grid.num_patches} patches "
+                f"(mesh axis {PATCH}); use fewer devices for an image, or smaller patches"
+            )
+
+    def _bounds(self) -> np.ndarray:
+        return np.arange(self.count + 1) * self.grid.num_patches // self.count
+
+    @property
+    def rows(self) -> int:
+        """Grid rows of a band."""
+        bounds = self._bounds()
+        first, last = bounds[:-1] // self.grid.cols, (bounds[1:] - 1) // self.grid.cols
+        return int((last - first).max()) + 1
+
+    @property
+    def height(self) -> int:
+        """Pixel rows of a band."""
+        if self.count == 1:
+            return self.grid.height
+        return (self.rows - 1) * self.grid.stride + self.grid.patch
+
+    @property
+    def first_rows(self) -> tuple[int, ...]:
+        """The first grid row of each band."""
+        first = self._bounds()[:-1] // self.grid.cols
+        # The last bands begin further up rather than reach beyond the grid.
+        return tuple(int(row) for row in np.minimum(first, self.grid.rows - self.rows))
+
+    def pixels(self, number: int) -> slice:
+        """The pixel rows of a band; they may reach beyond the image, by its padding."""
+        start = self.first_rows[number] * self.grid.stride
+        return slice(start, start + self.height)
+
+    def of_band(self) -> PatchGrid:
+        """The grid of a band, whose patch 0 is the first of its first row."""
+        return dataclasses.replace(self.grid, height=self.height)
+
+    def cut(self, image: np.ndarray, number: int) -> np.ndarray:
+        """A band of images `[B, H, W, C]` on the host, continued with the background."""
+        rows = self.pixels(number)
+        band = image[:, rows]
+        missing = self.height - band.shape[1]
+        if missing == 0:
+            return band
+        background: float = self.grid.background
+        if np.issubdtype(image.dtype, np.floating):
+            background /= 255
+        pad = ((0, 0), (0, missing), (0, 0), (0, 0))
+        return np.pad(band, pad, constant_values=background)
+
+
+def shard_images(
+    image: np.ndarray, grid: PatchGrid, mesh: Mesh, *, first: int = 0, total: int | None = None
+) -> jax.Array:
+    """Lays images over the mesh; each device is given its band of its images, and nothing else.
+
+    Args:
+        image: `[B, H, W, C]` on the host; a memory-mapped one is read only where it is needed.
+        grid: the patch grid of the images.
+        mesh: from `make_mesh`.
+        first: the place of the first of them in the batch, if other processes have others; see
+            `own_images`.
+        total: images of the whole batch. None: these.
+
+    Returns:
+        `[total, D * band height, W, C]`, the bands one after the other, divided along both axes.
+
+    Raises:
+        ConfigError: if they are not of the grid's size, or the mesh does not divide them.
+    """
+    if image.shape[1:3] != (grid.height, grid.width):
+        raise ConfigError(
+            f"the images are {image.shape[1]} x {image.shape[2]} px, but the grid is for "
+            f"{grid.height} x {grid.width} px"
+        )
+    bands = Bands(grid, mesh.shape[PATCH])
+    total = len(image) if total is None else total
+    check_layout(mesh.shape[DATA], 1, batch_size=total, strata=1)
+    shape = (total, bands.count * bands.height, *image.shape[2:])
+
+    def part(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(total)
+        number = (index[1].start or 0) // bands.height
+        return bands.cut(image[start - first : stop - first], number)
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(DATA, PATCH)), part)
+
+
+def shard_batch(
+    batch: Mapping[str, np.ndarray],
+    grid: PatchGrid,
+    mesh: Mesh,
+    *,
+    first: int = 0,
+    total: int | None = None,
+) -> dict[str, jax.Array]:
+    """Lays a batch over the mesh: the images as `shard_images`, the rest by image."""
+    total = len(batch["image"]) if total is None else total
+    sharding = NamedSharding(mesh, P(DATA))
+
+    def by_image(values: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(total)
+            return values[start - first : stop - first]
+
+        return jax.make_array_from_callback((total, *values.shape[1:]), sharding, part)
+
+    arrays = {name: by_image(np.asarray(v)) for name, v in batch.items() if name != "image"}
+    image = shard_images(batch["image"], grid, mesh, first=first, total=total)
+    return {"image": image, **arrays}
+
+
+def own_images(mesh: Mesh, total: int) -> range:
+    """The places in a batch of `total` of the images that this process's devices have a part of."""
+    rows = NamedSharding(mesh, P(DATA)).addressable_devices_indices_map((total,)).values()
+    places = [index[0].indices(total) for index in rows if index is not None]
+    return range(min(p[0] for p in places), max(p[1] for p in places))
+
+
+def param_specs(params: Tree, rules: Rules, mesh: Mesh) -> Tree:
+    """How each leaf of a tree is divided: a tree of `PartitionSpec`; see `Rules`.
+
+    Raises:
+        ConfigError: for a rule that does not fit a leaf whose path it matches.
+    """
+
+    def spec(path: Any, leaf: Any) -> P:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, axes in rules:
+            if leaf.ndim and re.search(pattern, name):
+                _check_rule(name, leaf.shape, axes, mesh)
+                return P(*axes)
+        return P()
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def _check_rule(
+    name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh
+) -> None:
+    used = [axis for axis in axes if axis is not None]
+    if not set(used) <= set(AXES) or len(set(used)) != len(used):
+        raise ConfigError(f"{name} cannot be divided along {axes}; the axes are {DATA} and {PATCH}")
+    sizes = [1 if axis is None else mesh.shape[axis] for axis in axes]
+    if len(axes) > len(shape) or any(n % d for n, d in zip(shape, sizes, strict=False)):
+        raise ConfigError(
+            f"{name} of shape {list(shape)} cannot be divided along {axes} on a mesh of "
+            f"{dict(mesh.shape)}; change its rule"
+        )
+
+
+def param_shardings(params: Tree, rules: Rules, mesh: Mesh) -> Tree:
+    """`param_specs` as shardings, for `jax.device_put`, `jax.jit` and restoring a checkpoint.
+
+    Args:
+        params: parameters, or a whole `TrainState`, in whose optimizer state the parameters' paths
+            occur again.
+        rules: see `Rules`; none of them: all is whole on every device.
+        mesh: from `make_mesh`.
+    """
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(params, rules, mesh))
+
+
+def sharded_train_step(
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    mesh: Mesh,
+    model: PatchModel,
+    optimizer: optax.GradientTransformation,
+    grid: PatchGrid,
+    patchgd: PatchGDConfig,
+    rules: Rules = (),
+    **options: Any,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`step.train_step` on a mesh, to be jitted.
+
+    The result is that of one device with the same `patchgd.strata`, up to rounding; only dropout is
+    drawn anew for each device. A batch's `image` is one of `shard_images`.
+
+    Args:
+        state: laid out as `param_shardings(state, rules, mesh)`.
+        batch: from `shard_batch`.
+        key: the run's key.
+        mesh: from `make_mesh`.
+        model: the model. Batch statistics are those of all devices, if its layers are `Normalize`.
+        optimizer: as for one device.
+        grid: the patch grid of the whole images.
+        patchgd: gradient mode, sampling and policies.
+        rules: how parameters are divided; they are gathered for use, and the gradients' sums
+            divided again.
+        options: the other arguments of `train_step`.
+
+    Raises:
+        ConfigError: as `train_step`; and if the mesh does not divide the batch, the strata or the
+            grid, or layers keep batch statistics of their own device only.
+    """
+    data, patch = mesh.shape[DATA], mesh.shape[PATCH]
+    check_layout(data, patch, batch_size=batch["label"].shape[0], strata=patchgd.strata)
+    return train_step(
+        state,
+        batch,
+        key,
+        model=_synchronised(model),
+        optimizer=optimizer,
+        grid=grid,
+        patchgd=patchgd,
+        placement=_placement(batch, grid, mesh, rules),
+        **options,
+    )
+
+
+def sharded_eval_step(
+    params: Parts,
+    model_state: Parts,
+    batch: Batch,
+    *,
+    mesh: Mesh,
+    model: PatchModel,
+    grid: PatchGrid,
+    fill_chunk: int,
+    rules: Rules = (),
+    **options: Any,
+) -> dict[str, jax.Array]:
+    """`step.eval_step` on a mesh, to be jitted; arguments as for `sharded_train_step`.
+
+    `fill_chunk` counts the positions that all devices of an image together encode at a time.
+    """
+    check_layout(mesh.shape[DATA], 1, batch_size=batch["label"].shape[0], strata=1)
+    return eval_step(
+        params,
+        model_state,
+        batch,
+        model=_synchronised(model),
+        grid=grid,
+        fill_chunk=fill_chunk,
+        strata=mesh.shape[PATCH],
+        placement=_placement(batch, grid, mesh, rules),
+        **options,
+    )
+
+
+def _placement(batch: Batch, grid: PatchGrid, mesh: Mesh, rules: Rules) -> MeshPlacement:
+    bands = Bands(grid, mesh.shape[PATCH])
+    if batch["image"].shape[1:3] != (bands.count * bands.height, grid.width):
+        raise ConfigError(
+            f"the images are {batch['image'].shape[1]} x {batch['image'].shape[2]} px, but "
+            f"{bands.count} bands of the grid are {bands.count * bands.height} x {grid.width} px; "
+            "lay them out with shard_batch"
+        )
+    return MeshPlacement(mesh, bands, tuple(rules))
+
+
+def _synchronised(model: PatchModel) -> PatchModel:
+    """The model with batch statistics of all devices' patches, or images for the head."""
+
+    def synchronise(function: Callable[..., Any], part: str, axes: tuple[str, ...]) -> Any:
+        def apply(params: Parts, model_state: Parts, *args: Any, **kwargs: Any) -> Any:
+            with statistics_over(axes):
+                out, changed = function(params, model_state, *args, **kwargs)
+            _check_equal(model_state[part], changed[part], part)
+            return out, changed
+
+        return apply
+
+    return model._replace(
+        encode=synchronise(model.encode, "encoder", AXES),
+        classify=synchronise(model.classify, "head", (DATA,)),
+    )
+
+
+def _check_equal(before: Tree, after: Tree, part: str) -> None:
+    kinds = [str(jax.typeof(leaf)) for leaf in jax.tree.leaves(after)]
+    if kinds != [str(jax.typeof(leaf)) for leaf in jax.tree.leaves(before)]:
+        raise ConfigError(
+            f"the {part} keeps batch statistics that differ from device to device; build it with "
+            "norm group, or with layers that synchronise (models.norm.Normalize, or BatchNorm with "
+            "axis_name sharding.AXES in an encoder and sharding.DATA in a head)"
+        )
+
+
+@dataclass(frozen=True)
+class MeshPlacement(Placement):
+    """A step whose images and patches are laid over a mesh.
+
+    The encoder's gradient is a part of the whole one on every device; the head is computed by all
+    devices that share an image, alike, so its gradient has a part for each place along `data` only.
+    """
+
+    mesh: Mesh
+    bands: Bands
+    rules: tuple[tuple[str, tuple[str | None, ...]], ...]
+
+    def spread(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], results: tuple[Any, ...]
+    ) -> Callable[..., Any]:
+        """See `Placement`."""
+
+        def everywhere(*args: Any) -> Any:
+            (params,) = (a for a, kind in zip(args, arguments, strict=True) if kind == "params")
+            specs = param_specs(params, self.rules, self.mesh)
+
+            def in_specs(kind: Any, arg: Any) -> Any:
+                if isinstance(kind, tuple):
+                    return tuple(map(in_specs, kind, arg))
+                if kind == "batch":
+                    return {name: P(*AXES) if name == "image" else P(DATA) for name in arg}
+                return specs if kind == "params" else _SPECS[kind]
+
+            def local(*parts: Any) -> Any:
+                parts = tuple(
+                    self._whole(part, specs) if kind == "params" else part
+                    for part, kind in zip(parts, arguments, strict=True)
+                )
+                out = function(*parts)
+                return tuple(
+                    self._total(part, specs)
+                    if kind == "gradient"
+                    else self.sum_images(part)
+                    if kind == "sum"
+                    else part
+                    for part, kind in zip(out, results, strict=True)
+                )
+
+            return jax.shard_map(
+                local,
+                mesh=self.mesh,
+                in_specs=tuple(map(in_specs, arguments, args)),
+                out_specs=tuple(specs if k == "gradient" else _SPECS[k] for k in results),
+            )(*args)
+
+        return everywhere
+
+    def _whole(self, params: Parts, specs: Parts) -> Parts:
+        """All of the parameters, from this device's parts."""
+
+        def gather(x: jax.Array, spec: P) -> jax.Array:
+            for dimension, axis in enumerate(spec):
+                if axis is not None:
+                    x = lax.all_gather(x, axis, axis=dimension, tiled=True, to="invarying")
+            return x
+
+        return self.vary(jax.tree.map(gather, params, specs))
+
+    def _total(self, grads: Parts, specs: Parts) -> Parts:
+        """This device's part of the gradient, summed over all devices."""
+
+        def total(g: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
+            divided = {axis: dimension for dimension, axis in enumerate(spec) if axis is not None}
+            whole = tuple(axis for axis in axes if axis not in divided)
+            if whole:
+                g = lax.psum(g, whole)
+            for axis, dimension in divided.items():
+                if axis in axes:
+                    g = lax.psum_scatter(g, axis, scatter_dimension=dimension, tiled=True)
+                else:
+                    g = self._part(g, axis, dimension)
+            return g
+
+        return {
+            part: jax.tree.map(lambda g, s, a=axes: total(g, s, a), grads[part], specs[part])
+            for part, axes in _GRADIENT_AXES.items()
+        }
+
+    def vary(self, params: Parts) -> Parts:
+        """See `Placement`."""
+        # Else automatic differentiation would sum over devices wherever a parameter is used.
+        return {
+            part: jax.tree.map(lambda x, a=axes: lax.pcast(x, a, to="varying"), params[part])
+            for part, axes in _GRADIENT_AXES.items()
+        }
+
+    def _part(self, x: jax.Array, axis: str, dimension: int) -> jax.Array:
+        size = x.shape[dimension] // self.mesh.shape[axis]
+        start = lax.axis_index(axis) * size
+        return lax.dynamic_slice_in_dim(x, start, size, axis=dimension)
+
+    def take(self, grid: PatchGrid, images: jax.Array, ids: jax.Array) -> jax.Array:
+        """See `Placement`."""
+        first = jnp.asarray(self.bands.first_rows, ids.dtype)[lax.axis_index(PATCH)]
+        return self.bands.of_band().take(images, ids - first * grid.cols)
+
+    def own_slots(self, ids: jax.Array) -> jax.Array:
+        """See `Placement`."""
+        return self._part(ids, PATCH, ids.ndim - 1)
+
+    def all_slots(self, latents: jax.Array) -> jax.Array:
+        """See `Placement`."""
+        return lax.all_gather(latents, PATCH, axis=latents.ndim - 2, tiled=True, to="invarying")
+
+    def sum_images(self, value: jax.Array) -> jax.Array:
+        """See `Placement`."""
+        return lax.psum(value, DATA)
+
+    def first_image(self, count: int) -> jax.Array:
+        """See `Placement`."""
+        return lax.axis_index(DATA) * count
+
+    def patches_key(self, key: jax.Array) -> jax.Array:
+        """See `Placement`."""
+        return self._folded(key, AXES)
+
+    def images_key(self, key: jax.Array) -> jax.Array:
+        """See `Placement`."""
+        return self._folded(key, (DATA,))
+
+    def _folded(self, key: jax.Array, axes: Iterable[str]) -> jax.Array:
+        # One device draws what it would draw alone.
+        for axis in axes:
+            if self.mesh.shape[axis] > 1:
+                key = jax.random.fold_in(key, lax.axis_index(axis))
+        return key
+
+
+_GRADIENT_AXES = {"encoder": AXES, "head": (DATA,)}
+_SPECS = {
+    "same": P(),
+    "sum": P(),
+    "images": P(DATA),
+    "groups": P(None, DATA),
+}

@@ -1,0 +1,217 @@
+"""Runs training on meshes of eight virtual devices and prints how far it is from one device's.
+
+Not a test itself: `test_sharding.py` starts it in a process of its own, since the number of devices
+is fixed when jax starts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from test_ragged import LARGE, listed, masked_toy, ragged_batch
+from toy import max_relative, recording_sgd, toy_batch, toy_model, toy_params
+
+from patchgd_jax import (
+    AugmentConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PatchGDConfig,
+    PatchGrid,
+    build_model,
+    eval_step,
+    from_linen,
+    init_state,
+    make_optimizer,
+    train_step,
+)
+from patchgd_jax.models.heads import CNNHead
+from patchgd_jax.models.small_cnn import SmallCNN
+from patchgd_jax.sharding import (
+    make_mesh,
+    param_shardings,
+    shard_batch,
+    sharded_eval_step,
+    sharded_train_step,
+)
+
+KEY = jax.random.key(5)
+STEPS = 3
+SPLITS = [(d, p) for n in (1, 2, 4, 8) for d in (1, 2, 4, 8) for p in (1, 2, 4, 8) if d * p == n]
+MODES = ("patchgd", "accumulate", "exact", "full")
+EVEN, ODD, SMALL = PatchGrid(16, 16, 4), PatchGrid(11, 17, 5, 3), PatchGrid(40, 56, 16, 12)
+
+
+def mesh_of(data, patch, batch, strata):
+    devices = jax.devices()[: data * patch]
+    layout = f"data={data},patch={patch}"
+    return make_mesh(layout, batch_size=batch, strata=strata, devices=devices)
+
+
+def differences(model, optimizer, grid, config, batch, splits, *, rules=(), **options):
+    """The largest relative difference of anything in the state after some steps, by split."""
+    frozen = options.get("frozen", frozenset())
+    init = jax.jit(partial(init_state, model=model, optimizer=optimizer, frozen=frozen))
+    first = init(KEY)
+    arguments = {
+        "model": model, "optimizer": optimizer, "grid": grid, "patchgd": config, **options
+    }  # fmt: skip
+    alone = jax.jit(partial(train_step, **arguments))
+    wanted = first
+    for _ in range(STEPS):
+        wanted, metrics = alone(wanted, batch, KEY)
+    assert max_relative(wanted.params, first.params) > 1e-6, "nothing was learned"
+    found = {}
+    for data, patch in splits:
+        mesh = mesh_of(data, patch, len(batch["label"]), config.strata)
+        state = jax.device_put(first, param_shardings(first, rules, mesh))
+        arrays = shard_batch(batch, grid, mesh)
+        step = jax.jit(partial(sharded_train_step, mesh=mesh, rules=rules, **arguments))
+        for _ in range(STEPS):
+            # Virtual devices share the cores' threads: steps in flight would starve each other.
+            state, got = jax.block_until_ready(step(state, arrays, KEY))
+        found[f"{data}x{patch}"] = {
+            "params": max_relative(state.params, wanted.params),
+            "statistics": max_relative(state.model_state, wanted.model_state),
+            "optimizer": max_relative(state.opt_state, wanted.opt_state),
+            "metrics": max_relative(
+                {k: got[k] for k in ("loss", "grad_norm", "param_norm")},
+                {k: metrics[k] for k in ("loss", "grad_norm", "param_norm")},
+            ),
+        }
+    return found
+
+
+def toy(grid, splits, *, batch=None, model=toy_model, optimizer=None, seed=0, **settings):
+    options = {k: settings.pop(k) for k in ("augment", "frozen", "rules") if k in settings}
+    settings = {"fraction": 0.5, "strata": 8, "fill_chunk": 8, **settings}
+    config = PatchGDConfig(patch=grid.patch, stride=grid.stride, **settings)
+    with jax.enable_x64(True):
+        params = toy_params(seed, pixels=grid.patch**2 * 2, hidden=8)
+        batch = toy_batch(seed, grid, batch=8) if batch is None else batch()
+        optimizer = optimizer() if optimizer else recording_sgd(0.1)
+        return differences(model(params), optimizer, grid, config, batch, splits, **options)
+
+
+def ragged(form=dict):
+    # Sizes of `ragged_batch` twice, so that eight devices have an image each.
+    pairs = [form(ragged_batch(seed)) for seed in (0, 1)]
+    return {name: np.concatenate([b[name] for b in pairs]) for name in pairs[0]}
+
+
+def weighted():
+    batch = toy_batch(0, ODD, batch=8)
+    return {**batch, "weight": np.array([1.0, 0.5, 0, 2, 1, 1, 0, 0])}
+
+
+def averaged_adam():
+    config = OptimizerConfig(clip_norm=0.05, ema_decay=0.9, schedule="constant")
+    return make_optimizer(
+        config, total_steps=9, steps_per_epoch=3, updates_per_step=1
+    )  # fmt: skip
+
+
+def shipped(names, splits, **settings):
+    settings = {"fraction": 0.5, "strata": 8, "fill_chunk": 8, **settings}
+    config = PatchGDConfig(patch=SMALL.patch, stride=SMALL.stride, **settings)
+    model = build_model(
+        ModelConfig(**{"latent_dim": 16, "dropout": 0.0, "head": "linear", **names}),
+        grid=SMALL, channels=1, classes=10, mean=0.1, std=0.3,
+    )  # fmt: skip
+    return differences(model, optax.sgd(0.01), SMALL, config, digits(), splits)
+
+
+def digits():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (8, SMALL.height, SMALL.width, 1), dtype=np.uint8)
+    return {"image": image, "label": rng.integers(10, size=8).astype(np.int32)}
+
+
+def statistics(**settings):
+    """Batch statistics in the encoder and the head.
+
+    In double precision: the head's are of few values, which magnify rounding (to 8e-5 in single).
+    """
+    with jax.enable_x64(True):
+        model = from_linen(
+            SmallCNN(16, "batch", jnp.float64),
+            CNNHead(10, 0, 3, 32, 0.0, jnp.float64),
+            grid=SMALL, channels=1, mean=0.1, std=0.3, dtype=jnp.float64,
+        )  # fmt: skip
+        config = PatchGDConfig(
+            patch=16, stride=12, fraction=0.5, strata=8, fill_chunk=8, **settings
+        )
+        return differences(model, optax.sgd(0.01), SMALL, config, digits(), [(2, 4)])
+
+
+FSDP = (("encoder/w1", (None, "data")), ("encoder/b1", ("patch",)), ("head/v1", ("patch", "data")))
+
+
+def evaluation(splits):
+    with jax.enable_x64(True):
+        model = masked_toy(toy_params(2, pixels=32))
+        params, state = model.init(KEY)
+        batch = ragged()
+        arguments = {"model": model, "grid": LARGE, "fill_chunk": 8}
+        wanted = jax.jit(partial(eval_step, **arguments))(params, state, batch)
+        found = {}
+        for data, patch in splits:
+            mesh = mesh_of(data, patch, 8, patch)
+            step = jax.jit(partial(sharded_eval_step, mesh=mesh, **arguments))
+            got = step(params, state, shard_batch(batch, LARGE, mesh))
+            assert np.array_equal(got["prediction"], wanted["prediction"])
+            found[f"{data}x{patch}"] = {
+                name: max_relative(got[name], wanted[name]) for name in ("loss", "logits")
+            }
+        return found
+
+
+TWO = [(2, 4), (1, 8)]
+FLIPS = AugmentConfig(flips=True, turns=True, brightness=0.2, same_draw=False)
+
+QUICK = {
+    **{f"toy {mode}": partial(toy, ODD, SPLITS, mode=mode) for mode in MODES},
+    "even": partial(toy, EVEN, TWO, mode="accumulate"),
+    "per image": partial(toy, ODD, TWO, sample_per="image", mode="patchgd", fraction=0.25),
+    "epsilon": partial(toy, ODD, TWO, mode="patchgd", fraction=0.25, epsilon=2),
+    "uniform": partial(toy, ODD, TWO, mode="patchgd", sampling="uniform"),
+    "remat": partial(toy, ODD, TWO, mode="full", remat=True),
+    "weight": partial(toy, ODD, TWO, batch=weighted),
+    "sizes": partial(toy, LARGE, TWO, batch=ragged, model=masked_toy, mode="patchgd"),
+    "lists": partial(toy, LARGE, TWO, batch=partial(ragged, listed), model=masked_toy),
+    "exact lists": partial(
+        toy, LARGE, TWO, batch=partial(ragged, listed), model=masked_toy, mode="exact"
+    ),
+    "augment": partial(toy, ODD, [(2, 4)], augment=FLIPS, mode="patchgd"),
+    "frozen": partial(toy, ODD, [(2, 4)], frozen=frozenset({"w1", "b1"})),
+    "average": partial(toy, ODD, [(2, 4)], optimizer=averaged_adam),
+    "fsdp": partial(toy, ODD, [(2, 4)], optimizer=averaged_adam, rules=FSDP, mode="patchgd"),
+    "fsdp exact": partial(toy, ODD, [(2, 4)], rules=FSDP, mode="exact"),
+    "evaluation": partial(evaluation, [(2, 4), (8, 1), (1, 8)]),
+    "group norm": partial(shipped, {"norm": "group"}, TWO),
+    "batch norm": partial(shipped, {"norm": "batch"}, [(2, 4)]),
+    "batch norm in the fill": partial(shipped, {"norm": "batch"}, [(2, 4)], norm_policy="paper"),
+    "float64 statistics": partial(statistics, mode="full"),
+    "float64 statistics in the fill": partial(statistics, mode="patchgd", norm_policy="paper"),
+}
+SLOW = {
+    **{f"even {mode}": partial(toy, EVEN, SPLITS, mode=mode) for mode in MODES},
+    **{f"shipped {mode}": partial(shipped, {"norm": "group"}, SPLITS, mode=mode) for mode in MODES},
+    "resnet": partial(shipped, {"encoder": "resnet18", "norm": "batch"}, [(2, 4)]),
+}
+
+
+def main() -> None:
+    jax.config.update("jax_enable_x64", False)
+    for name, case in {"quick": QUICK, "slow": SLOW}.get(sys.argv[1], {}).items():
+        if not sys.argv[2:] or name in sys.argv[2:]:
+            print(json.dumps({name: case()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

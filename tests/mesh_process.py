@@ -1,0 +1,123 @@
+"""One of several processes that train the toy model together; started by `test_distributed.py`.
+
+Arguments: what to do, coordinator, number of processes, number of this one, folder.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from toy import recording_sgd, toy_batch, toy_model, toy_params
+
+from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, init_state, train_step
+from patchgd_jax.distributed import check_same, initialize, watched
+from patchgd_jax.sharding import (
+    DATA,
+    PATCH,
+    make_mesh,
+    own_images,
+    param_shardings,
+    shard_batch,
+    sharded_train_step,
+)
+
+# No array is made at import: processes must join before jax is used.
+SEED = 5
+ODD = PatchGrid(11, 17, 5, 3)
+CONFIG = PatchGDConfig(patch=5, stride=3, fraction=0.5, strata=8, mode="patchgd", fill_chunk=8)
+RULES = (("encoder/w1", (None, PATCH)),)
+STEPS = 3
+
+
+def model_and_batch():
+    params = toy_params(0, pixels=50, hidden=8)
+    return toy_model(params), toy_batch(0, ODD, batch=4)
+
+
+def first_state(model):
+    return jax.jit(partial(init_state, model=model, optimizer=recording_sgd(0.1)))(
+        jax.random.key(SEED)
+    )
+
+
+def alone():
+    """The state after training on one device."""
+    model, batch = model_and_batch()
+    state = first_state(model)
+    step = jax.jit(
+        partial(train_step, model=model, optimizer=recording_sgd(0.1), grid=ODD, patchgd=CONFIG)
+    )
+    for _ in range(STEPS):
+        state, _ = step(state, batch, jax.random.key(SEED))
+    return state
+
+
+def save(state, folder):
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute() / "state", state)
+
+
+def main(what, coordinator, processes, process, folder):
+    processes, process, folder = int(processes), int(process), Path(folder)
+    initialize(coordinator, processes, process, start_seconds=20, heartbeat_seconds=10)
+    try:
+        check_same({"seed": process if what == "differ" else 0, "patch": 4})
+    except ConfigError as error:
+        print(error, flush=True)
+        sys.exit(error.exit_code)
+    model, batch = model_and_batch()
+    count = jax.device_count()
+    layout = f"data=2,patch={count // 2}"
+    mesh = make_mesh(layout, batch_size=4, strata=8)
+    assert mesh.shape[DATA] == 2
+    mine = own_images(mesh, 4)
+    # Only the images that this process's devices have a part of.
+    part = {name: values[mine.start : mine.stop] for name, values in batch.items()}
+    arrays = shard_batch(part, ODD, mesh, first=mine.start, total=4)
+    key = jax.random.key(SEED)
+    state = first_state(model)
+    state = jax.device_put(jax.tree.map(np.asarray, state), param_shardings(state, RULES, mesh))
+    step = jax.jit(
+        partial(
+            sharded_train_step, mesh=mesh, model=model, optimizer=recording_sgd(0.1), grid=ODD,
+            patchgd=CONFIG, rules=RULES,
+        )
+    )  # fmt: skip
+    if what == "die":
+        for number in range(10_000):
+            if process == 1 and number == 5:
+                (folder / "died").write_text(str(time.time()))
+                os.kill(os.getpid(), signal.SIGKILL)
+            with watched(30):
+                state, metrics = step(state, arrays, key)
+                float(metrics["loss"])
+        return
+    if what == "hang":
+        for number in range(10_000):
+            if process == 1 and number == 5:
+                time.sleep(1000)
+            # Heartbeats go on, so that only the watchdog can tell.
+            with watched(8):
+                state, metrics = step(state, arrays, key)
+                float(metrics["loss"])
+        return
+    for _ in range(STEPS):
+        with watched(60):
+            state, metrics = step(state, arrays, key)
+            float(metrics["loss"])
+    save(state, folder)
+    print("done", jax.process_count(), count, mine, flush=True)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    main(*sys.argv[1:])

@@ -1,0 +1,104 @@
+"""Compiles steps for meshes of eight virtual devices, without running them, and prints figures.
+
+Not a test itself: `test_sharding.py` and `benchmarks/weak_scaling.py` start it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from patchgd_jax import ModelConfig, PatchGDConfig, PatchGrid, build_model, init_state
+from patchgd_jax.compiling import compiler_options
+from patchgd_jax.sharding import (
+    DATA,
+    PATCH,
+    Bands,
+    make_mesh,
+    param_shardings,
+    sharded_train_step,
+)
+
+_COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|"
+    r"collective-broadcast)(?:-start)?\("
+)
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+FSDP = (("Conv_0/kernel$", (None, None, None, PATCH)),)
+
+
+def collectives(text):
+    """Name, dtype and element count of each array that a compiled program moves."""
+    found = []
+    for match in _COLLECTIVE.finditer(text):
+        for dtype, shape in _SHAPE.findall(match[1]):
+            count = int(np.prod([int(n) for n in shape.split(",") if n], dtype=np.int64))
+            found.append([match[2], dtype, count])
+    return found
+
+
+def compiled(data, patch, *, height, width=256, batch=4, mode="patchgd", rules=(), **settings):
+    """One outer step on `height` x `width` images, patches of 32, 16 of them per inner step."""
+    grid = PatchGrid(height, width, 32)
+    settings = {"strata": 8, "fill_chunk": 16, "inner_steps": 4, **settings}
+    config = PatchGDConfig(patch=32, mode=mode, **settings)
+    model = build_model(
+        ModelConfig(norm="group", head="linear", latent_dim=16),
+        grid=grid, channels=3, classes=10, mean=0.0, std=1.0,
+    )  # fmt: skip
+    mesh = make_mesh(
+        f"data={data},patch={patch}", batch_size=batch, strata=config.strata,
+        devices=jax.devices()[: data * patch],
+    )  # fmt: skip
+    optimizer = optax.adam(1e-3)
+    key = jax.random.key(0)
+    state = jax.eval_shape(partial(init_state, model=model, optimizer=optimizer), key)
+    shardings = param_shardings(state, rules, mesh)
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )
+    bands = Bands(grid, patch)
+
+    def array(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    arrays = {
+        "image": array((batch, patch * bands.height, width, 3), np.uint8, DATA, PATCH),
+        "label": array((batch,), np.int32, DATA),
+    }
+    step = partial(
+        sharded_train_step, mesh=mesh, model=model, optimizer=optimizer, grid=grid,
+        patchgd=config, rules=rules,
+    )  # fmt: skip
+    program = (
+        jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+        .lower(state, arrays, key)
+        .compile()
+    )
+    memory, cost = program.memory_analysis(), program.cost_analysis()
+    return {
+        "temporary": memory.temp_size_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
+        "image": batch // data * bands.height * width * 3,
+        "flops": cost["flops"],
+        "bytes": cost["bytes accessed"],
+        "collectives": collectives(program.as_text()),
+        "z": batch * grid.num_patches * 16,
+        "largest parameter": max(x.size for x in jax.tree.leaves(state.params)),
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+    }
+
+
+if __name__ == "__main__":
+    for line in sys.argv[1:]:
+        request = json.loads(line)
+        request["rules"] = FSDP if request.pop("fsdp", False) else ()
+        print(json.dumps(compiled(**request)), flush=True)

@@ -1,0 +1,289 @@
+"""A mesh of devices does what one device does, and moves no pixels."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import mesh_cases
+import numpy as np
+import pytest
+from virtual_devices import several_devices
+
+from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, sample_groups
+from patchgd_jax.latents import chunked_strata
+from patchgd_jax.sampling import inclusion_probability, strata_lists
+from patchgd_jax.sharding import Bands, make_mesh, param_specs, parse_layout, shard_batch
+
+HERE = Path(__file__).parent
+KEY = jax.random.key(3)
+FLOAT32 = {name for name in (*mesh_cases.QUICK, *mesh_cases.SLOW) if "norm" in name} | {
+    *(f"shipped {mode}" for mode in mesh_cases.MODES),
+    "resnet",
+}
+
+
+def on_eight_devices(script, *arguments):
+    """The lines of JSON that a script prints, run on eight virtual devices."""
+    environment = {
+        **os.environ,
+        **several_devices(8),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+    }
+    done = subprocess.run(
+        [sys.executable, HERE / script, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(cases, kind):
+    found = {
+        name: case
+        for line in on_eight_devices("mesh_cases.py", kind)
+        for name, case in line.items()
+    }
+    assert found.keys() == cases.keys()
+    for name, splits in found.items():
+        bound = 1e-5 if name in FLOAT32 else 1e-12
+        for split, errors in splits.items():
+            for what, error in errors.items():
+                assert error < bound, (name, split, what, error)
+
+
+@pytest.mark.slow
+def test_a_mesh_trains_as_one_device():
+    check(mesh_cases.QUICK, "quick")
+
+
+@pytest.mark.slow
+def test_more_meshes_train_as_one_device():
+    check(mesh_cases.SLOW, "slow")
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """Compiled figures by (data, patch, height, batch, what)."""
+    requests = {
+        "one": {"data": 1, "patch": 1, "height": 2048},
+        "eight": {"data": 1, "patch": 8, "height": 2048},
+        "two by four": {"data": 2, "patch": 4, "height": 2048},
+        "exact": {"data": 2, "patch": 4, "height": 2048, "mode": "exact"},
+        "fsdp": {"data": 2, "patch": 4, "height": 2048, "fsdp": True},
+        "small": {"data": 1, "patch": 1, "height": 256},
+    }
+    lines = on_eight_devices("mesh_programs.py", *map(json.dumps, requests.values()))
+    return dict(zip(requests, lines, strict=True))
+
+
+@pytest.mark.parametrize("name", ["eight", "two by four", "exact", "fsdp"])
+def test_nothing_of_pixel_size_moves(programs, name):
+    """The largest that may: all of Z, or one parameter; a band of an image has far more pixels."""
+    program = programs[name]
+    moved = program["collectives"]
+    assert moved, "no collective was found in the program"
+    assert not [entry for entry in moved if entry[1] in ("u8", "s8")]
+    largest = max(count for _, _, count in moved)
+    assert largest <= max(program["z"], program["largest parameter"]) < program["image"] / 4
+
+
+def test_the_gradient_is_summed_once_per_update(programs):
+    """Not once per chunk: mode exact has many chunks, and one reduction of the encoder."""
+    reduced = [
+        count
+        for kind, _, count in programs["exact"]["collectives"]
+        if kind == "all-reduce" and count > 1000
+    ]
+    assert sum(reduced) <= 1.1 * programs["exact"]["parameters"]
+
+
+@pytest.mark.parametrize(("name", "devices"), [("eight", 8), ("two by four", 8)])
+def test_an_images_memory_is_divided(programs, name, devices):
+    def of_image(program):
+        return program["arguments"] + program["temporary"]
+
+    # What does not depend on the device count: parameters and the optimizer's state.
+    fixed = 3 * 4 * programs["one"]["parameters"]
+    alone, each = of_image(programs["one"]) - fixed, of_image(programs[name]) - fixed
+    assert each / alone == pytest.approx(1 / devices, rel=0.15)
+    assert programs[name]["image"] * devices == programs["one"]["image"]
+
+
+def test_divided_parameters_take_less_memory(programs):
+    """Kernels, and Adam's two averages of them, are divided among four devices."""
+    whole, divided = programs["two by four"], programs["fsdp"]
+    saved = whole["arguments"] - divided["arguments"]
+    assert saved > 0.6 * 3 * 4 * whole["parameters"]
+    assert "reduce-scatter" in {kind for kind, _, _ in divided["collectives"]}
+
+
+GRIDS = [PatchGrid(16, 16, 4), PatchGrid(11, 17, 5, 3), PatchGrid(9, 40, 4), PatchGrid(90, 8, 6, 5)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_bands_hold_the_patches_of_their_devices(grid, count):
+    rng = np.random.default_rng(0)
+    image = rng.integers(1, 255, (2, grid.height, grid.width, 1), dtype=np.uint8)
+    bands = Bands(grid, count)
+    seen = []
+    for d in range(count):
+        ids = np.arange(d * grid.num_patches // count, (d + 1) * grid.num_patches // count)
+        band = bands.cut(image, d)
+        assert band.shape[1] == bands.height
+        local = jnp.asarray(np.tile(ids - bands.first_rows[d] * grid.cols, (2, 1)))
+        whole = grid.take(image, jnp.asarray(np.tile(ids, (2, 1))))
+        np.testing.assert_array_equal(bands.of_band().take(band, local), whole)
+        seen += ids.tolist()
+    assert seen == list(range(grid.num_patches))
+
+
+@pytest.mark.parametrize("sample_per", ["batch", "image"])
+@pytest.mark.parametrize(("n", "steps", "strata"), [(32, 4, 8), (21, 4, 8), (9, 7, 8), (50, 3, 5)])
+def test_a_stratified_partition_is_one_with_equal_shares(n, steps, strata, sample_per):
+    ids = np.asarray(
+        sample_groups(
+            KEY, num_patches=n, inner_steps=steps, batch=3, sample_per=sample_per, strata=strata
+        )
+    )
+    bounds = np.arange(strata + 1) * n // strata
+    for b in range(3):
+        sizes = [(row[b] < n).sum() for row in ids]
+        assert max(sizes) - min(sizes) <= 1
+        assert min(sizes) >= 1
+        assert sorted(ids[:, b][ids[:, b] < n].tolist()) == list(range(n))
+        for row in ids[:, b]:
+            assert len(set(row.tolist())) == len(row)
+            # A device finds those of its strata in its own slots.
+            slots = row.reshape(strata, -1)
+            for s in range(strata):
+                real = slots[s][slots[s] < n]
+                assert ((real >= bounds[s]) & (real < bounds[s + 1])).all()
+        shares = [
+            [((row[b] >= first) & (row[b] < end)).sum() for row in ids]
+            for first, end in zip(bounds, bounds[1:], strict=False)
+        ]
+        assert max(max(share) - min(share) for share in shares) <= 1
+    assert (sample_per == "image") == (not np.array_equal(ids[:, 0], ids[:, 1]))
+
+
+def test_strata_of_lists_deal_out_each_images_patches():
+    n, patches = 40, np.full((3, 12), 40, np.int32)
+    counts = [1, 5, 12]
+    rng = np.random.default_rng(1)
+    for row, count in zip(patches, counts, strict=True):
+        row[:count] = np.sort(rng.choice(n, count, replace=False))
+    for sampling in ("partition", "uniform"):
+        ids = np.asarray(
+            sample_groups(
+                KEY, num_patches=n, inner_steps=3, batch=3, sampling=sampling, strata=4,
+                patches=jnp.asarray(patches),
+            )
+        )  # fmt: skip
+        for b, count in enumerate(counts):
+            drawn = ids[:, b][ids[:, b] < n]
+            assert set(drawn.tolist()) <= set(patches[b, :count].tolist())
+            if sampling == "partition":
+                assert sorted(drawn.tolist()) == patches[b, :count].tolist()
+                sizes = (ids[:, b] < n).sum(1)
+                assert sizes.max() - sizes.min() <= 1
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 9, 100])
+def test_chunks_of_strata_hold_each_patch_once(chunk):
+    ids = np.asarray(chunked_strata(strata_lists(21, 8), chunk, 21))
+    assert sorted(ids[ids < 21].tolist()) == list(range(21))
+    assert ids.shape[2] % 8 == 0
+    assert all(len(set(row[0].tolist())) == row.size for row in ids)
+
+
+def test_one_stratum_is_as_it_always_was():
+    arguments = {"num_patches": 13, "inner_steps": 4, "batch": 2}
+    order = jax.random.permutation(KEY, 13)
+    wanted = np.concatenate([order, [13, 14, 15]]).reshape(4, 4).T
+    got = sample_groups(KEY, strata=1, **arguments)
+    np.testing.assert_array_equal(got, np.stack([wanted, wanted], 1))
+
+
+def test_uniform_draws_of_unequal_strata_have_no_unbiased_factor():
+    assert inclusion_probability(32, 4, "uniform", 8) == 1 - (1 - 1 / 4) ** 1
+    assert inclusion_probability(21, 4, "partition", 8) == 1 / 4
+    with pytest.raises(ConfigError, match="strata 8 does not divide the 21 patches"):
+        inclusion_probability(21, 4, "uniform", 8)
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes"),
+    [("data=2,patch=4", (2, 4)), ("patch=3", (1, 3)), (" data = 5 ", (5, 1))],
+)
+def test_layouts_are_read(layout, sizes):
+    assert parse_layout(layout) == sizes
+
+
+@pytest.mark.parametrize("layout", ["", "8", "data=0", "data=2;patch=4", "rows=2", "data=2,data=2"])
+def test_a_bad_layout_is_named(layout):
+    with pytest.raises(ConfigError, match="cannot be read; write auto"):
+        parse_layout(layout)
+
+
+@pytest.mark.parametrize(
+    ("layout", "batch", "strata", "message"),
+    [
+        ("data=2,patch=1", 2, 1, "is of 2 devices, but there are 1; make the product 1"),
+        ("data=1,patch=8", 2, 8, "is of 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_match_is_named(layout, batch, strata, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(layout, batch_size=batch, strata=strata, devices=jax.devices()[:1])
+
+
+class _Device:
+    """As many as asked for, where the layout is chosen before a mesh is made."""
+
+
+@pytest.mark.parametrize(
+    ("layout", "batch", "strata", "message"),
+    [
+        ("data=4,patch=2", 6, 2, "a batch of 6 cannot be divided among 4 devices"),
+        ("data=1,patch=8", 6, 12, "use --patchgd.strata 8"),
+        ("auto", 3, 1, "8 devices cannot share batches of 3 images .* use --patchgd.strata 8"),
+        ("auto", 6, 1, "use --patchgd.strata 4"),
+    ],
+)
+def test_work_that_cannot_be_divided_is_named(layout, batch, strata, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(layout, batch_size=batch, strata=strata, devices=[_Device()] * 8)
+
+
+def test_more_strata_or_devices_than_patches_are_named():
+    with pytest.raises(ConfigError, match="9 devices cannot share a grid of 4 patches"):
+        Bands(PatchGrid(8, 8, 4), 9)
+    with pytest.raises(ConfigError, match="strata is 8, but the grid has only 4 patches"):
+        sample_groups(KEY, num_patches=4, inner_steps=2, batch=1, strata=8)
+    with pytest.raises(ConfigError, match="at least 1"):
+        PatchGDConfig(strata=0)
+
+
+def test_rules_that_do_not_fit_are_named():
+    mesh = make_mesh("auto", batch_size=1, devices=jax.devices()[:1])
+    params = {"encoder": {"kernel": np.zeros((3, 4))}, "head": {}}
+    with pytest.raises(ConfigError, match=r"encoder/kernel of shape \[3, 4\] cannot be divided"):
+        param_specs(params, [("kernel", (None, None, "data"))], mesh)
+    with pytest.raises(ConfigError, match="the axes are data and patch"):
+        param_specs(params, [("kernel", ("model",))], mesh)
+
+
+def test_images_of_another_size_are_named():
+    mesh = make_mesh("auto", batch_size=1, devices=jax.devices()[:1])
+    batch = {"image": np.zeros((1, 8, 8, 1), np.uint8), "label": np.zeros(1, np.int32)}
+    with pytest.raises(ConfigError, match="8 x 8 px, but the grid is for 8 x 12 px"):
+        shard_batch(batch, PatchGrid(8, 12, 4), mesh)
