@@ -1,0 +1,235 @@
+"""Streamed steps: memory against the image's side, overlap of reading, and the cost of mode exact.
+
+Command:   python benchmarks/streaming.py [memory|overlap|exact]
+Time:      about two minutes each on two CPU cores; without an argument all three, one by one
+Expected:  memory: device memory of a 65,536 px image within 5 % of an 8,192 px one's, Z apart, and
+           less than 2 GiB of host memory; exact: at 16 chunks at most 1.1 times the temporary
+           memory of one, and at most 1.5 times the time of mode full; overlap: the aim is 1.25
+           times the slower of reading and computing, which the recorded run misses
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from record import record
+
+import patchgd_jax as pgd
+from patchgd_jax.models.heads import AttentionHead
+from patchgd_jax.streaming import StreamedStep
+
+KEY = jax.random.key(0)
+ROUNDS = 5
+
+
+class VirtualImage:
+    """A square image computed where it is read, with a pause at each read."""
+
+    channels = 1
+    mpp = None
+    tile = None
+    downsamples = (1.0,)
+
+    def __init__(self, side: int, pause: float = 0.0) -> None:
+        self.level_shapes = ((side, side),)
+        self.pause = pause
+
+    def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> np.ndarray:
+        time.sleep(self.pause)
+        rows = (np.arange(y, y + height) >> 3).astype(np.uint8)
+        cols = (np.arange(x, x + width) >> 3).astype(np.uint8)
+        return (rows[:, None] ^ cols)[..., None]
+
+    def close(self) -> None:
+        pass
+
+
+class Thumbnail(nn.Module):
+    """A cheap encoder: the means of 32 x 32 px squares, and a small network on them."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        m, side = x.shape[0], x.shape[1] // 32
+        x = x.reshape(m, side, 32, side, 32, -1).mean((2, 4)).reshape(m, -1)
+        return nn.Dense(32)(nn.relu(nn.Dense(64)(x)))
+
+
+def initial(model: pgd.PatchModel, optimizer: optax.GradientTransformation) -> pgd.TrainState:
+    return jax.jit(partial(pgd.init_state, model=model, optimizer=optimizer))(KEY)
+
+
+def needed(programs: dict[str, jax.stages.Lowered]) -> dict[str, int]:
+    """Temporary and argument bytes of the program that needs most."""
+
+    def own(lowered: jax.stages.Lowered) -> dict[str, int]:
+        memory = lowered.compile().memory_analysis()
+        temporary, arguments = memory.temp_size_in_bytes, memory.argument_size_in_bytes
+        return {"temporary": temporary, "arguments": arguments, "total": temporary + arguments}
+
+    return max(map(own, programs.values()), key=lambda bytes_: bytes_["total"])
+
+
+def memory() -> dict[str, Any]:
+    """Two outer steps on a virtual image of 4 Gpx, and what one of 8,192 px needs."""
+    figures: dict[str, Any] = {}
+    labels = {"label": np.zeros(1, np.int32)}
+    for side in (8_192, 65_536):
+        grid = pgd.PatchGrid(side, side, 1024)
+        head = AttentionHead(classes=10, features=16)
+        model = pgd.from_linen(Thumbnail(), head, grid=grid, channels=1)
+        optimizer = optax.adam(1e-3)
+        config = pgd.PatchGDConfig(
+            patch=1024, mode="accumulate", inner_steps=grid.num_patches // 16, fill_chunk=16
+        )
+        step = StreamedStep(model, optimizer, grid, config)
+        state = initial(model, optimizer)
+        figures[str(side)] = needed(step.lower(state, labels, 1))
+        figures[str(side)]["z"] = grid.num_patches * 32 * 4
+        start = time.perf_counter()
+        losses = []
+        for _ in range(2 if side == 8_192 else 1):
+            state, metrics = step.train(state, [VirtualImage(side)], labels, KEY)
+            losses.append(float(metrics["loss"]))
+        figures[str(side)] |= {"seconds": time.perf_counter() - start, "loss": losses}
+        print(side, figures[str(side)], flush=True)
+    small, large = (figures[str(side)]["total"] - figures[str(side)]["z"] for side in (8192, 65536))
+    figures["ratio_without_z"] = large / small
+    figures["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return figures
+
+
+def small_cnn(grid: pgd.PatchGrid) -> pgd.PatchModel:
+    return pgd.build_model(
+        pgd.ModelConfig(norm="group"), grid=grid, channels=1, classes=10, mean=0.0, std=1.0
+    )
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(work())
+    return time.perf_counter() - start
+
+
+def overlap() -> dict[str, Any]:
+    """The same work with a reader that takes no time, by the reader alone, and by both."""
+    grid = pgd.PatchGrid(1024, 1024, 64)
+    model, optimizer = small_cnn(grid), optax.sgd(1e-3)
+    config = pgd.PatchGDConfig(
+        patch=64, mode="accumulate", inner_steps=grid.num_patches // 16, fill_chunk=16
+    )
+    step = StreamedStep(model, optimizer, grid, config, readers=1)
+    state, image = initial(model, optimizer), VirtualImage(1024)
+    labels = {"label": np.zeros(1, np.int32)}
+
+    def train() -> Any:
+        nonlocal state
+        state, metrics = step.train(state, [image], labels, KEY)
+        return state, metrics
+
+    def evaluate() -> Any:
+        return step.evaluate(state.params, state.model_state, [image], labels)
+
+    figures: dict[str, Any] = {}
+    for name, work, reads in (
+        ("train", train, 2 * grid.num_patches),
+        ("evaluate", evaluate, grid.num_patches),
+    ):
+        rounds = []
+        work()
+        for _ in range(ROUNDS):
+            image.pause = 0.0
+            alone = seconds(work)
+            image.pause = alone / reads
+            start = time.perf_counter()
+            for _ in range(reads):
+                image.read(0, 0, 64, 64)
+            reading = time.perf_counter() - start
+            rounds.append((alone, reading, seconds(work)))
+        figures[name] = {
+            "computing": median(r[0] for r in rounds),
+            "reading": median(r[1] for r in rounds),
+            "both": median(r[2] for r in rounds),
+            "ratio": median(both / max(alone, reading) for alone, reading, both in rounds),
+            "rounds": rounds,
+        }
+        print(name, figures[name], flush=True)
+    return figures
+
+
+def exact() -> dict[str, Any]:
+    """Mode exact, streamed, with 1 and 16 chunks of 16 patches, against mode full, resident."""
+    figures: dict[str, Any] = {}
+    labels = {"label": np.zeros(1, np.int32)}
+    optimizer = optax.sgd(1e-3)
+    for side in (256, 1024):
+        grid = pgd.PatchGrid(side, side, 64)
+        model = small_cnn(grid)
+        config = pgd.PatchGDConfig(patch=64, mode="exact", fill_chunk=16)
+        step = StreamedStep(model, optimizer, grid, config)
+        programs = step.lower(initial(model, optimizer), labels, 1)
+        figures[f"temporary_{grid.num_patches}"] = max(
+            lowered.compile().memory_analysis().temp_size_in_bytes for lowered in programs.values()
+        )
+    image = VirtualImage(1024)
+    batch = {**labels, "image": image.read(0, 0, 1024, 1024)[None]}
+    full = partial(
+        pgd.train_step,
+        model=model,
+        optimizer=optimizer,
+        grid=grid,
+        patchgd=pgd.PatchGDConfig(patch=64, mode="full"),
+    )
+    compiled = (
+        jax.jit(full, compiler_options=pgd.compiler_options())
+        .lower(initial(model, optimizer), batch, KEY)
+        .compile()
+    )
+    figures["temporary_full"] = compiled.memory_analysis().temp_size_in_bytes
+    rounds = []
+    for _ in range(ROUNDS + 1):
+        whole = seconds(partial(compiled, initial(model, optimizer), batch, KEY))
+        state = initial(model, optimizer)
+        rounds.append((whole, seconds(partial(step.train, state, [image], labels, KEY))))
+    # The first round compiles the streamed programs.
+    rounds = rounds[1:]
+    figures |= {
+        "full": median(r[0] for r in rounds),
+        "exact": median(r[1] for r in rounds),
+        "time_ratio": median(b / a for a, b in rounds),
+        "memory_ratio": figures["temporary_256"] / figures["temporary_16"],
+        "rounds": rounds,
+    }
+    print(figures, flush=True)
+    return figures
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "memory": memory,
+    "overlap": overlap,
+    "exact": exact,
+}
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        record(f"streaming_{sys.argv[1]}", PARTS[sys.argv[1]]())
+        return
+    for name in PARTS:
+        # A process each: the peak of the host's memory is one part's own.
+        subprocess.run([sys.executable, str(Path(__file__)), name], check=True)
+
+
+if __name__ == "__main__":
+    main()
