@@ -90,7 +90,12 @@ FITS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FITS)
+LONG = ("native", "resize, background left out")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in FITS]
+)
 def test_a_run_is_scored_again_and_its_files_predicted(name, labels, tmp_path):
     """The score is reproduced, and each file gives alone what the evaluation gives it."""
     config = config_for(labels, **FITS[name])
@@ -159,7 +164,9 @@ def test_a_thousand_images_of_three_hundred_sizes_need_six_programs(tmp_path):
     assert any(text.startswith("Compiled 6 programs") for text in told)
 
 
-@pytest.mark.parametrize("task", ["multi-label", "regression", "ordinal"])
+@pytest.mark.parametrize(
+    "task", ["multi-label", "regression", pytest.param("ordinal", marks=pytest.mark.slow)]
+)
 def test_other_tasks_from_a_csv(task, labels, tmp_path):
     column = {"multi-label": "tags", "regression": "number", "ordinal": "number"}[task]
     config = dataclasses.replace(

@@ -137,7 +137,7 @@ def test_what_was_trained_before_an_unreadable_image_is_saved(tmp_path):
     assert summary["last"]["step"] == config.total_steps(len(make_data(config).train))
 
 
-@pytest.mark.parametrize("fit", ["resize", "native"])
+@pytest.mark.parametrize("fit", ["resize", pytest.param("native", marks=pytest.mark.slow)])
 def test_unreadable_images_are_replaced_and_listed(fit, some_bad, tmp_path):
     config = config_for(some_bad, bad_images="substitute", fit=fit)
     config = dataclasses.replace(config, epochs=2, save_every=2)
