@@ -136,6 +136,7 @@ def write_ndpi(path, levels, *, magnification=40.0, mpp=0.23):
 
         per_cm = 1e4 / mpp * image.shape[1] / levels[0].shape[1]
         resolution = put(struct.pack("<II", round(1e3 * per_cm), 1000))
+        make = put(b"Hamamatsu\0")
         mcus = put(np.asarray(starts, "<u4").tobytes()) if len(starts) > 1 else 0
         bits = put(struct.pack("<3H", 8, 8, 8))
         height, width = image.shape[:2]
@@ -152,7 +153,7 @@ def write_ndpi(path, levels, *, magnification=40.0, mpp=0.23):
             (282, 5, 1, resolution),
             (283, 5, 1, resolution),
             (296, 3, 1, 3),
-            (271, 2, 4, int.from_bytes(b"Ham\0", "little")),
+            (271, 2, 10, make),
             (65420, 4, 1, 1),
             (65421, 11, 1, struct.unpack("<I", struct.pack("<f", power))[0]),
         ]

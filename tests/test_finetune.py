@@ -255,7 +255,7 @@ def test_everything_at_once_compiles_once_and_keeps_frozen_stages():
     config = tune(freeze_stages=2, layer_decay=0.7, ema_decay=0.9, encoder_learning_rate=1e-2)
     grid = PatchGrid(32, 32, 16)
     model = build_model(config.model, grid=grid, channels=1, classes=9, mean=0.5, std=0.3)
-    optimizer, frozen = make_run_optimizer(config), frozen_entries(config)
+    optimizer, frozen = make_run_optimizer(config, config.data.train_size), frozen_entries(config)
     assert frozen == {"Stage_0", "Stage_1"}
     state = jax.jit(partial(init_state, model=model, optimizer=optimizer, frozen=frozen))(KEY)
     first = jax.device_get(state)

@@ -194,7 +194,7 @@ def test_what_is_there_is_never_written_over(frozen):
         make_dataset(DATA, 7, frozen.parents[2])
     assert all_bytes(frozen) == before
     with pytest.raises(ConfigError, match=r"data\.csv names images that exist already"):
-        make_dataset(replace(DATA, csv="a.csv"), 7, frozen.parents[2])
+        make_dataset(replace(DATA, csv="a.csv", downscale=1), 7, frozen.parents[2])
 
 
 def test_places_where_nothing_can_be_made(tmp_path, frozen):
@@ -549,7 +549,7 @@ def test_damaged_sets_are_data_errors(tmp_path, own):
     bad = own_set(tmp_path, [FILES[4], FILES[4][:-200]], splits=("train", "test"), name="bad")
     source = TfdsSource(bad, "train", channels=1)
     source[0]
-    with pytest.raises(DataError, match=r"cannot read image 1 of bad/1\.2\.0, split train"):
+    with pytest.raises(DataError, match=r"cannot read image record 1 of bad/1\.2\.0, split train"):
         source[1]
 
 
