@@ -45,9 +45,9 @@ class StreamedStep:
     For the same state, key and images they compute what `train_step` and `eval_step` do: the same
     draws, and the same sums. On the CPU the results are the same bit for bit, unless the compiler
     orders a head's sums differently, as it may where images have a `size` and in mode exact
-    (measured in float32: 5e-12 in a gradient, 2e-7 of a parameter). Patches that do not count are neither read nor encoded. Slots that
-    hold no patch, where a chunk or group is not full, carry background; only an encoder with batch
-    statistics that takes no `mask` can tell.
+    (measured in float32: 5e-12 in a gradient, 2e-7 of a parameter). Patches that do not count are
+    neither read nor encoded. Slots that hold no patch, where a chunk or group is not full, carry
+    background; only an encoder with batch statistics that takes no `mask` can tell.
 
     Args:
         model: the model.

@@ -174,7 +174,7 @@ def evaluation(splits):
 TWO = [(2, 4), (1, 8)]
 FLIPS = AugmentConfig(flips=True, turns=True, brightness=0.2, same_draw=False)
 
-QUICK = {
+CASES = {
     **{f"toy {mode}": partial(toy, ODD, SPLITS, mode=mode) for mode in MODES},
     "even": partial(toy, EVEN, TWO, mode="accumulate"),
     "per image": partial(toy, ODD, TWO, sample_per="image", mode="patchgd", fraction=0.25),
@@ -199,17 +199,12 @@ QUICK = {
     "float64 statistics": partial(statistics, mode="full"),
     "float64 statistics in the fill": partial(statistics, mode="patchgd", norm_policy="paper"),
 }
-SLOW = {
-    **{f"even {mode}": partial(toy, EVEN, SPLITS, mode=mode) for mode in MODES},
-    **{f"shipped {mode}": partial(shipped, {"norm": "group"}, SPLITS, mode=mode) for mode in MODES},
-    "resnet": partial(shipped, {"encoder": "resnet18", "norm": "batch"}, [(2, 4)]),
-}
 
 
 def main() -> None:
     jax.config.update("jax_enable_x64", False)
-    for name, case in {"quick": QUICK, "slow": SLOW}.get(sys.argv[1], {}).items():
-        if not sys.argv[2:] or name in sys.argv[2:]:
+    for name, case in CASES.items():
+        if not sys.argv[1:] or name in sys.argv[1:]:
             print(json.dumps({name: case()}), flush=True)
 
 
