@@ -73,11 +73,14 @@ class SplitConfig:
         )
 
     @property
+    def validation_folds(self) -> tuple[int, ...]:
+        """The folds that may be the validation set: all but the test fold."""
+        return tuple(fold for fold in range(self.folds) if fold != self.test_fold)
+
+    @property
     def validation_fold(self) -> int:
         """The fold that is the validation set."""
-        if self.fold is not None:
-            return self.fold
-        return 1 if self.test_fold == 0 else 0
+        return self.validation_folds[0] if self.fold is None else self.fold
 
 
 @dataclass(frozen=True)

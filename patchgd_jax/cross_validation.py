@@ -39,8 +39,7 @@ def fold_configs(config: TrainConfig, folder: str | Path) -> dict[int, TrainConf
             run_dir=str(Path(folder) / f"fold-{fold}"),
             data=dataclasses.replace(config.data, split=dataclasses.replace(split, fold=fold)),
         )
-        for fold in range(split.folds)
-        if fold != split.test_fold
+        for fold in split.validation_folds
     }
 
 

@@ -136,7 +136,7 @@ def train_step(
             placement=placement,
         )
         params = join_frozen(new_state.params, fixed)
-        return new_state._replace(params=params), {**metrics, "param_norm": _norm(params)}
+        return new_state._replace(params=params), {**metrics, "param_norm": global_norm(params)}
     key = jax.random.fold_in(key, state.step)
     if patchgd.mode in ("patchgd", "accumulate"):
         new_state, metrics = _inner_steps(
@@ -165,15 +165,15 @@ def train_step(
         )
         scale = patchgd.encoder_grad_scale
         # Every patch has its part in these gradients: they are unbiased as they are.
-        new_state, metrics = _update(
+        new_state, metrics = apply_gradient(
             state, gradient, batch, optimizer, task, 1.0 if scale == "unbiased" else scale
         )
     # The other metrics are of the parameters before the last update; this one is of those after.
-    metrics["param_norm"] = _norm(new_state.params)
+    metrics["param_norm"] = global_norm(new_state.params)
     return new_state._replace(step=state.step + 1), metrics
 
 
-def _norm(tree: Tree) -> jax.Array:
+def global_norm(tree: Tree) -> jax.Array:
     """The global L2 norm, in few operations: XLA:CPU makes several kernels of each sum.
 
     A product per matrix is one kernel, and the many short vectors are one vector.
@@ -184,7 +184,7 @@ def _norm(tree: Tree) -> jax.Array:
     return jnp.sqrt(jnp.stack([jnp.vdot(x, x) for x in arrays]).sum())
 
 
-def _update(
+def apply_gradient(
     state: TrainState,
     gradient: Gradient,
     batch: Batch,
@@ -192,6 +192,19 @@ def _update(
     task: Task,
     encoder_scale: float,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer update.
+
+    Args:
+        state: whose parameters the gradient is of.
+        gradient: from one of `gradients`.
+        batch: `label` and `weight` of it are read.
+        optimizer: any optax transformation.
+        task: it has the training metric.
+        encoder_scale: factor on the encoder's gradient.
+
+    Returns:
+        The new state, its `step` as it was; `loss`, `grad_norm` and the task's training metric.
+    """
     grads = gradient.grads
     if encoder_scale != 1:
         scaled = jax.tree.map(lambda g: g * encoder_scale, grads["encoder"])
@@ -203,7 +216,7 @@ def _update(
     metrics = {
         "loss": gradient.loss,
         task.training_metric: (score * weight).sum() / jnp.maximum(weight.sum(), 1),
-        "grad_norm": _norm(grads),
+        "grad_norm": global_norm(grads),
     }
     return TrainState(state.step, params, gradient.model_state, opt_state), metrics
 
@@ -375,7 +388,7 @@ def _inner_steps(
             state.params, state.model_state, z, batch, steps, key
         )
         gradient = Gradient(grads, model_state, loss, logits)
-        state, metrics = _update(state, gradient, batch, optimizer, task, scale)
+        state, metrics = apply_gradient(state, gradient, batch, optimizer, task, scale)
         return (state, z), metrics
 
     steps = jax.tree.map(

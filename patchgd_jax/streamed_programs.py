@@ -33,7 +33,7 @@ from patchgd_jax.grid import PatchGrid
 from patchgd_jax.latents import encode_patches, has_spare, write_latents
 from patchgd_jax.patch_model import Parts, PatchModel, Tree, join_frozen, with_fixed
 from patchgd_jax.sampling import inclusion_probability, sample_groups
-from patchgd_jax.step import TrainState, _norm, _update
+from patchgd_jax.step import TrainState, apply_gradient, global_norm
 from patchgd_jax.tasks import Task
 
 Labels = Mapping[str, Any]
@@ -397,7 +397,7 @@ class StreamedPrograms:
         state = TrainState(jnp.zeros((), jnp.int32), trained, model_state, opt_state)
         gradient = Gradient(total, model_state, losses.mean(), logits)
         scale = self._encoder_scale(batch)
-        state, metrics = _update(state, gradient, batch, self._optimizer, self._task, scale)
+        state, metrics = apply_gradient(state, gradient, batch, self._optimizer, self._task, scale)
         return state.params, state.opt_state, jax.tree.map(jnp.zeros_like, total), metrics
 
     def _summary(
@@ -408,7 +408,7 @@ class StreamedPrograms:
             "loss": history["loss"].mean(),
             metric: history[metric][-1],
             "grad_norm": history["grad_norm"].mean(),
-            "param_norm": _norm(join_frozen(trained, fixed) if self._frozen else trained),
+            "param_norm": global_norm(join_frozen(trained, fixed) if self._frozen else trained),
         }
 
     def _read(

@@ -286,6 +286,8 @@ def test_a_test_fold_beside_a_column_of_splits_is_refused(labels):
     )
     with pytest.raises(ConfigError, match="leave one of them out"):
         make_data(config)
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        cross_validate(config_for(labels, columns=ColumnsConfig(split="label")), labels + "-folds")
     assert SplitConfig(test_fold=0).validation_fold == 1
 
 

@@ -124,14 +124,14 @@ def read_table(config: TrainConfig) -> tuple[ImageTable, Split]:
     """The labels of the user's files, and the rows of each split.
 
     Raises:
-        ConfigError: if a test fold and a column of splits are named.
+        ConfigError: if a fold and a column of splits are named.
         DataError: for labels that cannot be used; it names their rows.
     """
     data = config.data
-    if data.columns.split is not None and data.split.test_fold is not None:
+    if data.columns.split is not None and (data.split.fold, data.split.test_fold) != (None, None):
         raise ConfigError(
-            "data.split.test_fold is about folds, but data.columns.split names the split of each "
-            "image; leave one of them out"
+            "data.split.fold and data.split.test_fold (and cross-validate) are about folds, but "
+            "data.columns.split names the split of each image; leave one of them out"
         )
     if data.panda is not None:
         from patchgd_jax.data.panda import panda_strata, read_panda

@@ -8,7 +8,7 @@ import numpy as np
 
 from patchgd_jax.config import SplitConfig
 from patchgd_jax.data.table import SPLITS, ImageTable
-from patchgd_jax.errors import ConfigError, DataError
+from patchgd_jax.errors import DataError
 
 Split = dict[str, np.ndarray]
 """`train`, `validation` and `test`: `int64 [m]` indices into the table, rising; test may be
@@ -37,29 +37,6 @@ def split_table(
     split = {name: np.flatnonzero(names == name) for name in SPLITS}
     _check(table, split)
     return split
-
-
-def fold_indices(table: ImageTable, config: SplitConfig) -> tuple[Split, ...]:
-    """The split of every fold in turn as the validation set, in the order of the folds.
-
-    The test fold is the same in all and never validates, so the validation sets are disjoint and
-    hold every image but the test fold's once.
-
-    Raises:
-        ConfigError: if the images have splits of their own.
-        DataError: as `split_table`.
-    """
-    if table.splits is not None:
-        raise ConfigError(
-            "the images have splits of their own (data.columns.split), so there are no folds; "
-            "leave that column out"
-        )
-    folds = _folds(table, config)
-    return tuple(
-        _fold_split(table, folds, fold, config.test_fold)
-        for fold in range(config.folds)
-        if fold != config.test_fold
-    )
 
 
 def _fold_split(table: ImageTable, folds: np.ndarray, fold: int, test_fold: int | None) -> Split:
