@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import jax
 import optax
@@ -174,16 +175,24 @@ def restore_params(
     return {**params, **checkpoints.restore_part(step, f"opt_state/average/{part}", trained[part])}
 
 
-def select_device(name: str) -> jax.Device:
+def select_device(name: str, *, shared: bool = False) -> jax.Device:
     """Makes the named platform JAX's only one, and returns its first device.
 
     Must run before anything else touches JAX.
+
+    Args:
+        name: auto, cpu, gpu or tpu.
+        shared: whether several devices share the work.
 
     Raises:
         DeviceError: if the platform is not there.
     """
     if name != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}[name])
+    if shared and str(getattr(jax.config, "jax_platforms", None) or "").startswith("cpu"):
+        # XLA:CPU starts independent collectives in any order, and one that waits keeps its thread:
+        # with as few threads as cores, virtual devices can wait for each other for good.
+        os.environ.setdefault("NPROC", "32")
     try:
         return jax.devices()[0]
     except (RuntimeError, AssertionError) as error:

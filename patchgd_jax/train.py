@@ -163,7 +163,7 @@ class _Run:
         self.config = config
         self.progress = progress
         # First, because processes wait for each other's devices.
-        self.device = select_device(config.device)
+        self.device = select_device(config.device, shared=config.mesh is not None)
         self.data = make_data(config)
         for note in self.data.notes:
             progress.message(note)

@@ -17,7 +17,15 @@ from virtual_devices import several_devices
 from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, sample_groups
 from patchgd_jax.latents import chunked_strata
 from patchgd_jax.sampling import inclusion_probability, strata_lists
-from patchgd_jax.sharding import Bands, make_mesh, param_specs, parse_layout, shard_batch
+from patchgd_jax.sharding import (
+    Bands,
+    check_rules,
+    make_mesh,
+    param_specs,
+    parse_layout,
+    parse_rules,
+    shard_batch,
+)
 
 HERE = Path(__file__).parent
 KEY = jax.random.key(3)
@@ -41,7 +49,7 @@ def on_eight_devices(script, *arguments):
 
 
 # The other cases take long: `python tests/mesh_cases.py` with these variables runs them all.
-CHOSEN = ("toy patchgd", "toy exact", "lists", "fsdp")
+CHOSEN = ("toy patchgd", "toy exact", "lists", "fsdp", "rows")
 
 
 def test_a_mesh_trains_as_one_device():
@@ -210,13 +218,13 @@ def test_uniform_draws_of_unequal_strata_have_no_unbiased_factor():
 
 @pytest.mark.parametrize(
     ("layout", "sizes"),
-    [("data=2,patch=4", (2, 4)), ("patch=3", (1, 3)), (" data = 5 ", (5, 1))],
+    [("data=2,patch=4", (2, 4, 1)), ("patch=3,rows=2", (1, 3, 2)), (" data = 5 ", (5, 1, 1))],
 )
 def test_layouts_are_read(layout, sizes):
     assert parse_layout(layout) == sizes
 
 
-@pytest.mark.parametrize("layout", ["", "8", "data=0", "data=2;patch=4", "rows=2", "data=2,data=2"])
+@pytest.mark.parametrize("layout", ["", "8", "data=0", "data=2;patch=4", "cols=2", "data=2,data=2"])
 def test_a_bad_layout_is_named(layout):
     with pytest.raises(ConfigError, match="cannot be read; write auto"):
         parse_layout(layout)
@@ -259,6 +267,18 @@ def test_more_strata_or_devices_than_patches_are_named():
         sample_groups(KEY, num_patches=4, inner_steps=2, batch=1, strata=8)
     with pytest.raises(ConfigError, match="at least 1"):
         PatchGDConfig(strata=0)
+
+
+def test_rules_are_read():
+    assert parse_rules(["kernel$=-,data", "a=b=patch"]) == [
+        ("kernel$", (None, "data")),
+        ("a=b", ("patch",)),
+    ]
+    for text in ("kernel", "kernel=model", "=data", "(=data"):
+        with pytest.raises(ConfigError, match="param_rules"):
+            parse_rules([text])
+    with pytest.raises(ConfigError, match="fits no parameter; there are encoder/kernel"):
+        check_rules({"encoder": {"kernel": np.zeros(3)}}, parse_rules(["kernels=data"]))
 
 
 def test_rules_that_do_not_fit_are_named():
