@@ -71,7 +71,7 @@ def check_command(arguments: Sequence[str]) -> None:
     report = check_images(
         table,
         splits,
-        channels=config.data.channels,
+        channels=config.data.declared_channels,
         open_image=partial(open_regions, background=file_background(config.data, table)),
         decode=options.decode,
     )

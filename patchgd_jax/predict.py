@@ -163,7 +163,7 @@ class TrainedModel:
         """
         background, data = self.preprocess.background, self.config.data
         if data.generated:
-            image = read_image(path, channels=data.channels, background=background)
+            image = read_image(path, channels=data.num_channels, background=background)
             image = shrink(image, data.downscale, background)
         else:
             image, _ = FileReader(data, background).read(path)

@@ -18,6 +18,7 @@ from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.compiling import compiler_options, release_memory, use_compilation_cache
 from patchgd_jax.config import TrainConfig, flatten, to_dict
 from patchgd_jax.data.bad_images import BadImages
+from patchgd_jax.data.channels import with_channels
 from patchgd_jax.data.sources import make_data
 from patchgd_jax.data.ultramnist import UltraMnist
 from patchgd_jax.errors import CheckpointError, DataError, DiskError, Interrupted
@@ -85,9 +86,9 @@ def train(
         with stop.immediate():
             # Whatever is wrong with the config shows before the folder is made.
             RunFolder.check_free(run_dir)
-            run = _Run(config, None, progress or Progress(), optimizer)
+            run = _Run(with_channels(config), None, progress or Progress(), optimizer)
             state = run.first_state()
-            folder = RunFolder.create(run_dir, config, dataclasses.asdict(run.preprocess))
+            folder = RunFolder.create(run_dir, run.config, dataclasses.asdict(run.preprocess))
             run.write_examples(folder)
         return run.loop(folder, state, 0, stop, on_step)
 
@@ -290,7 +291,7 @@ class _Run:
         )
 
         def batch(size: int, weight: bool) -> dict[str, jax.ShapeDtypeStruct]:
-            shape = (size, *self.data.shapes[number], config.data.channels)
+            shape = (size, *self.data.shapes[number], config.data.num_channels)
             arrays = {
                 "image": jax.ShapeDtypeStruct(shape, np.uint8),
                 "label": self.task.label_spec(size, self.data.num_classes),

@@ -26,7 +26,7 @@ from patchgd_jax.data import tfds_builder
 from patchgd_jax.data.png_folder import make_folder
 from patchgd_jax.data.safe_image import decode_image, read_image
 from patchgd_jax.data.tfds_builder import UltraMnistBuilder, config_name, make_dataset
-from patchgd_jax.data.tfds_source import TfdsSource
+from patchgd_jax.data.tfds_source import TfdsSource, stored_channels
 from patchgd_jax.data.ultramnist import UltraMnist
 from patchgd_jax.errors import DiskError
 from patchgd_jax.progress import Progress
@@ -103,7 +103,7 @@ def test_round_trip_without_tensorflow_and_network(tmp_path, channels):
             import tensorflow_datasets as tfds
             from patchgd_jax.config import DataConfig, from_dict
             from patchgd_jax.data import tfds_builder
-            from patchgd_jax.data.tfds_source import TfdsSource
+            from patchgd_jax.data.tfds_source import TfdsSource, stored_channels
             from patchgd_jax.data.ultramnist import UltraMnist
 
             config, root = from_dict(DataConfig, json.loads(sys.argv[1])), sys.argv[2]
@@ -153,6 +153,7 @@ def test_round_trip_without_tensorflow_and_network(tmp_path, channels):
         )
     )
     folder = Path(out.splitlines()[-1])
+    assert stored_channels(folder) == channels
     assert folder.parent.name == config_name(config, 7)
     assert [p.name for p in folder.parent.iterdir()] == ["1.0.0"]
 

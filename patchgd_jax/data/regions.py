@@ -92,7 +92,7 @@ like JPEG or TIFF."""
 def open_regions(
     path: str | Path,
     *,
-    channels: Literal[1, 3],
+    channels: Literal[1, 3] | None,
     background: int = 0,
     cache_bytes: int = 64 * 2**20,
 ) -> RegionSource:
@@ -104,7 +104,7 @@ def open_regions(
 
     Args:
         path: the file, or a Zarr image's folder; its kind is found from its content.
-        channels: 1 for grey, 3 for RGB.
+        channels: 1 for grey, 3 for RGB. None: what the file has; transparency does not count.
         background: uint8 value outside the image and under transparent pixels.
         cache_bytes: bytes of decoded tiles to keep.
 

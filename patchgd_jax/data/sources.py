@@ -102,7 +102,7 @@ def _tfds(config: TrainConfig) -> RunData:
     sources = [
         Fitted(
             TfdsSource(
-                config.data.tfds, split, channels=config.data.channels, background=background
+                config.data.tfds, split, channels=config.data.num_channels, background=background
             ),
             config.data.size,
             background,

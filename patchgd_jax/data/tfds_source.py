@@ -115,6 +115,27 @@ class TfdsSource:
         return {"image": image, "label": np.int64(label), "id": np.int64(index)}
 
 
+def stored_channels(name_or_dir: str | Path, data_dir: str | Path | None = None) -> Literal[1, 3]:
+    """The channels that a prepared set says its images have; transparency does not count.
+
+    Args:
+        name_or_dir: as for `TfdsSource`.
+        data_dir: as for `TfdsSource`.
+
+    Raises:
+        ConfigError: if the set does not say it, or as `TfdsSource`.
+        DataError: as `TfdsSource`.
+    """
+    info = _read_info(find_prepared(name_or_dir, data_dir))
+    image, _ = _image_and_label(info)
+    channels = info.features[image].shape[-1]
+    if channels not in (1, 3, 4):
+        raise ConfigError(
+            f"{info.full_name} does not say whether its images are grey; set --data.channels 1 or 3"
+        )
+    return 1 if channels == 1 else 3
+
+
 def find_prepared(name_or_dir: str | Path, data_dir: str | Path | None = None) -> Path:
     """The folder of a prepared set, found from what is on the disk.
 

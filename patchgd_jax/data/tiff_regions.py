@@ -24,7 +24,7 @@ class TiffRegions(ClippedRegions):
 
     Args:
         path: the file.
-        channels: 1 or 3.
+        channels: 1 or 3. None: what the file has.
         background: uint8 value outside the image, in missing tiles and under transparent pixels.
         cache_bytes: bytes of decoded tiles to keep.
 
@@ -37,7 +37,7 @@ class TiffRegions(ClippedRegions):
         self,
         path: str | Path,
         *,
-        channels: Literal[1, 3],
+        channels: Literal[1, 3] | None,
         background: int = 0,
         cache_bytes: int = 64 * 2**20,
     ) -> None:
@@ -56,7 +56,7 @@ class TiffRegions(ClippedRegions):
                 "cache_bytes": cache_bytes,
             },
             [level.shape for level in self._pyramid.levels],
-            channels=channels,
+            channels=channels or self._pyramid.channels,
             background=background,
             mpp=self._pyramid.mpp,
             tile=self._pyramid.levels[0].tile,
