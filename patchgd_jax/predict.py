@@ -110,7 +110,8 @@ class TrainedModel:
         if data.test is None:
             raise ConfigError(
                 f"run {self.folder.path} has no test images; name them in the split column of its "
-                "CSV file, or train with --data.split.test-fold"
+                "CSV file, or train with --data.split.test-fold, or on a tensorflow-datasets set "
+                "with splits validation and test"
             )
         return data.test
 

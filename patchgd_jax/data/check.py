@@ -17,6 +17,7 @@ from patchgd_jax.data.check_report import CheckReport, Problem
 from patchgd_jax.data.regions import RegionSource, is_flat
 from patchgd_jax.data.safe_image import ImageReadError, read_header, read_image
 from patchgd_jax.data.safe_text import printable
+from patchgd_jax.data.splits import Split, absent_labels
 from patchgd_jax.data.table import ImageTable
 
 _SWEEP = 2048
@@ -37,7 +38,7 @@ class OpenRegions(Protocol):
 
 def check_images(
     table: ImageTable,
-    splits: Mapping[str, np.ndarray],
+    splits: Split,
     *,
     channels: Literal[1, 3] | None,
     open_image: OpenRegions,
@@ -108,7 +109,7 @@ def check_images(
             Problem(table.rows[index], str(table.paths[index]), reason)
             for index, reason in sorted(problems, key=lambda problem: problem[0])
         ),
-        notes=(*_channel_notes(known, channels), *notes),
+        notes=(*absent_labels(table, splits), *_channel_notes(known, channels), *notes),
     )
 
 
