@@ -205,7 +205,8 @@ def _flat_tiff_pixels(path: Path) -> int:
     try:
         # Image.open would apply a limit of pixels that is global to the process.
         with path.open("rb") as file, TiffImageFile(file) as image:
-            single = image.n_frames == 1 and _TILE_WIDTH not in image.tag_v2
+            # The number of frames is known when all of them have been looked at.
+            single = _TILE_WIDTH not in image.tag_v2 and image.n_frames == 1
             return image.width * image.height if single else 0
     except Exception:
         # What Pillow cannot open, the tiled reader opens or explains.

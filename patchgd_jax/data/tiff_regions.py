@@ -67,17 +67,19 @@ class TiffRegions(ClippedRegions):
             raise ValueError(f"{self.path} is closed")
         there = self._pyramid.levels[level]
         rows, cols = there.tile
-        out = np.full((height, width, self.channels), self.background, np.uint8)
+        out = np.empty((height, width, self.channels), np.uint8)
         for row in range(y // rows, -(-(y + height) // rows)):
             for col in range(x // cols, -(-(x + width) // cols)):
-                if there.counts[row * there.cols + col] == 0:
-                    continue
-                load = functools.partial(self._load, level, row, col)
-                tile = self._cache.get((level, row, col), load)
                 top, left = row * rows, col * cols
                 a, b = max(y, top), min(y + height, top + rows)
                 c, d = max(x, left), min(x + width, left + cols)
-                out[a - y : b - y, c - x : d - x] = tile[a - top : b - top, c - left : d - left]
+                part = out[a - y : b - y, c - x : d - x]
+                if there.counts[row * there.cols + col] == 0:
+                    part[...] = self.background
+                    continue
+                load = functools.partial(self._load, level, row, col)
+                tile = self._cache.get((level, row, col), load)
+                part[...] = tile[a - top : b - top, c - left : d - left]
         return out
 
     def _load(self, level: int, row: int, col: int) -> np.ndarray:
