@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
@@ -22,6 +22,9 @@ from patchgd_jax.errors import PatchGDError, unknown_name
 from patchgd_jax.plan_command import plan_command
 from patchgd_jax.presets import PRESETS, get_preset, preset_argument
 
+if TYPE_CHECKING:
+    from patchgd_jax.progress import Progress
+
 PROGRAM = "patchgd-jax"
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 
@@ -29,15 +32,31 @@ Device = Literal["auto", "cpu", "gpu", "tpu"]
 def train_command(arguments: Sequence[str]) -> None:
     """Train a model: train [PRESET] [--SETTING VALUE ...]."""
     config, run_dir = run_config("train", "Train a model", arguments)
+    progress = _joined(config.device)
 
-    from patchgd_jax.progress import ConsoleProgress
+    from patchgd_jax.distributed import from_first, is_first
     from patchgd_jax.run_folder import EXAMPLES
     from patchgd_jax.train import train
 
-    train(config, run_dir, progress=ConsoleProgress())
+    # Its name may be the time, which processes do not share.
+    run_dir = from_first(lambda: run_dir)
+    train(dataclasses.replace(config, run_dir=run_dir), run_dir, progress=progress)
+    if not is_first():
+        return
     examples = sorted((Path(run_dir) / EXAMPLES).glob("*.png"))
     image = examples[0] if examples else "IMAGE"
     print(f"Try it on an image:  {PROGRAM} predict {run_dir} {image}")
+
+
+def _joined(device: str) -> Progress:
+    """Joins the other processes of the run, if there are any; what shows progress in this one."""
+    from patchgd_jax.distributed import initialize, is_first
+    from patchgd_jax.experiment import select_device
+    from patchgd_jax.progress import ConsoleProgress, Progress
+
+    if initialize():
+        select_device(device)
+    return ConsoleProgress() if is_first() else Progress()
 
 
 def run_config(command: str, about: str, arguments: Sequence[str]) -> tuple[TrainConfig, str]:
@@ -79,17 +98,21 @@ def resume_command(arguments: Sequence[str]) -> None:
     def resume_run(
         run: Positional[str],
         accept_changed_data: FlagCreatePairsOff[bool] = False,
+        mesh: str | None = None,
     ) -> None:
         """Continue an interrupted run from its newest intact checkpoint.
 
         Args:
             run: Run folder.
             accept_changed_data: Go on although images, labels or splits are no longer the same.
+            mesh: How the devices that there are now share the work: data=2,patch=4, or auto. None:
+                as before.
         """
-        from patchgd_jax.progress import ConsoleProgress
+        from patchgd_jax.run_folder import RunFolder
         from patchgd_jax.train import resume
 
-        resume(run, progress=ConsoleProgress(), accept_changed_data=accept_changed_data)
+        progress = _joined(RunFolder(run).config().device)
+        resume(run, progress=progress, accept_changed_data=accept_changed_data, mesh=mesh)
 
     tyro.cli(resume_run, prog=f"{PROGRAM} resume", args=list(arguments))
 
@@ -304,4 +327,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> None:
     """Entry point of the console script."""
-    sys.exit(main())
+    code = main()
+    if code:
+        from patchgd_jax.distributed import end_now
+
+        end_now(code)
+    sys.exit(code)

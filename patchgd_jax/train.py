@@ -3,45 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from patchgd_jax._version import __version__
 from patchgd_jax.checkpoint import Checkpoints
-from patchgd_jax.compiling import compiler_options, release_memory, use_compilation_cache
+from patchgd_jax.compiling import use_compilation_cache
 from patchgd_jax.config import TrainConfig, flatten, to_dict
 from patchgd_jax.data.bad_images import BadImages
 from patchgd_jax.data.channels import with_channels
 from patchgd_jax.data.sources import make_data
 from patchgd_jax.data.ultramnist import UltraMnist
-from patchgd_jax.errors import CheckpointError, DataError, DiskError, Interrupted
-from patchgd_jax.evaluate import evaluate
-from patchgd_jax.experiment import (
-    evaluation_batches,
-    frozen_entries,
-    make_model,
-    make_run_optimizer,
-    make_run_task,
-    select_device,
-    training_batches,
-    training_grids,
+from patchgd_jax.distributed import (
+    Agreement,
+    all_or_none,
+    check_same,
+    from_first,
+    is_first,
+    several,
+    watched,
 )
-from patchgd_jax.optimizer import with_average
-from patchgd_jax.patch_model import Parts
+from patchgd_jax.errors import CheckpointError, DataError, DiskError
+from patchgd_jax.evaluate import evaluate
+from patchgd_jax.execution import make_execution
+from patchgd_jax.experiment import make_run_task, make_setup, select_device, training_grids
 from patchgd_jax.preprocess import Preprocess
 from patchgd_jax.pretrained import starting_point
 from patchgd_jax.progress import Progress
 from patchgd_jax.recorder import Recorder
 from patchgd_jax.run_folder import CONFIG, EXAMPLES, RunFolder
-from patchgd_jax.signals import StopRequest
-from patchgd_jax.step import TrainState, eval_step, evaluated_params, init_state, train_step
+from patchgd_jax.signals import StopRequest, interrupted
+from patchgd_jax.step import TrainState, evaluated_params, init_state
 
 _MAY_CHANGE = (
     "run_dir",
@@ -51,8 +48,18 @@ _MAY_CHANGE = (
     "reader_threads",
     "reader_workers",
     "reader_mib",
+    "mesh",
+    "param_rules",
+    "stream.enabled",
+    "stream.buffers",
+    "stream.readers",
+    "stream.store_mib",
+    "stream.store_dir",
 )
 """Settings that a resumed run may have different."""
+
+_EXAMPLE_PIXELS = 2**24
+"""Pixels of generated images up to which some are written to the run folder."""
 
 OnStep = Callable[[int], None]
 """Called with the number of outer steps done, after each."""
@@ -85,11 +92,18 @@ def train(
     with StopRequest() as stop:
         with stop.immediate():
             # Whatever is wrong with the config shows before the folder is made.
-            RunFolder.check_free(run_dir)
-            run = _Run(with_channels(config), None, progress or Progress(), optimizer)
+            with all_or_none():
+                RunFolder.check_free(run_dir)
+                config = with_channels(config)
+                run = _Run(config, None, progress or Progress(), optimizer)
+            check_same(flatten(run.identity))
             state = run.first_state()
-            folder = RunFolder.create(run_dir, run.config, dataclasses.asdict(run.preprocess))
-            run.write_examples(folder)
+            with all_or_none():
+                if is_first():
+                    folder = RunFolder.create(run_dir, config, dataclasses.asdict(run.preprocess))
+                    run.write_examples(folder)
+            with all_or_none():
+                folder = RunFolder(run_dir)
         return run.loop(folder, state, 0, stop, on_step)
 
 
@@ -100,6 +114,7 @@ def resume(
     optimizer: optax.GradientTransformation | None = None,
     on_step: OnStep | None = None,
     accept_changed_data: bool = False,
+    mesh: str | None = None,
 ) -> dict[str, Any]:
     """Continues a run from its newest intact checkpoint, or from the start if it has none.
 
@@ -112,32 +127,29 @@ def resume(
         optimizer: as `train`'s.
         on_step: as `train`'s.
         accept_changed_data: go on although the images, labels or splits are no longer the same.
+        mesh: of devices, instead of the run's; the result is the same up to rounding.
     """
     progress = progress or Progress()
     with StopRequest() as stop:
         with stop.immediate():
-            folder = RunFolder(run_dir)
-            preprocess = folder.preprocess()
-            run = _Run(folder.config(), preprocess, progress, optimizer)
+            with all_or_none():
+                folder = RunFolder(run_dir)
+                config = folder.config()
+                if mesh is not None:
+                    config = dataclasses.replace(config, mesh=mesh)
+                run = _Run(config, folder.preprocess(), progress, optimizer)
+            check_same(flatten(run.identity))
             checkpoints = Checkpoints(folder.checkpoints, progress.warn)
-            if checkpoints.steps():
-                step = checkpoints.newest_intact()
-                meta = checkpoints.meta(step)
-                run.check_identity(meta, step, accept_changed_data=accept_changed_data)
-                state = checkpoints.restore(step, jax.eval_shape(run.init, run.key))
+            if from_first(checkpoints.steps):
+                step = from_first(checkpoints.newest_intact)
+                with all_or_none():
+                    meta = checkpoints.meta(step)
+                    run.check_identity(meta, step, accept_changed_data=accept_changed_data)
+                state = checkpoints.restore(step, run.state_spec())
             else:
                 state, step = run.first_state(), 0
             progress.message(f"Resuming {folder.path} after step {step}")
         return run.loop(folder, state, step, stop, on_step)
-
-
-class _Programs(NamedTuple):
-    """What is compiled for one padded size, and the arrays of a batch that it takes."""
-
-    train: Any
-    score: Any
-    train_arrays: tuple[str, ...]
-    score_arrays: tuple[str, ...]
 
 
 class _Run:
@@ -152,13 +164,15 @@ class _Run:
     ) -> None:
         self.config = config
         self.progress = progress
+        # First, because processes wait for each other's devices.
+        self.device = select_device(config.device)
         self.data = make_data(config)
         for note in self.data.notes:
             progress.message(note)
-        self.grids = training_grids(config, self.data)
-        self.task = make_run_task(config, self.data.num_classes)
+        # What does not fit shows before any image is read.
+        training_grids(config, self.data)
+        make_run_task(config, self.data.num_classes)
         self.total_steps = config.total_steps(len(self.data.train))
-        self.device = select_device(config.device)
         cache = use_compilation_cache()
         progress.message(
             f"Device: {self.device.device_kind} ({self.device.platform}). "
@@ -172,26 +186,29 @@ class _Run:
                 # The encoder's input must be scaled as it was when the encoder was trained.
                 preprocess = dataclasses.replace(preprocess, mean=start.mean, std=start.std)
         self.preprocess = preprocess
-        self.models = [make_model(config, grid, self.preprocess) for grid in self.grids]
-        self.frozen = frozen_entries(config)
-        self.optimizer = (
-            make_run_optimizer(config, len(self.data.train))
-            if optimizer is None
-            else with_average(optimizer, config.optimizer.ema_decay)
-        )
-        self.key = jax.random.key(config.seed)
+        self.setup = make_setup(config, self.data, preprocess, optimizer)
+        self.execution = make_execution(self.setup)
         self.init = jax.jit(
-            partial(init_state, model=self.models[0], optimizer=self.optimizer, frozen=self.frozen)
+            partial(
+                init_state,
+                model=self.setup.models[0],
+                optimizer=self.setup.optimizer,
+                frozen=self.setup.frozen,
+            )
         )
 
     def first_state(self) -> TrainState:
         """The state before the first step, with the weights that the config names."""
-        state: TrainState = self.init(jax.random.fold_in(self.key, 0))
+        state: TrainState = self.init(jax.random.fold_in(self.setup.key, 0))
         start = starting_point(self.config, self.progress)
-        if start is None:
-            return state
-        params, model_state = start.into(state.params, state.model_state)
-        return state._replace(params=params, model_state=model_state)
+        if start is not None:
+            params, model_state = start.into(state.params, state.model_state)
+            state = state._replace(params=params, model_state=model_state)
+        return self.execution.place(state)
+
+    def state_spec(self) -> TrainState:
+        """Shapes, dtypes and, on several devices, shardings of the state."""
+        return self.execution.layout(jax.eval_shape(self.init, self.setup.key))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -247,7 +264,8 @@ class _Run:
         from PIL import Image
 
         source = self.data.validation
-        if not isinstance(source, UltraMnist):
+        pixels_of_one = self.config.data.size[0] * self.config.data.size[1]
+        if not isinstance(source, UltraMnist) or pixels_of_one > _EXAMPLE_PIXELS:
             return
         where = folder.path / EXAMPLES
         try:
@@ -260,59 +278,6 @@ class _Run:
         except OSError as error:
             raise DiskError(f"cannot write {where}: {error.strerror or error}") from error
 
-    def compile(self, state: TrainState) -> dict[tuple[int, int], _Programs]:
-        """Compiles training and evaluation for each padded size before a batch needs them."""
-        begun = time.monotonic()
-        programs = {shape: self._compile(state, i) for i, shape in enumerate(self.data.shapes)}
-        release_memory()
-        self.progress.message(
-            f"Compiled {2 * len(programs)} programs in {time.monotonic() - begun:.1f} s."
-        )
-        return programs
-
-    def _compile(self, state: TrainState, number: int) -> _Programs:
-        config, model, grid = self.config, self.models[number], self.grids[number]
-        step = partial(
-            train_step,
-            model=model,
-            optimizer=self.optimizer,
-            grid=grid,
-            patchgd=config.patchgd,
-            task=self.task,
-            augment=config.augment,
-            frozen=self.frozen,
-        )
-        score = partial(
-            eval_step,
-            model=model,
-            grid=grid,
-            fill_chunk=config.patchgd.fill_chunk,
-            task=self.task,
-        )
-
-        def batch(size: int, weight: bool) -> dict[str, jax.ShapeDtypeStruct]:
-            shape = (size, *self.data.shapes[number], config.data.num_channels)
-            arrays = {
-                "image": jax.ShapeDtypeStruct(shape, np.uint8),
-                "label": self.task.label_spec(size, self.data.num_classes),
-            }
-            slots = self.data.slots[number]
-            if slots is not None:
-                arrays["patches"] = jax.ShapeDtypeStruct((size, slots), np.int32)
-            if weight:
-                arrays["weight"] = jax.ShapeDtypeStruct((size,), np.float32)
-            return arrays
-
-        train_batch = batch(config.batch_size, self.data.weighted)
-        eval_batch = batch(config.eval_batch_size, True)
-        train_fn = (
-            jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
-            .lower(state, train_batch, self.key)
-            .compile()
-        )
-        eval_fn = jax.jit(score).lower(state.params, state.model_state, eval_batch).compile()
-        return _Programs(train_fn, eval_fn, tuple(train_batch), tuple(eval_batch))
-
     def loop(
         self,
         folder: RunFolder,
@@ -322,22 +287,23 @@ class _Run:
         on_step: OnStep | None,
     ) -> dict[str, Any]:
         """Runs from `step` to the end, or to a signal."""
-        config, progress = self.config, self.progress
+        config, progress, execution = self.config, self.progress, self.execution
         with stop.immediate():
-            programs = self.compile(state)
+            progress.message(execution.compile(state))
             progress.shortcuts(self.data.shortcuts)
         recorder = Recorder(
             folder,
             progress,
             upto=step,
             batch_size=config.batch_size,
-            patches_per_image=self.data.mean_patches(self.grids),
+            patches_per_image=self.data.mean_patches(self.setup.grids),
             identity={**self.identity, "version": __version__},
             device=self.device,
-            task=self.task,
+            task=self.setup.task,
         )
+        agreement = Agreement() if several() else None
         eval_every = config.eval_every or config.steps_per_epoch(len(self.data.train))
-        bad_images = BadImages(folder.path)
+        bad_images = BadImages(folder.path, process=jax.process_index() if several() else 0)
         for record in bad_images.records:
             progress.warn(f"known as unreadable: {record}")
 
@@ -345,26 +311,19 @@ class _Run:
             bad_images.add(index, path, reason)
             progress.warn(f"left out: {path}: {reason}; see {bad_images.path}")
 
-        batches = training_batches(config, self.data.train, step, on_bad)
+        batches = execution.train_batches(step, on_bad)
 
         def due(every: int) -> bool:
             return step % every == 0 or step == self.total_steps
 
-        def score_batch(
-            params: Parts, model_state: Parts, batch: Mapping[str, np.ndarray]
-        ) -> dict[str, jax.Array]:
-            program = programs[batch["image"].shape[1:3]]
-            arrays = {name: batch[name] for name in program.score_arrays}
-            return program.score(params, model_state, jax.device_put(arrays))
-
         def score() -> None:
             metrics = evaluate(
-                score_batch,
+                partial(execution.score, self.data.validation),
                 evaluated_params(state),
                 state.model_state,
                 self.data.validation,
-                evaluation_batches(config, self.data.validation, on_bad),
-                task=self.task,
+                execution.eval_batches(self.data.validation, on_bad),
+                task=self.setup.task,
                 on_batch=keep_evaluating,
             )
             if metrics is not None:
@@ -372,13 +331,18 @@ class _Run:
 
         def keep_evaluating(done: int) -> bool:
             progress.evaluating(done, len(self.data.validation))
-            return stop.signal_number is None
+            # Processes that must agree do so between steps only.
+            return stop.signal_number is None or agreement is not None
 
-        def end_if_stopped(stopping: bool) -> None:
-            if stopping and not (step == self.total_steps and recorder.has_score(step)):
+        def asked_to_stop() -> int:
+            """The signal that came, and that all processes know of; 0 if none did."""
+            number = stop.signal_number or 0
+            return number if agreement is None else agreement.exchange(number)
+
+        def end_if_stopped(signal_number: int) -> None:
+            if signal_number and not (step == self.total_steps and recorder.has_score(step)):
                 advice = f"saved. Continue with: patchgd-jax resume {folder.path}"
-                text = stop.message(f"after step {step}; {advice}")
-                raise Interrupted(stop.signal_number or 0, text)
+                raise interrupted(signal_number, f"after step {step}; {advice}")
 
         with batches, recorder, progress.running(step, self.total_steps):
             try:
@@ -386,22 +350,24 @@ class _Run:
                 if step and due(eval_every) and not recorder.has_score(step):
                     score()
                     recorder.save(step, state)
-                    end_if_stopped(not recorder.has_score(step))
+                    end_if_stopped(0 if recorder.has_score(step) else stop.signal_number or 0)
                 while step < self.total_steps:
                     with recorder.data_wait():
                         batch = next(batches)
-                    program = programs[batch["image"].shape[1:3]]
-                    arrays = jax.device_put({name: batch[name] for name in program.train_arrays})
-                    state, metrics = program.train(state, arrays, self.key)
-                    # Reading the metrics of the step before keeps the device busy meanwhile.
-                    recorder.flush()
-                    step += 1
-                    recorder.trained(step, batch["id"], metrics)
-                    if due(eval_every) and stop.signal_number is None:
+                    read_wait = execution.read_wait
+                    with watched():
+                        state, metrics = execution.train(state, batch)
+                        recorder.waited(execution.read_wait - read_wait)
+                        # Reading the metrics of the step before keeps the device busy meanwhile.
+                        recorder.flush()
+                        step += 1
+                        recorder.trained(step, batch["id"], metrics)
+                        # Read once: a signal that comes after the save waits for the next step.
+                        stopping = asked_to_stop()
+                    if due(eval_every) and not stopping:
                         recorder.flush()
                         score()
-                    # Read once: a signal that comes after the save waits for the next step.
-                    stopping = stop.signal_number is not None
+                        stopping = asked_to_stop()
                     if stopping or due(eval_every) or due(config.save_every or eval_every):
                         recorder.flush()
                         recorder.save(step, state)
@@ -409,6 +375,9 @@ class _Run:
                         on_step(step)
                     end_if_stopped(stopping)
             except DataError as error:
+                if agreement is not None:
+                    # The others are in the middle of a step that this one cannot join.
+                    raise
                 recorder.flush()
                 if step:
                     recorder.save(step, state)
