@@ -192,7 +192,7 @@ def test_a_class_that_a_split_lacks_is_named_with_its_lines():
     with pytest.raises(DataError, match=r"class 'b' \(lines 6, 7\) has no image in the split val"):
         split_table(table, SplitConfig())
     few = dataclasses.replace(make([0] * 9 + [1]), rows=tuple(range(2, 12)))
-    with pytest.raises(DataError, match=r"class 'b' has 1 images \(line 11\), fewer than the 5"):
+    with pytest.raises(DataError, match=r"class 'b' has 1 image \(line 11\), fewer than the 5"):
         split_table(few, SplitConfig())
 
 

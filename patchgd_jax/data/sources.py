@@ -72,7 +72,8 @@ def make_data(config: TrainConfig) -> RunData:
     data = _tfds(config) if config.data.tfds is not None else _files(config)
     if len(data.train) < config.batch_size:
         raise ConfigError(
-            f"batch_size {config.batch_size} is more than the {len(data.train)} training images"
+            f"batch_size {config.batch_size} is more than the {len(data.train)} training images; "
+            "set --batch-size lower"
         )
     return data
 

@@ -103,8 +103,9 @@ def _folds(table: ImageTable, config: SplitConfig, strata: np.ndarray | None = N
             has = table.labels == label
             count = len(set(units[has].tolist()))
             if count < config.folds:
+                units_there = what if count > 1 else what[:-1]
                 raise DataError(
-                    f"class {table.class_names[label]!r} has {count} {what}"
+                    f"class {table.class_names[label]!r} has {count} {units_there}"
                     f"{_on_lines(table, has)}, fewer than the "
                     f"{config.folds} folds; set data.split.folds lower, or leave the class out"
                 )
