@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from patchgd_jax.config import TrainConfig
+from patchgd_jax.data.channels import with_channels
 from patchgd_jax.errors import ConfigError, DiskError
 from patchgd_jax.files import write_json
 from patchgd_jax.progress import Progress
@@ -68,7 +69,11 @@ def cross_validate(
         PatchGDError: as `train`.
         DiskError: if the result cannot be written.
     """
-    configs = fold_configs(config, folder)
+    # Looked at once, with a fold named: that refuses images that have splits of their own.
+    one = next(iter(fold_configs(config, folder).values()))
+    channels = with_channels(one).data.channels
+    data = dataclasses.replace(config.data, channels=channels)
+    configs = fold_configs(dataclasses.replace(config, data=data), folder)
     for fold, wanted in configs.items():
         path = Path(wanted.run_dir or "")
         if (path / CONFIG).exists() and RunFolder(path).config() != wanted:

@@ -69,7 +69,7 @@ def make_model(config: TrainConfig, grid: PatchGrid, preprocess: Preprocess) -> 
     return build_model(
         config.model,
         grid=grid,
-        channels=config.data.channels,
+        channels=config.data.num_channels,
         classes=make_run_task(config, len(preprocess.class_names)).num_outputs(
             len(preprocess.class_names)
         ),
@@ -95,7 +95,7 @@ def _layers(config: TrainConfig) -> Layers:
     return encoder_layers(
         build_encoder(config.model, config.patchgd.patch),
         patch=config.patchgd.patch,
-        channels=config.data.channels,
+        channels=config.data.num_channels,
     )
 
 

@@ -77,6 +77,7 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         MemoryBudgetError: if what is to be solved for does not fit at its smallest.
     """
     from patchgd_jax.compiling import use_compilation_cache
+    from patchgd_jax.data.channels import with_channels
     from patchgd_jax.errors import ConfigError, unknown_name
     from patchgd_jax.experiment import select_device
     from patchgd_jax.memory import (
@@ -104,7 +105,7 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     )
 
     config = options.config
-    request = PlanRequest.from_config(config)
+    request = PlanRequest.from_config(with_channels(config))
     wanted: tuple[Method, ...] = METHODS
     if options.methods != ("all",):
         for name in options.methods:
@@ -206,10 +207,8 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
 def train_arguments(config: TrainConfig, request: Any, preset: str) -> str:
     """The command that trains with a request's settings, where they differ from the preset's."""
     batch = {"batch_size": request.batch, "eval_batch_size": request.eval_batch}
-    data = config.data
-    if request.image != data.image_shape:
-        height, width = (side * data.downscale for side in request.image[:2])
-        data = dataclasses.replace(data, size=(height, width))
+    height, width = (side * config.data.downscale for side in request.image[:2])
+    data = dataclasses.replace(config.data, size=(height, width))
     wanted = dataclasses.replace(config, data=data, patchgd=request.patchgd, **batch)
     base, now = flatten(to_dict(get_preset(preset))), flatten(to_dict(wanted))
     words = [_PROGRAM, "train", *([preset] if preset != "default" else [])]

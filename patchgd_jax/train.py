@@ -16,6 +16,7 @@ from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.compiling import use_compilation_cache
 from patchgd_jax.config import TrainConfig, flatten, to_dict
 from patchgd_jax.data.bad_images import BadImages
+from patchgd_jax.data.channels import with_channels
 from patchgd_jax.data.sources import make_data
 from patchgd_jax.data.ultramnist import UltraMnist
 from patchgd_jax.distributed import (
@@ -93,6 +94,7 @@ def train(
             # Whatever is wrong with the config shows before the folder is made.
             with all_or_none():
                 RunFolder.check_free(run_dir)
+                config = with_channels(config)
                 run = _Run(config, None, progress or Progress(), optimizer)
             check_same(flatten(run.identity))
             state = run.first_state()
