@@ -154,7 +154,7 @@ def rows(norm, **settings):
     """Patches whose rows are on several devices: convolutions and norms reach beyond them."""
     with jax.enable_x64(True):
         model = from_linen(
-            SmallCNN(16, norm, jnp.float64), LinearHead(10),
+            SmallCNN(16, norm, jnp.float64), LinearHead(10, 0.0, jnp.float64),
             grid=SMALL, channels=1, mean=0.1, std=0.3, dtype=jnp.float64,
         )  # fmt: skip
         config = PatchGDConfig(

@@ -65,6 +65,9 @@ def test_a_mesh_trains_as_one_device():
                 assert error < 1e-12, (name, split, what, error)
 
 
+LARGE = {"height": 512, "width": 512, "side": 256, "strata": 1, "fill_chunk": 1, "batch": 1}
+
+
 @pytest.fixture(scope="module")
 def programs():
     """Compiled figures by (data, patch, height, batch, what)."""
@@ -75,6 +78,8 @@ def programs():
         "exact": {"data": 2, "patch": 4, "height": 2048, "mode": "exact"},
         "fsdp": {"data": 2, "patch": 4, "height": 2048, "fsdp": True},
         "small": {"data": 1, "patch": 1, "height": 256},
+        "large patches": {"data": 1, "patch": 1, **LARGE},
+        "large patches by rows": {"data": 1, "patch": 1, "rows": 4, **LARGE},
     }
     lines = on_eight_devices("mesh_programs.py", *map(json.dumps, requests.values()))
     return dict(zip(requests, lines, strict=True))
@@ -111,6 +116,16 @@ def test_an_images_memory_is_divided(programs, name, devices):
     alone, each = of_image(programs["one"]) - fixed, of_image(programs[name]) - fixed
     assert each / alone == pytest.approx(1 / devices, rel=0.15)
     assert programs[name]["image"] * devices == programs["one"]["image"]
+
+
+def test_rows_of_a_patch_divide_its_activations(programs):
+    """The maps of a patch are divided; only rows at the borders between devices are sent."""
+    whole, divided = programs["large patches"], programs["large patches by rows"]
+    assert divided["temporary"] < 0.4 * whole["temporary"]
+    sent = [count for kind, _, count in divided["collectives"] if kind == "collective-permute"]
+    assert sent
+    # A band of one channel's map, at most a few rows of 64 channels.
+    assert max(sent) <= 256 * 64 * 2
 
 
 def test_divided_parameters_take_less_memory(programs):
