@@ -56,8 +56,9 @@ def make_mesh(
 
     Args:
         layout: `data=2,patch=4,rows=2`, of which those that are 1 may be left out; or `auto`,
-            which gives `data` as many devices as the batch allows, since images share nothing but
-            gradients, and `rows` one.
+            which gives `data` as many devices as the batch allows. Images share nothing but
+            gradients, and whatever the split, each device holds the same share of all pixels and
+            sampled patches; only Z and the head's maps are those of fewer images.
         batch_size: images of a batch.
         eval_batch_size: images of an evaluation's batch, if that is another.
         strata: `PatchGDConfig.strata`.

@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 from test_cli import MICRO
 from test_train import BASE, changed
-from toy import max_relative
 from virtual_devices import several_devices
 
 from patchgd_jax import ConfigError
@@ -37,6 +36,14 @@ def final(folder):
     """The arrays of a run's last checkpoint."""
     checkpoints = Checkpoints(folder / "checkpoints")
     return checkpoints.restore_arrays(checkpoints.newest_intact())
+
+
+def distance(one, other):
+    """Of two trees, relative to the second: some of its leaves are nothing but rounding."""
+    one, other = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (one, other)
+    )
+    return np.linalg.norm(one - other) / np.linalg.norm(other)
 
 
 @pytest.fixture
@@ -63,8 +70,8 @@ def test_a_streamed_run_of_files_is_the_resident_one(folders, tmp_path):
     whole = train(folders, tmp_path / "whole")
     parts = train(streamed(folders), tmp_path / "parts")
     wanted, got = final(tmp_path / "whole"), final(tmp_path / "parts")
-    assert max_relative(got["params"], wanted["params"]) < 1e-5
-    assert max_relative(got["model_state"], wanted["model_state"]) < 1e-5
+    assert distance(got["params"], wanted["params"]) < 1e-6
+    assert distance(got["model_state"], wanted["model_state"]) < 1e-6
     assert parts["best"]["loss"] == pytest.approx(whole["best"]["loss"], rel=1e-5)
     scored = TrainedModel(tmp_path / "parts").evaluate()
     assert scored["recorded"]["loss"] == scored["loss"]
@@ -168,8 +175,12 @@ def free_port():
         return found.getsockname()[1]
 
 
-# Adam would make much of the rounding of gradients that are zero.
-SHARED = [*MICRO, "--patchgd.strata", 2, "--save-every", 4, "--optimizer.name", "sgd"]
+# Adam would make much of the rounding of gradients that are zero; and a rate that depends on the
+# length of a run would not let its first steps be compared.
+SHARED = [
+    *MICRO, "--patchgd.strata", 2, "--save-every", 4, "--optimizer.name", "sgd",
+    "--optimizer.schedule", "constant", "--optimizer.warmup-epochs", 0,
+]  # fmt: skip
 RULE = "encoder/Dense_0/kernel$=-,patch"
 
 
@@ -188,12 +199,12 @@ def test_a_mesh_trains_as_one_device_and_goes_on_as_one(alone, tmp_path):
     codes, texts = ended(start(tmp_path, "run", *SHARED, *mesh, devices=4))
     assert codes == [0], texts
     wanted = final(alone)["params"]
-    assert max_relative(final(tmp_path / "run")["params"], wanted) < 1e-4
+    assert distance(final(tmp_path / "run")["params"], wanted) < 1e-5
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000008")
     with pytest.raises(ConfigError, match="mesh data=2,patch=2 is of 4 devices, but there are 1"):
         resume(tmp_path / "run")
     resume(tmp_path / "run", mesh="auto")
-    assert max_relative(final(tmp_path / "run")["params"], wanted) < 1e-4
+    assert distance(final(tmp_path / "run")["params"], wanted) < 1e-5
 
 
 def test_processes_stop_together_and_one_goes_on(alone, tmp_path):
