@@ -129,7 +129,7 @@ def training_batches(
     """The batches of a run from number `start` on."""
     return TrainBatches(
         source,
-        batch_size=config.batch_size,
+        batch_size=config.images_per_step,
         seed=config.seed,
         start=start,
         threads=config.reader_threads,

@@ -74,14 +74,17 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     Raises:
         ConfigError: for a size, method, quantity or setting that cannot be.
         DeviceError: if the device is not there.
-        MemoryBudgetError: if what is to be solved for does not fit at its smallest.
+        MemoryBudgetError: if the budget is below the parameters, or what is to be solved for does
+            not fit at its smallest.
     """
+    from patchgd_jax.auto_settings import is_settled, settled
     from patchgd_jax.compiling import use_compilation_cache
     from patchgd_jax.errors import ConfigError, unknown_name
     from patchgd_jax.experiment import select_device
     from patchgd_jax.memory import (
         METHODS,
         Formula,
+        MemoryBudgetError,
         PlanRequest,
         calibration,
         compiled_total,
@@ -102,9 +105,9 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         plot_sweep,
         sweep,
     )
+    from patchgd_jax.progress import StderrProgress
+    from patchgd_jax.run_plan import plan_of
 
-    config = options.config
-    request = PlanRequest.from_config(config)
     wanted: tuple[Method, ...] = METHODS
     if options.methods != ("all",):
         for name in options.methods:
@@ -114,7 +117,14 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     budget = parse_size(options.budget) if options.budget not in (None, "auto") else None
     if options.solve and options.budget is None:
         raise ConfigError("--solve needs a --budget: a size such as 8GiB, or auto")
+    config = options.config
     device = select_device(config.device)
+    if not is_settled(config):
+        given = None if options.budget == "auto" else options.budget
+        config = settled(config, given, StderrProgress())
+    # The size of generated images is known without drawing any.
+    generated = config.data.generated
+    request = PlanRequest.from_config(config) if generated else plan_of(config).requests[0]
     source = "given"
     if options.budget == "auto":
         budget, source = device_limit(device)
@@ -147,6 +157,12 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         rows.append(PlanRow(row, compiled, peak, side))
     if not rows and len(wanted) == 1:
         raise ConfigError(f"{wanted[0]}: {refused[wanted[0]]}")
+    least = min(plan.row.parameters for plan in rows)
+    if budget is not None and budget < least:
+        raise MemoryBudgetError(
+            f"the budget of {show_size(budget)} is below the parameters, which alone take "
+            f"{show_size(least)}; give more memory, or take a smaller --model.encoder"
+        )
 
     height, width, channels = request.image
     lines = [
@@ -207,7 +223,7 @@ def train_arguments(config: TrainConfig, request: Any, preset: str) -> str:
     """The command that trains with a request's settings, where they differ from the preset's."""
     batch = {"batch_size": request.batch, "eval_batch_size": request.eval_batch}
     data = config.data
-    if request.image != data.image_shape:
+    if data.fit == "resize" and request.image != data.image_shape:
         height, width = (side * data.downscale for side in request.image[:2])
         data = dataclasses.replace(data, size=(height, width))
     wanted = dataclasses.replace(config, data=data, patchgd=request.patchgd, **batch)

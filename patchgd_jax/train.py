@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from patchgd_jax._version import __version__
+from patchgd_jax.auto_settings import settled
 from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.compiling import compiler_options, release_memory, use_compilation_cache
 from patchgd_jax.config import TrainConfig, flatten, to_dict
@@ -33,6 +34,7 @@ from patchgd_jax.experiment import (
     training_grids,
 )
 from patchgd_jax.optimizer import with_average
+from patchgd_jax.out_of_memory import out_of_memory_told
 from patchgd_jax.patch_model import Parts
 from patchgd_jax.preprocess import Preprocess
 from patchgd_jax.pretrained import starting_point
@@ -64,6 +66,7 @@ def train(
     progress: Progress | None = None,
     optimizer: optax.GradientTransformation | None = None,
     on_step: OnStep | None = None,
+    budget: str | None = None,
 ) -> dict[str, Any]:
     """Trains a model from the start.
 
@@ -73,6 +76,7 @@ def train(
         progress: shows how it goes; silent by default.
         optimizer: used instead of the config's, of which freezing and averaging stay.
         on_step: called after each outer step.
+        budget: what settings that are auto must fit, 8GiB say; None: what is free on the device.
 
     Returns:
         What `summary.json` holds.
@@ -81,15 +85,19 @@ def train(
         PatchGDError: of the kind that fits; `exit_code` says which.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
+    progress = progress or Progress()
     with StopRequest() as stop:
         with stop.immediate():
             # Whatever is wrong with the config shows before the folder is made.
             RunFolder.check_free(run_dir)
-            run = _Run(config, None, progress or Progress(), optimizer)
-            state = run.first_state()
+            config = settled(config, budget, progress)
+            run = Run(config, None, progress, optimizer)
+            with out_of_memory_told(config, run_dir):
+                state = run.first_state()
             folder = RunFolder.create(run_dir, config, dataclasses.asdict(run.preprocess))
             run.write_examples(folder)
-        return run.loop(folder, state, 0, stop, on_step)
+        with out_of_memory_told(config, run_dir):
+            return run.loop(folder, state, 0, stop, on_step)
 
 
 def resume(
@@ -117,7 +125,7 @@ def resume(
         with stop.immediate():
             folder = RunFolder(run_dir)
             preprocess = folder.preprocess()
-            run = _Run(folder.config(), preprocess, progress, optimizer)
+            run = Run(folder.config(), preprocess, progress, optimizer)
             checkpoints = Checkpoints(folder.checkpoints, progress.warn)
             if checkpoints.steps():
                 step = checkpoints.newest_intact()
@@ -127,10 +135,11 @@ def resume(
             else:
                 state, step = run.first_state(), 0
             progress.message(f"Resuming {folder.path} after step {step}")
-        return run.loop(folder, state, step, stop, on_step)
+        with out_of_memory_told(run.config, run_dir):
+            return run.loop(folder, state, step, stop, on_step)
 
 
-class _Programs(NamedTuple):
+class Programs(NamedTuple):
     """What is compiled for one padded size, and the arrays of a batch that it takes."""
 
     train: Any
@@ -138,8 +147,24 @@ class _Programs(NamedTuple):
     train_arrays: tuple[str, ...]
     score_arrays: tuple[str, ...]
 
+    def step(
+        self, state: TrainState, batch: Mapping[str, np.ndarray], key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """A training step on a batch from the host."""
+        arrays = jax.device_put({name: batch[name] for name in self.train_arrays})
+        state, metrics = self.train(state, arrays, key)
+        return state, metrics
 
-class _Run:
+    def evaluate(
+        self, params: Parts, model_state: Parts, batch: Mapping[str, np.ndarray]
+    ) -> dict[str, jax.Array]:
+        """Metric sums of a batch from the host."""
+        arrays = {name: batch[name] for name in self.score_arrays}
+        sums: dict[str, jax.Array] = self.score(params, model_state, jax.device_put(arrays))
+        return sums
+
+
+class Run:
     """What stays the same during a run, and the loop over it."""
 
     def __init__(
@@ -259,7 +284,7 @@ class _Run:
         except OSError as error:
             raise DiskError(f"cannot write {where}: {error.strerror or error}") from error
 
-    def compile(self, state: TrainState) -> dict[tuple[int, int], _Programs]:
+    def compile(self, state: TrainState) -> dict[tuple[int, int], Programs]:
         """Compiles training and evaluation for each padded size before a batch needs them."""
         begun = time.monotonic()
         programs = {shape: self._compile(state, i) for i, shape in enumerate(self.data.shapes)}
@@ -269,7 +294,7 @@ class _Run:
         )
         return programs
 
-    def _compile(self, state: TrainState, number: int) -> _Programs:
+    def _compile(self, state: TrainState, number: int) -> Programs:
         config, model, grid = self.config, self.models[number], self.grids[number]
         step = partial(
             train_step,
@@ -302,7 +327,7 @@ class _Run:
                 arrays["weight"] = jax.ShapeDtypeStruct((size,), np.float32)
             return arrays
 
-        train_batch = batch(config.batch_size, self.data.weighted)
+        train_batch = batch(config.images_per_step, self.data.weighted)
         eval_batch = batch(config.eval_batch_size, True)
         train_fn = (
             jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
@@ -310,7 +335,7 @@ class _Run:
             .compile()
         )
         eval_fn = jax.jit(score).lower(state.params, state.model_state, eval_batch).compile()
-        return _Programs(train_fn, eval_fn, tuple(train_batch), tuple(eval_batch))
+        return Programs(train_fn, eval_fn, tuple(train_batch), tuple(eval_batch))
 
     def loop(
         self,
@@ -329,7 +354,7 @@ class _Run:
             folder,
             progress,
             upto=step,
-            batch_size=config.batch_size,
+            batch_size=config.images_per_step,
             patches_per_image=self.data.mean_patches(self.grids),
             identity={**self.identity, "version": __version__},
             device=self.device,
@@ -352,9 +377,7 @@ class _Run:
         def score_batch(
             params: Parts, model_state: Parts, batch: Mapping[str, np.ndarray]
         ) -> dict[str, jax.Array]:
-            program = programs[batch["image"].shape[1:3]]
-            arrays = {name: batch[name] for name in program.score_arrays}
-            return program.score(params, model_state, jax.device_put(arrays))
+            return programs[batch["image"].shape[1:3]].evaluate(params, model_state, batch)
 
         def score() -> None:
             metrics = evaluate(
@@ -390,8 +413,7 @@ class _Run:
                     with recorder.data_wait():
                         batch = next(batches)
                     program = programs[batch["image"].shape[1:3]]
-                    arrays = jax.device_put({name: batch[name] for name in program.train_arrays})
-                    state, metrics = program.train(state, arrays, self.key)
+                    state, metrics = program.step(state, batch, self.key)
                     # Reading the metrics of the step before keeps the device busy meanwhile.
                     recorder.flush()
                     step += 1

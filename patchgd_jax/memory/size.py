@@ -51,6 +51,7 @@ def device_limit(device: jax.Device) -> tuple[int, str]:
     stats = device.memory_stats()
     if stats and stats.get("bytes_limit"):
         return int(stats["bytes_limit"]), f"JAX's allocator on {device.device_kind}"
+    # Here, because a machine with an accelerator may lack it.
     import psutil
 
     limit, source = int(psutil.virtual_memory().total), "the machine's memory"
@@ -62,3 +63,16 @@ def device_limit(device: jax.Device) -> tuple[int, str]:
         if text.isdigit() and int(text) < limit:
             limit, source = int(text), f"the control group ({path})"
     return limit, source
+
+
+def free_memory(device: jax.Device) -> tuple[int, str]:
+    """What this process can still take of a device in bytes, and of what it is the rest."""
+    limit, source = device_limit(device)
+    stats = device.memory_stats()
+    if stats and stats.get("bytes_limit"):
+        return limit - int(stats.get("bytes_in_use", 0)), f"free of {source}"
+    import psutil
+
+    rest = limit - int(psutil.Process().memory_info().rss)
+    free = min(rest, int(psutil.virtual_memory().available))
+    return max(1, free), f"free of {show_size(limit)}, {source}"

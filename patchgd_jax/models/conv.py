@@ -29,6 +29,9 @@ _WINOGRAD_SIDE = 4
 # images, they would be most of the memory; such maps go through it in strips.
 _LARGE_BYTES = 2**24
 _STRIP_BYTES = 2**21
+# A network has many convolutions of the same shapes. Each is traced once, and the operations are
+# then copied: of stride, padding, and arrays.
+_traced_once = partial(jax.jit, static_argnums=(0, 1), inline=True)
 
 
 def _native(x: jax.Array, w: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:
@@ -117,6 +120,11 @@ def conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int = 0) -> jax
     Returns:
         `float [M, (H + 2 * padding - k) // stride + 1, ..., F]`.
     """
+    return _conv2d(stride, padding, x, w)
+
+
+@_traced_once
+def _conv2d(stride: int, padding: int, x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.platform_dependent(
         x,
         w,
@@ -128,9 +136,10 @@ def conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int = 0) -> jax
 def _forward(
     x: jax.Array, w: jax.Array, stride: int, padding: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return conv2d(x, w, stride, padding), (x, w)
+    return _conv2d(stride, padding, x, w), (x, w)
 
 
+@_traced_once
 def _backward(
     stride: int, padding: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -164,6 +173,11 @@ def depthwise_conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int =
     Returns:
         `float [M, (H + 2 * padding - k) // stride + 1, ..., C]`.
     """
+    return _depthwise(stride, padding, x, w)
+
+
+@_traced_once
+def _depthwise(stride: int, padding: int, x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.platform_dependent(
         x,
         w,
@@ -175,9 +189,10 @@ def depthwise_conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int =
 def _depthwise_forward(
     x: jax.Array, w: jax.Array, stride: int, padding: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return depthwise_conv2d(x, w, stride, padding), (x, w)
+    return _depthwise(stride, padding, x, w), (x, w)
 
 
+@_traced_once
 def _depthwise_backward(
     stride: int, padding: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
