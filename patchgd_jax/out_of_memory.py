@@ -10,15 +10,18 @@ from pathlib import Path
 import jax
 
 from patchgd_jax.checkpoint import Checkpoints
+from patchgd_jax.compiling import release_memory
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.errors import PatchGDError
-from patchgd_jax.memory import Formula, MemoryBudgetError, Quantity, device_limit, show_size, solve
+from patchgd_jax.memory import Formula, MemoryBudgetError, Quantity, free_memory, show_size, solve
 from patchgd_jax.memory.report import PlanRow, method_lines
-from patchgd_jax.run_folder import RunFolder
+from patchgd_jax.run_folder import CONFIG, RunFolder
 from patchgd_jax.run_plan import RunPlan, plan_of
 
 # Where the plan said that a setting fits and it did not, by how much it was wrong is not known.
 _SHRINK = 0.75
+# The second is what XLA:CPU's library for products says when it cannot have its own buffers.
+_SIGNS = ("RESOURCE_EXHAUSTED", "YNNPACK operation failed")
 
 
 @contextmanager
@@ -35,57 +38,49 @@ def out_of_memory_told(config: TrainConfig, run_dir: str | Path) -> Iterator[Non
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if isinstance(error, jax.errors.JaxRuntimeError) and not any(
+            sign in str(error) for sign in _SIGNS
+        ):
             raise
         # What the failed step holds is in the way of planning another.
         traceback.clear_frames(error.__traceback__)
+        release_memory()
         what = (str(error).strip() or "Python has no memory left").splitlines()[0]
-        lines = [f"out of memory: {what[:300]}", _saved(run_dir), *_advice(config, run_dir)]
+        lines = [f"out of memory: {what[:300]}", *_advice(config), *_what_is_saved(Path(run_dir))]
         raise MemoryBudgetError("\n".join(lines)) from error
 
 
-def _saved(run_dir: str | Path) -> str:
-    steps = Checkpoints(RunFolder(run_dir).checkpoints).steps() if Path(run_dir).exists() else []
+def _what_is_saved(run_dir: Path) -> list[str]:
+    there = (run_dir / CONFIG).exists()
+    steps = Checkpoints(RunFolder(run_dir).checkpoints).steps() if there else []
     if not steps:
-        return "Nothing is saved yet."
-    return (
-        f"The run is saved after step {steps[-1]}. With more memory it goes on there: "
-        f"patchgd-jax resume {run_dir}"
-    )
+        return ["Nothing was saved."]
+    return [
+        f"The run is saved after step {steps[-1]}. With more memory, go on with: patchgd-jax "
+        f"resume {run_dir}",
+        "With another setting it is a new run, which can start from this one's encoder: "
+        f"--init-encoder {run_dir}",
+    ]
 
 
-def _advice(config: TrainConfig, run_dir: str | Path) -> list[str]:
+def _advice(config: TrainConfig) -> list[str]:
     """The plan's row of the setting, and the next smaller one that fits."""
+    lines: list[str] = []
     try:
         plan = plan_of(config)
         request = plan.requests[0]
-        mode = request.patchgd.mode
-        limit, source = device_limit(plan.device)
-        platform = {"gpu": "cuda"}.get(plan.device.platform, plan.device.platform)
-        row = PlanRow(Formula(request, platform).row(mode))
-        lines = [
-            f"The plan of this setting, with {show_size(limit)} there ({source}):",
-            *method_lines([row], {}, limit, plan.calibration),
+        free, source = free_memory(plan.device)
+        row = PlanRow(Formula(request, plan.platform).row(request.patchgd.mode))
+        lines += [
+            f"The plan of this setting, for {show_size(free)} ({source}):",
+            *method_lines([row], {}, free, plan.calibration),
         ]
-        smaller = _smaller(plan, min(limit, round(_SHRINK * plan.by_formula(request))))
+        smaller = _smaller(plan, min(free, round(_SHRINK * plan.by_formula(request))))
     except (PatchGDError, MemoryError, jax.errors.JaxRuntimeError) as error:
-        return [f"No smaller setting is known ({error}); see patchgd-jax plan."]
+        return [*lines, f"No smaller setting is known ({error}); see patchgd-jax plan."]
     if smaller is None:
-        return [
-            *lines,
-            "No smaller fraction or batch fits; take a smaller patch or model, or --model.remat "
-            "blocks.",
-        ]
-    return [
-        *lines,
-        f"The next smaller setting that fits by the plan: {smaller}",
-        "It is another run: give it a --run-dir of its own"
-        + (
-            f", and --init-encoder {run_dir} to start from this one's encoder."
-            if Path(run_dir).exists()
-            else "."
-        ),
-    ]
+        smaller = "none by --patchgd.fraction or --batch-size; take a smaller patch or model"
+    return [*lines, f"The next smaller setting that fits by the plan: {smaller}"]
 
 
 def _smaller(plan: RunPlan, budget: int) -> str | None:

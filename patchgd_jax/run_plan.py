@@ -26,6 +26,12 @@ class RunPlan(NamedTuple):
     device: jax.Device
     calibration: Calibration
 
+    @property
+    def platform(self) -> str:
+        """The device's, as `Formula` takes it."""
+        # What the formula knows of CUDA's compiler holds for ROCm's.
+        return {"gpu": "cuda"}.get(self.device.platform, self.device.platform)
+
     def expected(self, request: PlanRequest, compiled: int) -> int:
         """Bytes that training takes of the device, given XLA's figure.
 
@@ -41,10 +47,8 @@ class RunPlan(NamedTuple):
 
     def by_formula(self, request: PlanRequest) -> int:
         """What training with a request's settings takes, by formula."""
-        # The CUDA and ROCm compilers are alike in what the formula knows of them.
-        platform = {"gpu": "cuda"}.get(self.device.platform, self.device.platform)
         totals = [
-            self.expected(r, Formula(r, platform).row(r.patchgd.mode).total)
+            self.expected(r, Formula(r, self.platform).row(r.patchgd.mode).total)
             for r in self._sizes(request)
         ]
         return max(totals)
