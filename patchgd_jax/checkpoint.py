@@ -211,7 +211,8 @@ class Checkpoints:
 
         Args:
             step: from `newest_intact` or `best`.
-            like: a tree of the same shapes and dtypes (arrays or ShapeDtypeStructs).
+            like: a tree of the same shapes and dtypes (arrays or ShapeDtypeStructs). Leaves go
+                where their `sharding` says, or to the first device.
 
         Raises:
             CheckpointError: if the stored tree is another model's.
@@ -223,7 +224,10 @@ class Checkpoints:
             )
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device
+            ),
+            like,
         )
         with _checkpointer() as checkpointer:
             return checkpointer.restore(self._path(step).absolute() / "state", target)

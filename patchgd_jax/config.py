@@ -545,6 +545,46 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class StreamConfig:
+    """Images that stay in their files, or are generated piece by piece: only chunks of patches come
+    to the device.
+    """
+
+    enabled: bool = False
+    """Read patches as they are needed, instead of whole images beforehand: for images that exceed
+    the device's memory, or the host's. Needs data.fit native, or generated images."""
+    buffers: int = 3
+    """Chunks of patches that are read, travel or are computed on at once."""
+    readers: int = 4
+    """Threads that read patches."""
+    micro_batch: int | None = None
+    """Images whose chunks travel together; it divides batch_size, and gradients are added up. None:
+    the whole batch."""
+    max_age: int = 0
+    """Outer steps for which an entry of Z is reused when its image comes again, instead of encoded
+    anew. A resumed run begins without such entries. 0: the fill encodes all."""
+    store_mib: int = 1024
+    """Most memory in MiB that the entries of Z between visits take (max_age)."""
+    store_dir: str | None = None
+    """Folder in which they are kept on disk. None: they are kept in memory."""
+
+    def __post_init__(self) -> None:
+        _require(self.buffers >= 2, f"stream.buffers is {self.buffers}; at least 2")
+        for name in ("readers", "store_mib"):
+            value = getattr(self, name)
+            _require(value >= 1, f"stream.{name} is {value}; at least 1")
+        _require(
+            self.micro_batch is None or self.micro_batch >= 1,
+            f"stream.micro_batch is {self.micro_batch}; at least 1",
+        )
+        _require(self.max_age >= 0, f"stream.max_age is {self.max_age}; it must not be negative")
+        _require(
+            self.enabled or (self.micro_batch is None and self.max_age == 0),
+            "stream.micro_batch and stream.max_age are about streamed images; add --stream.enabled",
+        )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run."""
 
@@ -554,6 +594,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
     batch_size: int | Literal["auto"] = 16
     """Images per outer step. auto: the most that fit the memory; `train` makes it a number, which
     eval_batch_size does not exceed then. --batch for short."""
@@ -573,6 +614,13 @@ class TrainConfig:
     """Folder of the run; must not hold another. None: runs/<date>-<preset>."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """Device to train on; anything but auto is an error where it is missing."""
+    mesh: str | None = None
+    """How all devices share the work: data=2,patch=4 (images, and parts of each image), or auto.
+    None: one device trains; in a run of several processes, auto."""
+    param_rules: tuple[str, ...] = ()
+    """Parameters that the devices of a mesh divide among them, each a regular expression for their
+    paths and an axis for each dimension: kernel$=-,-,-,data (- leaves a dimension whole). The first
+    that fits counts; the rest is whole on every device."""
     reader_threads: int = 1
     """Threads that prepare images ahead of the training step."""
     reader_workers: int = 0
@@ -596,6 +644,37 @@ class TrainConfig:
         )
         _require(self.reader_workers >= 0, f"reader_workers is {self.reader_workers}; at least 0")
         _require(self.reader_mib >= 1, f"reader_mib is {self.reader_mib}; at least 1")
+        stream, micro = self.stream, self.stream.micro_batch or 1
+        auto = "auto" in (self.batch_size, self.patchgd.fraction)
+        _require(
+            not auto or (self.mesh is None and not stream.enabled),
+            "batch_size auto and patchgd.fraction auto are for one device that holds whole images; "
+            "with mesh or stream.enabled, give numbers",
+        )
+        for name in ("batch_size", "eval_batch_size"):
+            _require(
+                auto or getattr(self, name) % micro == 0,
+                f"stream.micro_batch {micro} does not divide {name} {getattr(self, name)}",
+            )
+        _require(
+            not stream.enabled or (self.data.tfds is None and self.data.panda is None),
+            "stream.enabled needs image files or generated images, not data.tfds or data.panda",
+        )
+        _require(
+            not stream.enabled or self.data.generated or self.data.fit == "native",
+            "stream.enabled reads parts of images as they are in their files; add --data.fit "
+            "native (and --data.level for a smaller level)",
+        )
+        _require(
+            not stream.enabled or self.data.bad_images == "raise",
+            "stream.enabled meets unreadable patches in the middle of a step, where no other image "
+            "can take their place; use --data.bad-images raise",
+        )
+        _require(
+            not stream.enabled or self.mesh is None,
+            "stream.enabled is for one device; leave mesh out, or keep the images on the devices "
+            "of the mesh (patch=N divides each image)",
+        )
         _require(
             self.init_encoder is None or self.model.weights is None,
             "init_encoder and model.weights both say what the encoder starts from; name one",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,8 +11,7 @@ import numpy as np
 from patchgd_jax.auto_settings import settled
 from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.config import TrainConfig
-from patchgd_jax.errors import CheckpointError
-from patchgd_jax.experiment import evaluation_batches, training_batches
+from patchgd_jax.errors import CheckpointError, ConfigError
 from patchgd_jax.memory import PeakMeter, show_size
 from patchgd_jax.out_of_memory import out_of_memory_told
 from patchgd_jax.progress import Progress
@@ -51,58 +49,61 @@ def dry_run(
 
 
 def _rehearse(config: TrainConfig, progress: Progress, folder: Path) -> dict[str, int | None]:
-    plan = plan_of(config)
-    formula = plan.by_formula(plan.requests[0])
     run = Run(config, None, progress, None)
     state = run.first_state()
-    programs = run.compile(state)
-    compiled = max(_total(p.train) for p in programs.values())
-    expected = plan.expected(plan.requests[0], compiled)
+    execution, data = run.execution, run.data
+    progress.message(execution.compile(state))
 
     def on_bad(index: int, path: str, reason: str) -> None:
         progress.warn(f"left out: {path}: {reason}")
 
-    with training_batches(config, run.data.train, 0, on_bad) as reader:
+    with execution.train_batches(0, on_bad) as reader:
         batches = [next(reader) for _ in range(_STEPS)]
     # State and batches are there already; the meter counts what comes on top of them.
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + batches[0]["image"].nbytes
+    held = sum(leaf.nbytes for leaf in (*jax.tree.leaves(state), *batches[0].values()))
     meter = PeakMeter(run.device)
     for batch in batches:
-        state, metrics = programs[batch["image"].shape[1:3]].step(state, batch, run.key)
+        state, metrics = execution.train(state, batch)
         jax.block_until_ready(metrics)
     peak = meter.peak()
     if peak is not None and run.device.platform == "cpu":
         peak += held
-    batch = next(evaluation_batches(config, run.data.validation, on_bad))
-    scores = programs[batch["image"].shape[1:3]].evaluate(
-        evaluated_params(state), state.model_state, batch
-    )
-    jax.block_until_ready(scores)
+    batch = next(execution.eval_batches(data.validation, on_bad))
+    params = evaluated_params(state)
+    jax.block_until_ready(execution.score(data.validation, params, state.model_state, batch))
     checkpoints = Checkpoints(folder / "checkpoints")
     checkpoints.save(_STEPS, state, {})
-    count = _compare(state, checkpoints.restore(_STEPS, jax.eval_shape(run.init, run.key)))
+    count = _compare(state, checkpoints.restore(_STEPS, run.state_spec()))
     progress.message(
         f"{_STEPS} training steps and an evaluation of {len(batch['id'])} images ran; {count} "
         "arrays were saved and restored, equal bit for bit."
     )
-    told = "the system does not tell" if peak is None else show_size(peak)
-    progress.message(
-        f"Memory of training: {show_size(formula)} planned by formula, {show_size(expected)} by "
-        f"XLA ({show_size(compiled)} x {plan.calibration.factor:.2f} and what surrounds it); "
-        f"measured: {told}."
-    )
-    return {"formula": formula, "compiled": compiled, "expected": expected, "measured": peak}
+    return _told(config, execution.compiled_bytes(), peak, progress)
 
 
-def _total(program: Any) -> int:
-    """Bytes of a compiled program with its arguments."""
-    analysis = program.memory_analysis()
-    return int(
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes
-    )
+def _told(
+    config: TrainConfig, compiled: int | None, peak: int | None, progress: Progress
+) -> dict[str, int | None]:
+    """Compares what was measured with the plan."""
+    measured = "not told by this system" if peak is None else show_size(peak)
+    figures = {"formula": None, "compiled": compiled, "expected": None, "measured": peak}
+    try:
+        plan = plan_of(config)
+    except ConfigError as error:
+        progress.message(f"Memory of training: {measured} measured; no plan: {error}.")
+        return figures
+    request = plan.requests[0]
+    formula = plan.by_formula(request)
+    text = f"{show_size(formula)} planned by formula"
+    expected = None
+    if compiled is not None:
+        expected = plan.expected(request, compiled)
+        text += (
+            f", {show_size(expected)} by XLA ({show_size(compiled)} x "
+            f"{plan.calibration.factor:.2f} and what is around it)"
+        )
+    progress.message(f"Memory of training: {text}; {measured} measured.")
+    return {**figures, "formula": formula, "expected": expected}
 
 
 def _compare(saved: TrainState, restored: TrainState) -> int:

@@ -14,7 +14,7 @@ from patchgd_jax.metrics import Results
 from patchgd_jax.patch_model import Parts
 from patchgd_jax.tasks import SINGLE_LABEL, Task
 
-EvalStep = Callable[[Parts, Parts, Mapping[str, np.ndarray]], dict[str, jax.Array]]
+EvalStep = Callable[[Parts, Parts, Mapping[str, np.ndarray]], dict[str, Any]]
 
 
 def evaluate(
@@ -30,8 +30,7 @@ def evaluate(
     """Evaluates every example of the source once.
 
     Args:
-        eval_step: jitted `patchgd_jax.step.eval_step`, of params, model state and a batch that is
-            still on the host.
+        eval_step: `Execution.score` of params, model state and a batch that is still on the host.
         params: of both parts.
         model_state: of both parts.
         source: the examples.
@@ -43,30 +42,32 @@ def evaluate(
         `Results.summary`, and `bad_images` if any were left out; or None if it was stopped.
     """
     results = Results()
-    waiting: tuple[dict[str, np.ndarray], dict[str, jax.Array]] | None = None
+    waiting: dict[str, Any] | None = None
+    done = 0
 
-    def collect(batch: dict[str, np.ndarray], out: dict[str, Any]) -> None:
+    def collect(out: dict[str, Any]) -> int:
         # device_get, not np.asarray: the latter would hold back a Ctrl-C until the step is done.
         out = jax.device_get(out)
         results.add(
             loss=out["loss"],
-            label=batch["label"],
+            label=out["label"],
             prediction=out["prediction"],
             outputs=out["logits"],
-            weight=batch["weight"],
+            weight=out["weight"],
         )
+        return int(out["weight"].sum())
 
-    done = 0
     with closing(batches):
         for batch in batches:
             out = eval_step(params, model_state, batch)
+            # The batch before, while the device is busy with this one.
             if waiting is not None:
-                collect(*waiting)
-            waiting = (batch, out)
-            done += int(batch["weight"].sum())
+                done += collect(waiting)
+            waiting = out
             if not on_batch(done):
                 return None
     assert waiting is not None
-    collect(*waiting)
+    done += collect(waiting)
+    on_batch(done)
     summary = results.summary(task, source.num_classes)
     return summary if done == len(source) else {**summary, "bad_images": len(source) - done}

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
 
 import jax
-import numpy as np
 import optax
 
 from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.config import TrainConfig
-from patchgd_jax.data.bad_records import OnBad
-from patchgd_jax.data.pipeline import TrainBatches, eval_batches
-from patchgd_jax.data.source import ExampleSource
 from patchgd_jax.data.sources import RunData
 from patchgd_jax.errors import ConfigError, DeviceError
+from patchgd_jax.execution import Setup
 from patchgd_jax.grid import PatchGrid
 from patchgd_jax.models import build_encoder, build_model, encoder_norm, head_entry
 from patchgd_jax.models.depth import Layers, encoder_layers
-from patchgd_jax.optimizer import make_optimizer
+from patchgd_jax.optimizer import make_optimizer, with_average
 from patchgd_jax.patch_model import Parts, PatchModel, Tree, split_frozen
 from patchgd_jax.preprocess import Preprocess
 from patchgd_jax.sampling import group_size
@@ -123,36 +119,35 @@ def make_run_optimizer(config: TrainConfig, examples: int) -> optax.GradientTran
     )
 
 
-def training_batches(
-    config: TrainConfig, source: ExampleSource, start: int, on_bad: OnBad
-) -> TrainBatches:
-    """The batches of a run from number `start` on."""
-    return TrainBatches(
-        source,
-        batch_size=config.images_per_step,
-        seed=config.seed,
-        start=start,
-        threads=config.reader_threads,
-        workers=config.reader_workers,
-        buffer_bytes=config.reader_mib * 2**20,
-        bad_images=config.data.bad_images,
-        bad_limit=config.data.bad_limit,
-        on_bad=on_bad,
-    )
+def make_setup(
+    config: TrainConfig,
+    data: RunData,
+    preprocess: Preprocess,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Setup:
+    """All that the steps of a run are made of.
 
+    Args:
+        config: of the run.
+        data: of `make_data`.
+        preprocess: what its images go through.
+        optimizer: used instead of the config's, of which freezing and averaging stay.
 
-def evaluation_batches(
-    config: TrainConfig, source: ExampleSource, on_bad: OnBad
-) -> Generator[dict[str, np.ndarray], None, None]:
-    """All examples of a source once, for an evaluation."""
-    return eval_batches(
-        source,
-        config.eval_batch_size,
-        threads=config.reader_threads,
-        buffer_bytes=config.reader_mib * 2**20,
-        bad_images=config.data.bad_images,
-        bad_limit=config.data.bad_limit,
-        on_bad=on_bad,
+    Raises:
+        ConfigError: for settings that do not fit together, or the data.
+    """
+    grids = training_grids(config, data)
+    return Setup(
+        config=config,
+        data=data,
+        grids=grids,
+        models=tuple(make_model(config, grid, preprocess) for grid in grids),
+        optimizer=make_run_optimizer(config, len(data.train))
+        if optimizer is None
+        else with_average(optimizer, config.optimizer.ema_decay),
+        task=make_run_task(config, data.num_classes),
+        frozen=frozen_entries(config),
+        key=jax.random.key(config.seed),
     )
 
 

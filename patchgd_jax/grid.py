@@ -53,15 +53,19 @@ class PatchGrid:
                 "px, height x width); use a smaller patch or a larger image"
             )
 
+    def windows(self, length: int) -> int:
+        """Patches along a side of so many pixels; an image smaller than a patch has one."""
+        return max(0, -(-(length - self.patch) // self.stride)) + 1
+
     @property
     def rows(self) -> int:
         """Rows of Z."""
-        return -(-(self.height - self.patch) // self.stride) + 1
+        return self.windows(self.height)
 
     @property
     def cols(self) -> int:
         """Columns of Z."""
-        return -(-(self.width - self.patch) // self.stride) + 1
+        return self.windows(self.width)
 
     @property
     def num_patches(self) -> int:

@@ -7,6 +7,7 @@ overlap, and host memory does not grow with the image.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -137,6 +138,8 @@ class PatchFeed:
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="patch-reader")
         self._reading: deque[_Chunk] = deque()
         self._running: deque[jax.Array] = deque()
+        self.waited = 0.0
+        """Seconds so far that `take` has waited for reads."""
 
     def __enter__(self) -> Self:
         self._read_ahead()
@@ -157,8 +160,10 @@ class PatchFeed:
             DataError: if a patch of it could not be read.
         """
         chunk = self._reading.popleft()
+        begun = time.monotonic()
         for read in chunk.reads:
             read.result()
+        self.waited += time.monotonic() - begun
         # The buffer is never written again: on the CPU the device's array may be the same memory.
         return jax.device_put(chunk.pixels)
 

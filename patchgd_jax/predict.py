@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,14 +16,15 @@ from patchgd_jax.data.file_images import FileReader, used_patches
 from patchgd_jax.data.safe_image import read_image
 from patchgd_jax.data.shrink import shrink
 from patchgd_jax.data.source import ExampleSource
-from patchgd_jax.data.sources import make_data
+from patchgd_jax.data.sources import RunData, make_data
 from patchgd_jax.errors import ConfigError, DataError
 from patchgd_jax.evaluate import evaluate
+from patchgd_jax.execution import make_execution
 from patchgd_jax.experiment import (
-    evaluation_batches,
     make_grid,
     make_model,
     make_run_task,
+    make_setup,
     restore_params,
 )
 from patchgd_jax.grid import PatchGrid
@@ -36,9 +37,6 @@ from patchgd_jax.step import eval_step
 
 Which = Literal["best", "last"]
 EvaluationSplit = Literal["validation", "test"]
-
-_ARRAYS = ("image", "label", "patches", "weight")
-"""What of a batch the evaluation step takes."""
 
 
 class TrainedModel:
@@ -87,16 +85,6 @@ class TrainedModel:
             )
         )
 
-    def _score_batch(
-        self, params: Parts, model_state: Parts, batch: Mapping[str, np.ndarray]
-    ) -> dict[str, jax.Array]:
-        height, width = batch["image"].shape[1:3]
-        arrays = {name: batch[name] for name in _ARRAYS if name in batch}
-        result: dict[str, jax.Array] = self._score(self._grid_of((height, width)))(
-            params, model_state, jax.device_put(arrays)
-        )
-        return result
-
     def source(self, split: EvaluationSplit) -> ExampleSource:
         """The images of a split.
 
@@ -104,7 +92,9 @@ class TrainedModel:
             ConfigError: if the run has no test images.
             DataError: if they cannot be used.
         """
-        data = make_data(self.config)
+        return self._source(make_data(self.config), split)
+
+    def _source(self, data: RunData, split: EvaluationSplit) -> ExampleSource:
         if split == "validation":
             return data.validation
         if data.test is None:
@@ -127,7 +117,9 @@ class TrainedModel:
             ConfigError: if there are no such images.
             DataError: if they cannot be used.
         """
-        source = self.source(split)
+        data = make_data(self.config)
+        source = self._source(data, split)
+        execution = make_execution(make_setup(self.config, data, self.preprocess))
         progress = progress or Progress()
 
         def show(done: int) -> bool:
@@ -138,11 +130,11 @@ class TrainedModel:
             progress.warn(f"left out: {path}: {reason}")
 
         metrics = evaluate(
-            self._score_batch,
+            partial(execution.score, source),
             self.params,
             self.model_state,
             source,
-            evaluation_batches(self.config, source, on_bad),
+            execution.eval_batches(source, on_bad),
             task=self.task,
             on_batch=show,
         )

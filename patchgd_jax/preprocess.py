@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from patchgd_jax.data.source import as_regions
 from patchgd_jax.data.sources import RunData
 from patchgd_jax.errors import CheckpointError, DataError
 
 _STATISTICS_EXAMPLES = 64
+_WHOLE_PIXELS = 2**24
+"""Pixels of an image up to which its statistics are taken of all of it."""
+_SAMPLES = 4
+"""Along each side of a larger image, windows that its statistics are taken of."""
+_WINDOW = 256
 
 
 def _moments(image: np.ndarray) -> np.ndarray:
@@ -21,6 +28,24 @@ def _moments(image: np.ndarray) -> np.ndarray:
         [np.bincount(channel.reshape(-1), minlength=256) for channel in np.moveaxis(image, -1, 0)]
     ) / (image.shape[0] * image.shape[1])
     return np.stack([counts @ values, counts @ values**2])
+
+
+def _example_moments(data: RunData, index: int) -> np.ndarray:
+    """Moments of an example, of windows spread over it if it is large; padding does not count."""
+    source = data.train
+    if data.regions_level is None or max(h * w for h, w in data.shapes) <= _WHOLE_PIXELS:
+        example = source[index]
+        height, width = example.get("size", example["image"].shape[:2])
+        return _moments(example["image"][:height, :width])
+    with closing(as_regions(source).open(index)) as image:
+        height, width = image.level_shapes[data.regions_level]
+        rows, cols = min(_WINDOW, height), min(_WINDOW, width)
+        windows = [
+            _moments(image.read(int(y), int(x), rows, cols, data.regions_level))
+            for y in np.linspace(0, height - rows, _SAMPLES)
+            for x in np.linspace(0, width - cols, _SAMPLES)
+        ]
+    return np.mean(windows, axis=0)
 
 
 @dataclass(frozen=True)
@@ -52,13 +77,11 @@ class Preprocess:
         moments = []
         for i in range(count) if data.generated else np.linspace(0, len(source) - 1, count):
             try:
-                example = source[int(i)]
+                moments.append(_example_moments(data, int(i)))
             except DataError as error:
                 if leave_out_bad:
                     continue
                 raise DataError(f"{source.describe(int(i))}: {error}") from error
-            height, width = example.get("size", example["image"].shape[:2])
-            moments.append(_moments(example["image"][:height, :width]))
         if not moments:
             raise DataError(
                 "no training image that was tried can be read; run: patchgd-jax data check"

@@ -77,7 +77,11 @@ class Recorder:
         """Counts the time within it as waiting for data."""
         begun = time.monotonic()
         yield
-        self._waited += time.monotonic() - begun
+        self.waited(time.monotonic() - begun)
+
+    def waited(self, seconds: float) -> None:
+        """Counts seconds as waiting for data."""
+        self._waited += seconds
 
     def trained(self, step: int, ids: np.ndarray, metrics: dict[str, jax.Array]) -> None:
         """Takes a step's metrics, which the device may still be computing."""

@@ -9,6 +9,7 @@ import jax
 
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.sources import make_data
+from patchgd_jax.errors import ConfigError
 from patchgd_jax.experiment import make_run_task, select_device, training_grids
 from patchgd_jax.memory import Calibration, Formula, PlanRequest, calibration, compiled_total
 from patchgd_jax.memory.request import leaf_bytes
@@ -66,8 +67,15 @@ def plan_of(config: TrainConfig) -> RunPlan:
         config: the run; no setting of it may be auto.
 
     Raises:
+        ConfigError: for images that are streamed or lie on a mesh, of which the planner knows
+            nothing.
         PatchGDError: as `make_data`, and if the device is not there.
     """
+    if config.stream.enabled or config.mesh is not None:
+        raise ConfigError(
+            "the memory planner knows one device that holds whole images; leave stream.enabled and "
+            "mesh out"
+        )
     device = select_device(config.device)
     data = make_data(config)
     grids = training_grids(config, data)

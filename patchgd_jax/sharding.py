@@ -45,6 +45,7 @@ def make_mesh(
     layout: str,
     *,
     batch_size: int,
+    eval_batch_size: int | None = None,
     strata: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
@@ -54,6 +55,7 @@ def make_mesh(
         layout: `data=2,patch=4`, of which one may be left out if it is 1; or `auto`, which gives
             `data` as many devices as the batch allows, since images share nothing but gradients.
         batch_size: images of a batch.
+        eval_batch_size: images of an evaluation's batch, if that is another.
         strata: `PatchGDConfig.strata`.
         devices: to be used, all of them. None: every device of every process.
 
@@ -62,17 +64,42 @@ def make_mesh(
             not divide the batch and the strata.
     """
     found = list(jax.devices() if devices is None else devices)
+    sizes = [batch_size, batch_size if eval_batch_size is None else eval_batch_size]
     data, patch = (
-        _choose(len(found), batch_size, strata) if layout == "auto" else parse_layout(layout)
+        _choose(len(found), math.gcd(*sizes), strata) if layout == "auto" else parse_layout(layout)
     )
     if data * patch != len(found):
         raise ConfigError(
             f"mesh {DATA}={data},{PATCH}={patch} is of {data * patch} devices, but there are "
             f"{len(found)}; make the product {len(found)}, or use auto"
         )
-    check_layout(data, patch, batch_size=batch_size, strata=strata)
+    for size in sizes:
+        check_layout(data, patch, batch_size=size, strata=strata)
     # jax.make_mesh would default to another axis type, which ordinary model code does not pass.
     return jax.make_mesh((data, patch), AXES, axis_types=(AxisType.Auto,) * 2, devices=found)
+
+
+def parse_rules(texts: Iterable[str]) -> Rules:
+    """Rules from texts such as `kernel$=-,-,-,data`, where `-` leaves a dimension whole.
+
+    Raises:
+        ConfigError: for one that cannot be read.
+    """
+    rules = []
+    for text in texts:
+        pattern, _, axes = text.rpartition("=")
+        names = axes.split(",")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"param_rules: {pattern!r} is no pattern: {error}") from error
+        if not pattern or not set(names) <= {DATA, PATCH, "-"}:
+            raise ConfigError(
+                f"param_rules: {text!r} cannot be read; write a pattern, = and for each dimension "
+                f"{DATA}, {PATCH} or -, such as kernel$=-,{DATA}"
+            )
+        rules.append((pattern, tuple(None if name == "-" else name for name in names)))
+    return rules
 
 
 def parse_layout(layout: str) -> tuple[int, int]:
@@ -227,7 +254,7 @@ def shard_images(
         number = (index[1].start or 0) // bands.height
         return bands.cut(image[start - first : stop - first], number)
 
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(DATA, PATCH)), part)
+    return jax.make_array_from_callback(shape, batch_shardings(["image"], mesh)["image"], part)
 
 
 def shard_batch(
@@ -240,18 +267,30 @@ def shard_batch(
 ) -> dict[str, jax.Array]:
     """Lays a batch over the mesh: the images as `shard_images`, the rest by image."""
     total = len(batch["image"]) if total is None else total
-    sharding = NamedSharding(mesh, P(DATA))
+    shardings = batch_shardings(batch, mesh)
 
-    def by_image(values: np.ndarray) -> jax.Array:
+    def by_image(name: str) -> jax.Array:
+        values = np.asarray(batch[name])
+
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(total)
             return values[start - first : stop - first]
 
-        return jax.make_array_from_callback((total, *values.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((total, *values.shape[1:]), shardings[name], part)
 
-    arrays = {name: by_image(np.asarray(v)) for name, v in batch.items() if name != "image"}
+    arrays = {name: by_image(name) for name in batch if name != "image"}
     image = shard_images(batch["image"], grid, mesh, first=first, total=total)
     return {"image": image, **arrays}
+
+
+def batch_shardings(names: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding]:
+    """How `shard_batch` lays out the arrays of these names."""
+    return {name: NamedSharding(mesh, P(*AXES) if name == "image" else P(DATA)) for name in names}
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, P())
 
 
 def own_images(mesh: Mesh, total: int) -> range:

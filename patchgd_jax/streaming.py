@@ -7,6 +7,7 @@ Z, the parameters and the optimizer's state stay on the device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -114,6 +115,8 @@ class StreamedStep:
             )
         self._grid, self._frozen, self._level = grid, frozen, level
         self._buffers, self._readers, self._micro_batch = buffers, readers, micro_batch
+        self.read_wait = 0.0
+        """Seconds so far that steps have waited for pixels."""
         self._reuse = None if store is None else LatentReuse(store, max_age)
         self._programs = StreamedPrograms(
             model,
@@ -270,10 +273,10 @@ class StreamedStep:
         reader = PatchReader(images, names, grid, self._level)
         if not listed(batch):
             for name, (height, width) in zip(names, reader.sizes, strict=True):
-                if (height, width) != (grid.height, grid.width):
+                if (grid.windows(height), grid.windows(width)) != (grid.rows, grid.cols):
                     raise ConfigError(
                         f"{name} is {height} x {width} px, but the grid is for {grid.height} x "
-                        f"{grid.width} px; images smaller than the grid need `size` in the batch"
+                        f"{grid.width} px; images with fewer patches need `size` in the batch"
                     )
         size = self._part_size(count)
         if size == count:
@@ -288,8 +291,12 @@ class StreamedStep:
             parts.append(Part(labels, np.int32(first), float(share)))
         return reader, parts
 
-    def _feed(self, reader: PatchReader, plan: Iterable[ChunkIds]) -> PatchFeed:
-        return PatchFeed(reader, plan, buffers=self._buffers, readers=self._readers)
+    @contextmanager
+    def _feed(self, reader: PatchReader, plan: Iterable[ChunkIds]) -> Iterator[PatchFeed]:
+        feed = PatchFeed(reader, plan, buffers=self._buffers, readers=self._readers)
+        with feed:
+            yield feed
+        self.read_wait += feed.waited
 
     def _fill_plan(self, part: Part, ids: np.ndarray) -> list[_Fill]:
         """The part's chunks of `int [n, B, chunk]`, without those that hold no patch."""

@@ -3,46 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from patchgd_jax._version import __version__
 from patchgd_jax.auto_settings import settled
 from patchgd_jax.checkpoint import Checkpoints
-from patchgd_jax.compiling import compiler_options, release_memory, use_compilation_cache
+from patchgd_jax.compiling import use_compilation_cache
 from patchgd_jax.config import TrainConfig, flatten, to_dict
 from patchgd_jax.data.bad_images import BadImages
 from patchgd_jax.data.sources import make_data
 from patchgd_jax.data.ultramnist import UltraMnist
 from patchgd_jax.errors import CheckpointError, DataError, DiskError, Interrupted
 from patchgd_jax.evaluate import evaluate
-from patchgd_jax.experiment import (
-    evaluation_batches,
-    frozen_entries,
-    make_model,
-    make_run_optimizer,
-    make_run_task,
-    select_device,
-    training_batches,
-    training_grids,
-)
-from patchgd_jax.optimizer import with_average
+from patchgd_jax.execution import make_execution
+from patchgd_jax.experiment import make_run_task, make_setup, select_device, training_grids
 from patchgd_jax.out_of_memory import out_of_memory_told
-from patchgd_jax.patch_model import Parts
 from patchgd_jax.preprocess import Preprocess
 from patchgd_jax.pretrained import starting_point
 from patchgd_jax.progress import Progress
 from patchgd_jax.recorder import Recorder
 from patchgd_jax.run_folder import CONFIG, EXAMPLES, RunFolder
 from patchgd_jax.signals import StopRequest
-from patchgd_jax.step import TrainState, eval_step, evaluated_params, init_state, train_step
+from patchgd_jax.step import TrainState, evaluated_params, init_state
 
 _MAY_CHANGE = (
     "run_dir",
@@ -52,8 +40,18 @@ _MAY_CHANGE = (
     "reader_threads",
     "reader_workers",
     "reader_mib",
+    "mesh",
+    "param_rules",
+    "stream.enabled",
+    "stream.buffers",
+    "stream.readers",
+    "stream.store_mib",
+    "stream.store_dir",
 )
 """Settings that a resumed run may have different."""
+
+_EXAMPLE_PIXELS = 2**24
+"""Pixels of generated images up to which some are written to the run folder."""
 
 OnStep = Callable[[int], None]
 """Called with the number of outer steps done, after each."""
@@ -131,37 +129,12 @@ def resume(
                 step = checkpoints.newest_intact()
                 meta = checkpoints.meta(step)
                 run.check_identity(meta, step, accept_changed_data=accept_changed_data)
-                state = checkpoints.restore(step, jax.eval_shape(run.init, run.key))
+                state = checkpoints.restore(step, run.state_spec())
             else:
                 state, step = run.first_state(), 0
             progress.message(f"Resuming {folder.path} after step {step}")
         with out_of_memory_told(run.config, run_dir):
             return run.loop(folder, state, step, stop, on_step)
-
-
-class Programs(NamedTuple):
-    """What is compiled for one padded size, and the arrays of a batch that it takes."""
-
-    train: Any
-    score: Any
-    train_arrays: tuple[str, ...]
-    score_arrays: tuple[str, ...]
-
-    def step(
-        self, state: TrainState, batch: Mapping[str, np.ndarray], key: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """A training step on a batch from the host."""
-        arrays = jax.device_put({name: batch[name] for name in self.train_arrays})
-        state, metrics = self.train(state, arrays, key)
-        return state, metrics
-
-    def evaluate(
-        self, params: Parts, model_state: Parts, batch: Mapping[str, np.ndarray]
-    ) -> dict[str, jax.Array]:
-        """Metric sums of a batch from the host."""
-        arrays = {name: batch[name] for name in self.score_arrays}
-        sums: dict[str, jax.Array] = self.score(params, model_state, jax.device_put(arrays))
-        return sums
 
 
 class Run:
@@ -179,8 +152,9 @@ class Run:
         self.data = make_data(config)
         for note in self.data.notes:
             progress.message(note)
-        self.grids = training_grids(config, self.data)
-        self.task = make_run_task(config, self.data.num_classes)
+        # What does not fit shows before any image is read.
+        training_grids(config, self.data)
+        make_run_task(config, self.data.num_classes)
         self.total_steps = config.total_steps(len(self.data.train))
         self.device = select_device(config.device)
         cache = use_compilation_cache()
@@ -196,26 +170,29 @@ class Run:
                 # The encoder's input must be scaled as it was when the encoder was trained.
                 preprocess = dataclasses.replace(preprocess, mean=start.mean, std=start.std)
         self.preprocess = preprocess
-        self.models = [make_model(config, grid, self.preprocess) for grid in self.grids]
-        self.frozen = frozen_entries(config)
-        self.optimizer = (
-            make_run_optimizer(config, len(self.data.train))
-            if optimizer is None
-            else with_average(optimizer, config.optimizer.ema_decay)
-        )
-        self.key = jax.random.key(config.seed)
+        self.setup = make_setup(config, self.data, preprocess, optimizer)
+        self.execution = make_execution(self.setup)
         self.init = jax.jit(
-            partial(init_state, model=self.models[0], optimizer=self.optimizer, frozen=self.frozen)
+            partial(
+                init_state,
+                model=self.setup.models[0],
+                optimizer=self.setup.optimizer,
+                frozen=self.setup.frozen,
+            )
         )
 
     def first_state(self) -> TrainState:
         """The state before the first step, with the weights that the config names."""
-        state: TrainState = self.init(jax.random.fold_in(self.key, 0))
+        state: TrainState = self.init(jax.random.fold_in(self.setup.key, 0))
         start = starting_point(self.config, self.progress)
-        if start is None:
-            return state
-        params, model_state = start.into(state.params, state.model_state)
-        return state._replace(params=params, model_state=model_state)
+        if start is not None:
+            params, model_state = start.into(state.params, state.model_state)
+            state = state._replace(params=params, model_state=model_state)
+        return self.execution.place(state)
+
+    def state_spec(self) -> TrainState:
+        """Shapes, dtypes and, on several devices, shardings of the state."""
+        return self.execution.layout(jax.eval_shape(self.init, self.setup.key))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -271,7 +248,8 @@ class Run:
         from PIL import Image
 
         source = self.data.validation
-        if not isinstance(source, UltraMnist):
+        pixels_of_one = self.config.data.size[0] * self.config.data.size[1]
+        if not isinstance(source, UltraMnist) or pixels_of_one > _EXAMPLE_PIXELS:
             return
         where = folder.path / EXAMPLES
         try:
@@ -284,59 +262,6 @@ class Run:
         except OSError as error:
             raise DiskError(f"cannot write {where}: {error.strerror or error}") from error
 
-    def compile(self, state: TrainState) -> dict[tuple[int, int], Programs]:
-        """Compiles training and evaluation for each padded size before a batch needs them."""
-        begun = time.monotonic()
-        programs = {shape: self._compile(state, i) for i, shape in enumerate(self.data.shapes)}
-        release_memory()
-        self.progress.message(
-            f"Compiled {2 * len(programs)} programs in {time.monotonic() - begun:.1f} s."
-        )
-        return programs
-
-    def _compile(self, state: TrainState, number: int) -> Programs:
-        config, model, grid = self.config, self.models[number], self.grids[number]
-        step = partial(
-            train_step,
-            model=model,
-            optimizer=self.optimizer,
-            grid=grid,
-            patchgd=config.patchgd,
-            task=self.task,
-            augment=config.augment,
-            frozen=self.frozen,
-        )
-        score = partial(
-            eval_step,
-            model=model,
-            grid=grid,
-            fill_chunk=config.patchgd.fill_chunk,
-            task=self.task,
-        )
-
-        def batch(size: int, weight: bool) -> dict[str, jax.ShapeDtypeStruct]:
-            shape = (size, *self.data.shapes[number], config.data.channels)
-            arrays = {
-                "image": jax.ShapeDtypeStruct(shape, np.uint8),
-                "label": self.task.label_spec(size, self.data.num_classes),
-            }
-            slots = self.data.slots[number]
-            if slots is not None:
-                arrays["patches"] = jax.ShapeDtypeStruct((size, slots), np.int32)
-            if weight:
-                arrays["weight"] = jax.ShapeDtypeStruct((size,), np.float32)
-            return arrays
-
-        train_batch = batch(config.images_per_step, self.data.weighted)
-        eval_batch = batch(config.eval_batch_size, True)
-        train_fn = (
-            jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
-            .lower(state, train_batch, self.key)
-            .compile()
-        )
-        eval_fn = jax.jit(score).lower(state.params, state.model_state, eval_batch).compile()
-        return Programs(train_fn, eval_fn, tuple(train_batch), tuple(eval_batch))
-
     def loop(
         self,
         folder: RunFolder,
@@ -346,19 +271,19 @@ class Run:
         on_step: OnStep | None,
     ) -> dict[str, Any]:
         """Runs from `step` to the end, or to a signal."""
-        config, progress = self.config, self.progress
+        config, progress, execution = self.config, self.progress, self.execution
         with stop.immediate():
-            programs = self.compile(state)
+            progress.message(execution.compile(state))
             progress.shortcuts(self.data.shortcuts)
         recorder = Recorder(
             folder,
             progress,
             upto=step,
             batch_size=config.images_per_step,
-            patches_per_image=self.data.mean_patches(self.grids),
+            patches_per_image=self.data.mean_patches(self.setup.grids),
             identity={**self.identity, "version": __version__},
             device=self.device,
-            task=self.task,
+            task=self.setup.task,
         )
         eval_every = config.eval_every or config.steps_per_epoch(len(self.data.train))
         bad_images = BadImages(folder.path)
@@ -369,24 +294,19 @@ class Run:
             bad_images.add(index, path, reason)
             progress.warn(f"left out: {path}: {reason}; see {bad_images.path}")
 
-        batches = training_batches(config, self.data.train, step, on_bad)
+        batches = execution.train_batches(step, on_bad)
 
         def due(every: int) -> bool:
             return step % every == 0 or step == self.total_steps
 
-        def score_batch(
-            params: Parts, model_state: Parts, batch: Mapping[str, np.ndarray]
-        ) -> dict[str, jax.Array]:
-            return programs[batch["image"].shape[1:3]].evaluate(params, model_state, batch)
-
         def score() -> None:
             metrics = evaluate(
-                score_batch,
+                partial(execution.score, self.data.validation),
                 evaluated_params(state),
                 state.model_state,
                 self.data.validation,
-                evaluation_batches(config, self.data.validation, on_bad),
-                task=self.task,
+                execution.eval_batches(self.data.validation, on_bad),
+                task=self.setup.task,
                 on_batch=keep_evaluating,
             )
             if metrics is not None:
@@ -412,8 +332,9 @@ class Run:
                 while step < self.total_steps:
                     with recorder.data_wait():
                         batch = next(batches)
-                    program = programs[batch["image"].shape[1:3]]
-                    state, metrics = program.step(state, batch, self.key)
+                    read_wait = execution.read_wait
+                    state, metrics = execution.train(state, batch)
+                    recorder.waited(execution.read_wait - read_wait)
                     # Reading the metrics of the step before keeps the device busy meanwhile.
                     recorder.flush()
                     step += 1

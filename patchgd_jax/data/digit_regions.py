@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from patchgd_jax.data.region_base import ClippedRegions
 from patchgd_jax.data.shrink import shrink
-from patchgd_jax.data.ultramnist import UltraMnist
+
+if TYPE_CHECKING:
+    from patchgd_jax.data.ultramnist import UltraMnist
 
 
 class DigitRegions(ClippedRegions):
@@ -18,14 +22,14 @@ class DigitRegions(ClippedRegions):
     """
 
     def __init__(self, source: UltraMnist, index: int) -> None:
-        self._source, self._index = source, index
+        self._source, self._plan = source, source.plan(index)
         height, width, channels = source.config.image_shape
         arguments = {"source": source, "index": index}
         super().__init__(arguments, [(height, width)], channels=channels, background=0)
 
     def _inside(self, level: int, y: int, x: int, height: int, width: int) -> np.ndarray:
         by = self._source.config.downscale
-        window = self._source.read(self._index, y * by, x * by, height * by, width * by)
+        window = self._source.render(self._plan, y * by, x * by, height * by, width * by)
         return np.repeat(shrink(window[..., None], by), self.channels, axis=-1)
 
     def close(self) -> None:

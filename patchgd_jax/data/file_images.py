@@ -175,9 +175,8 @@ class FileImages:
             has weights.
         """
         row = int(self.rows[index])
-        bucket = int(self._layout.member[row])
         image, size = self._reader.read(self.table.paths[row])
-        height, width = self._layout.shapes[bucket]
+        height, width = self._layout.shapes[self.padded_size(index)]
         if image.shape[:2] != (height, width):
             if image.shape[0] > height or image.shape[1] > width:
                 raise DataError(
@@ -187,13 +186,13 @@ class FileImages:
             padded = np.full((height, width, image.shape[2]), self._reader.background, np.uint8)
             padded[: image.shape[0], : image.shape[1]] = image
             image = padded
-        example: dict[str, Any] = {
-            "image": image,
-            "size": np.array(size, np.int32),
-            "label": self.table.labels[row],
-            "id": np.int64(index),
-        }
-        slots = self._layout.slots[bucket]
+        return {"image": image, "size": np.array(size, np.int32), **self.entry(index)}
+
+    def entry(self, index: int) -> dict[str, Any]:
+        """An example without its pixels; see `RegionExamples`."""
+        row = int(self.rows[index])
+        example: dict[str, Any] = {"label": self.table.labels[row], "id": np.int64(index)}
+        slots = self._layout.slots[self.padded_size(index)]
         if slots is not None:
             assert self._layout.patches is not None
             numbers = self._layout.patches[row]
@@ -202,6 +201,14 @@ class FileImages:
         if self.table.weights is not None:
             example["weight"] = np.float32(self.table.weights[row])
         return example
+
+    def padded_size(self, index: int) -> int:
+        """The number of an example's padded size; see `RegionExamples`."""
+        return int(self._layout.member[self.rows[index]])
+
+    def open(self, index: int) -> RegionSource:
+        """An example's image, at all its levels; see `RegionExamples`."""
+        return self._reader.open(self.table.paths[int(self.rows[index])])
 
 
 def plan_layout(table: ImageTable, reader: FileReader, patchgd: PatchGDConfig) -> Layout:

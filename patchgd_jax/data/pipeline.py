@@ -153,6 +153,7 @@ def eval_batches(
     source: ExampleSource,
     batch_size: int,
     *,
+    rows: slice = slice(None),
     threads: int = 1,
     buffer_bytes: int = BUFFER_BYTES,
     bad_images: Policy = "raise",
@@ -163,7 +164,8 @@ def eval_batches(
 
     Args:
         source: the examples.
-        batch_size: B.
+        batch_size: B of the whole batch.
+        rows: the rows of it that this process reads; as many batches come whatever they are.
         threads: threads that read examples ahead of time.
         buffer_bytes: upper bound of what waits for the next step, but for a single batch.
         bad_images: raise: an unreadable example is an error. substitute: it is left out.
@@ -171,8 +173,8 @@ def eval_batches(
         on_bad: called once for each of them, before its batch is returned.
 
     Yields:
-        Each array of an example with an axis of B rows in front; labels as in training. `weight`
-        `float32 [B]` is 1, and 0 for rows that are padding or unreadable, whose `id` is -1; a
+        Each array of an example with an axis of its rows in front; labels as in training. `weight`
+        `float32` is 1, and 0 for rows that are padding or unreadable, whose `id` is -1; a
         weight of the source's own is for training.
 
     Raises:
@@ -180,23 +182,25 @@ def eval_batches(
     """
     tally = BadTally(source, policy=bad_images, limit=bad_limit, on_bad=on_bad)
     reader = Reader(source, tally, threads=threads, substitute=False)
+    size = len(range(batch_size)[rows])
     parts = (
-        (number, bucket[first : first + batch_size].tolist())
+        (number, bucket[first : first + batch_size][rows].tolist())
         for number, bucket in enumerate(reader.buckets)
         for first in range(0, len(bucket), batch_size)
     )
-    ahead = _ahead(reader, batch_size, threads, 2 * threads, buffer_bytes)
-    reads = read_ahead(reader, parts, size=batch_size, ahead=ahead)
+    ahead = _ahead(reader, size, threads, 2 * threads, buffer_bytes)
+    reads = read_ahead(reader, parts, size=size, ahead=ahead)
     any_read = False
     with contextlib.closing(reads):
         for read in reads:
             tally.take(read.bad)
-            if not read.good.any():
+            if not read.good.any() and size == batch_size:
                 continue
             any_read = True
             for array in read.arrays.values():
-                # Any real example will do: the model's outputs must be finite.
-                array[~read.good] = array[read.good.argmax()]
+                # Any real example will do: the model's outputs must be finite. Other processes may
+                # have some where this one has none.
+                array[~read.good] = array[read.good.argmax()] if read.good.any() else 0
             read.arrays["id"][~read.good] = -1
             yield {
                 **read.arrays,

@@ -43,6 +43,9 @@ class RunData:
     """Patches of an image that count, on average; None: all."""
     weighted: bool = False
     """Whether training examples have weights."""
+    regions_level: int | None = None
+    """The level of the examples' images at which regions of them are pixels of theirs; None: they
+    can only be read whole."""
     notes: tuple[str, ...] = ()
     """What the user should know, a line each."""
     generated: bool = False
@@ -90,6 +93,7 @@ def _generated(config: TrainConfig) -> RunData:
         shapes=(config.data.image_shape[:2],),
         slots=(None,),
         shortcuts=shortcut_scores(train, validation),
+        regions_level=0,
         generated=True,
     )
 
@@ -194,5 +198,6 @@ def _files(config: TrainConfig) -> RunData:
         if layout.patches is None
         else float(np.mean([len(patches) for patches in layout.patches])),
         weighted=table.weights is not None,
+        regions_level=config.data.level if config.data.fit == "native" else None,
         notes=layout.notes,
     )

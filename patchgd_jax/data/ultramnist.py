@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from patchgd_jax.config import DataConfig
+from patchgd_jax.data.digit_regions import DigitRegions
 from patchgd_jax.data.digits import SIDE, DigitPool, Split, load_digits
 from patchgd_jax.data.shrink import shrink
 from patchgd_jax.errors import ConfigError, DataError
@@ -213,9 +214,10 @@ class UltraMnist:
         Returns:
             `uint8 [height, width]`, 0 outside the image.
         """
-        return self._render(self.plan(index), y, x, height, width)
+        return self.render(self.plan(index), y, x, height, width)
 
-    def _render(self, plan: Plan, y: int, x: int, height: int, width: int) -> np.ndarray:
+    def render(self, plan: Plan, y: int, x: int, height: int, width: int) -> np.ndarray:
+        """`read` of an example whose plan is known."""
         out = np.zeros((height, width), np.uint8)
         smooth = self.config.task == "most-frequent"
         for digit in plan.digits:
@@ -243,9 +245,21 @@ class UltraMnist:
         """An example: `image` `uint8 [H, W, C]`, `label`, `id` (the index) as int64 scalars."""
         height, width = self.config.size
         plan = self.plan(index)
-        image = self._render(plan, 0, 0, height, width)[..., None]
+        image = self.render(plan, 0, 0, height, width)[..., None]
         image = np.repeat(shrink(image, self.config.downscale), self.config.channels, axis=-1)
         return {"image": image, "label": np.int64(plan.label), "id": np.int64(index)}
+
+    def entry(self, index: int) -> dict[str, Any]:
+        """An example without its pixels; see `RegionExamples`."""
+        return {"label": np.int64(index % self.config.classes), "id": np.int64(index)}
+
+    def padded_size(self, index: int) -> int:
+        """0: all images have one size."""
+        return 0
+
+    def open(self, index: int) -> DigitRegions:
+        """An example's image, rendered where it is read; see `RegionExamples`."""
+        return DigitRegions(self, index)
 
 
 def _enlarge(
