@@ -16,7 +16,7 @@ from patchgd_jax.memory import (
     show_size,
     solve,
 )
-from patchgd_jax.memory.solver import with_inner_steps
+from patchgd_jax.memory.request import with_inner_steps
 from patchgd_jax.progress import Progress
 from patchgd_jax.run_plan import RunPlan, plan_of
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +98,19 @@ class PlanRequest:
             ConfigError: if there are more inner steps than patches, or the fraction is still auto.
         """
         return group_size(self.patches, self.patchgd.num_inner_steps)
+
+
+def with_inner_steps(request: PlanRequest, inner: int) -> PlanRequest:
+    """The request with so many inner steps, by its sampling fraction."""
+    patchgd = request.patchgd
+    epsilon = patchgd.epsilon if inner % patchgd.epsilon == 0 else 1
+    patchgd = dataclasses.replace(patchgd, fraction=1 / inner, inner_steps=None, epsilon=epsilon)
+    return dataclasses.replace(request, patchgd=patchgd)
+
+
+def with_sampled(request: PlanRequest, sampled: int) -> PlanRequest:
+    """The request with at most that many patches in an inner step."""
+    return with_inner_steps(request, max(1, math.ceil(request.patches / sampled)))
 
 
 def tree_bytes(tree: Any) -> int:

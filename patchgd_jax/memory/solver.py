@@ -17,7 +17,7 @@ from patchgd_jax.errors import ConfigError, unknown_name
 from patchgd_jax.memory.compiled import Line, compiled_total
 from patchgd_jax.memory.errors import MemoryBudgetError
 from patchgd_jax.memory.methods import Method
-from patchgd_jax.memory.request import PlanRequest
+from patchgd_jax.memory.request import PlanRequest, with_inner_steps, with_sampled
 from patchgd_jax.memory.size import show_size
 from patchgd_jax.models import encoder_entry
 
@@ -57,19 +57,6 @@ class _Scale(NamedTuple):
     size: Callable[[int], float]
     """What memory is affine in."""
     value: Callable[[int], float]
-
-
-def with_inner_steps(request: PlanRequest, inner: int) -> PlanRequest:
-    """The request with so many inner steps, by its sampling fraction."""
-    patchgd = request.patchgd
-    epsilon = patchgd.epsilon if inner % patchgd.epsilon == 0 else 1
-    patchgd = dataclasses.replace(patchgd, fraction=1 / inner, inner_steps=None, epsilon=epsilon)
-    return dataclasses.replace(request, patchgd=patchgd)
-
-
-def with_sampled(request: PlanRequest, sampled: int) -> PlanRequest:
-    """The request with at most that many patches in an inner step."""
-    return with_inner_steps(request, max(1, math.ceil(request.patches / sampled)))
 
 
 def _scale(request: PlanRequest, quantity: Quantity, most_inner_steps: int | None) -> _Scale:
