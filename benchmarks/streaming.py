@@ -4,8 +4,8 @@ Command:   python benchmarks/streaming.py [memory|overlap|exact]
 Time:      about two minutes each on two CPU cores; without an argument all three, one by one
 Expected:  memory: device memory of a 65,536 px image within 5 % of an 8,192 px one's, Z apart, and
            less than 2 GiB of host memory; exact: at 16 chunks at most 1.1 times the temporary
-           memory of one, and at most 1.5 times the time of mode full; overlap: the aim is 1.25
-           times the slower of reading and computing, which the recorded run misses
+           memory of one, and at most 1.5 times the time of mode full; overlap: at most 1.25 times
+           the slower of reading and computing
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -123,13 +124,14 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def overlap() -> dict[str, Any]:
-    """The same work with a reader that takes no time, by the reader alone, and by both."""
+    """The same work with readers that take no time, by the readers alone, and by both."""
     grid = pgd.PatchGrid(1024, 1024, 64)
     model, optimizer = small_cnn(grid), optax.sgd(1e-3)
     config = pgd.PatchGDConfig(
         patch=64, mode="accumulate", inner_steps=grid.num_patches // 16, fill_chunk=16
     )
-    step = StreamedStep(model, optimizer, grid, config, readers=1)
+    readers = 4
+    step = StreamedStep(model, optimizer, grid, config, readers=readers)
     state, image = initial(model, optimizer), VirtualImage(1024)
     labels = {"label": np.zeros(1, np.int32)}
 
@@ -151,10 +153,11 @@ def overlap() -> dict[str, Any]:
         for _ in range(ROUNDS):
             image.pause = 0.0
             alone = seconds(work)
-            image.pause = alone / reads
+            # All threads together then take as long for a chunk as the device does.
+            image.pause = readers * alone / reads
             start = time.perf_counter()
-            for _ in range(reads):
-                image.read(0, 0, 64, 64)
+            with ThreadPoolExecutor(readers) as pool:
+                list(pool.map(lambda _: image.read(0, 0, 64, 64), range(reads)))
             reading = time.perf_counter() - start
             rounds.append((alone, reading, seconds(work)))
         figures[name] = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+
 from patchgd_jax.compiling import release_memory, use_compilation_cache
 from patchgd_jax.config import PatchGDConfig, TrainConfig
 from patchgd_jax.errors import ConfigError
@@ -56,6 +58,11 @@ def settled(
                 "auto or --patchgd.fraction auto, or leave --budget out"
             )
         return config
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "settings that are auto are for one process, which would not know what the others have "
+            "free; give numbers"
+        )
     progress = progress or Progress()
     both = config.batch_size == "auto" and config.patchgd.fraction == "auto"
     plan = plan_of(_smallest(config))

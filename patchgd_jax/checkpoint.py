@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from patchgd_jax.distributed import all_or_none, is_first, watched
 from patchgd_jax.errors import CheckpointError, DiskError
 from patchgd_jax.files import fsync_path, write_json
 from patchgd_jax.patch_model import Tree
@@ -56,7 +57,7 @@ def describe_difference(stored: dict[str, str], wanted: dict[str, str]) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run, in a folder that all of its processes share.
 
     Layout: `<folder>/<step>/` with `state/` (Orbax), `meta.json` and `manifest.json`;
     `latest.json` and `best.json` name steps.
@@ -84,7 +85,7 @@ class Checkpoints:
 
         Args:
             step: number of outer steps done.
-            state: pytree of arrays.
+            state: pytree of arrays; of several processes, each has its part.
             meta: JSON values stored beside it.
 
         Raises:
@@ -92,21 +93,35 @@ class Checkpoints:
         """
         final = self._path(step)
         partial = self.folder / f".{final.name}.partial"
+        # Of several processes, each writes its part of the arrays, and the first one the rest.
+        with all_or_none(), self._all_or_nothing(final, partial):
+            if is_first():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_partial()
+                partial.mkdir()
+        with (
+            all_or_none(),
+            self._all_or_nothing(final, partial),
+            watched(),
+            _checkpointer() as checkpointer,
+        ):
+            checkpointer.save(partial.absolute() / "state", state)
+            checkpointer.wait_until_finished()
+        with all_or_none(), self._all_or_nothing(final, partial):
+            if is_first():
+                content = {**meta, "step": step, "tree": tree_spec(state)}
+                (partial / _META).write_text(json.dumps(content, indent=2), encoding="utf-8")
+                self._write_manifest(partial)
+                if final.exists():
+                    shutil.rmtree(final)
+                partial.rename(final)
+                fsync_path(self.folder)
+                write_json(self.folder / "latest.json", {"step": step})
+
+    @contextmanager
+    def _all_or_nothing(self, final: Path, partial: Path) -> Iterator[None]:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_partial()
-            partial.mkdir()
-            with _checkpointer() as checkpointer:
-                checkpointer.save(partial.absolute() / "state", state)
-                checkpointer.wait_until_finished()
-            content = {**meta, "step": step, "tree": tree_spec(state)}
-            (partial / _META).write_text(json.dumps(content, indent=2), encoding="utf-8")
-            self._write_manifest(partial)
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            fsync_path(self.folder)
-            write_json(self.folder / "latest.json", {"step": step})
+            yield
         except (OSError, ValueError, RuntimeError) as error:
             # Orbax and TensorStore report a full disk as ValueError or RuntimeError.
             shutil.rmtree(partial, ignore_errors=True)
@@ -229,7 +244,7 @@ class Checkpoints:
             ),
             like,
         )
-        with _checkpointer() as checkpointer:
+        with watched(), _checkpointer() as checkpointer:
             return checkpointer.restore(self._path(step).absolute() / "state", target)
 
     def restore_part(self, step: int, name: str, like: Tree) -> Tree:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
@@ -22,6 +22,9 @@ from patchgd_jax.data_command import data_command
 from patchgd_jax.errors import PatchGDError, unknown_name
 from patchgd_jax.plan_command import plan_command
 from patchgd_jax.presets import PRESETS, get_preset, preset_argument
+
+if TYPE_CHECKING:
+    from patchgd_jax.progress import Progress
 
 PROGRAM = "patchgd-jax"
 Device = Literal["auto", "cpu", "gpu", "tpu"]
@@ -49,22 +52,38 @@ class TrainOptions(RunOptions):
 def train_command(arguments: Sequence[str]) -> None:
     """Train a model: train [PRESET] [--SETTING VALUE ...]."""
     options, run_dir = run_options(TrainOptions, "train", "Train a model", arguments)
-
-    from patchgd_jax.progress import ConsoleProgress
+    progress = _joined(options.config.device)
 
     if options.dry_run:
         from patchgd_jax.dry_run import dry_run
 
-        dry_run(options.config, ConsoleProgress(), budget=options.budget)
+        dry_run(options.config, progress, budget=options.budget)
         return
 
+    from patchgd_jax.distributed import from_first, is_first
     from patchgd_jax.run_folder import EXAMPLES
     from patchgd_jax.train import train
 
-    train(options.config, run_dir, progress=ConsoleProgress(), budget=options.budget)
+    # Its name may be the time, which processes do not share.
+    run_dir = from_first(lambda: run_dir)
+    config = dataclasses.replace(options.config, run_dir=run_dir)
+    train(config, run_dir, progress=progress, budget=options.budget)
+    if not is_first():
+        return
     examples = sorted((Path(run_dir) / EXAMPLES).glob("*.png"))
     image = examples[0] if examples else "IMAGE"
     print(f"Try it on an image:  {PROGRAM} predict {run_dir} {image}")
+
+
+def _joined(device: str) -> Progress:
+    """Joins the other processes of the run, if there are any; what shows progress in this one."""
+    from patchgd_jax.distributed import initialize, is_first
+    from patchgd_jax.experiment import select_device
+    from patchgd_jax.progress import ConsoleProgress, Progress
+
+    if initialize():
+        select_device(device)
+    return ConsoleProgress() if is_first() else Progress()
 
 
 Options = TypeVar("Options", bound=RunOptions)
@@ -114,17 +133,21 @@ def resume_command(arguments: Sequence[str]) -> None:
     def resume_run(
         run: Positional[str],
         accept_changed_data: FlagCreatePairsOff[bool] = False,
+        mesh: str | None = None,
     ) -> None:
         """Continue an interrupted run from its newest intact checkpoint.
 
         Args:
             run: Run folder.
             accept_changed_data: Go on although images, labels or splits are no longer the same.
+            mesh: How the devices that there are now share the work: data=2,patch=4, or auto. None:
+                as before.
         """
-        from patchgd_jax.progress import ConsoleProgress
+        from patchgd_jax.run_folder import RunFolder
         from patchgd_jax.train import resume
 
-        resume(run, progress=ConsoleProgress(), accept_changed_data=accept_changed_data)
+        progress = _joined(RunFolder(run).config().device)
+        resume(run, progress=progress, accept_changed_data=accept_changed_data, mesh=mesh)
 
     tyro.cli(resume_run, prog=f"{PROGRAM} resume", args=list(arguments))
 
@@ -339,4 +362,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> None:
     """Entry point of the console script."""
-    sys.exit(main())
+    code = main()
+    if code:
+        from patchgd_jax.distributed import end_now
+
+        end_now(code)
+    sys.exit(code)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from patchgd_jax._version import __version__
 from patchgd_jax.errors import ConfigError, PatchGDError
@@ -22,6 +26,8 @@ HEARTBEAT_SECONDS = 15
 """How long a process may be silent before the others end."""
 STEP_SECONDS = 600.0
 """How long a step may take before a watched process ends."""
+_LEAVE_SECONDS = 3
+"""How long process 0 lets the others end before it does."""
 
 
 class PeerError(PatchGDError):
@@ -93,6 +99,8 @@ def initialize(
         f"(coordinator {coordinator or 'of the cluster'}); start all of them with the same "
         "coordinator, and see that its port can be reached"
     )
+    # Its handler of SIGTERM would take the place of the run's own, which saves and stops.
+    jax.config.update("jax_enable_preemption_service", False)
     with ended_after(start_seconds, text, ConfigError.exit_code):
         try:
             jax.distributed.initialize(
@@ -117,9 +125,14 @@ def _in_cluster() -> bool:
     return "," in hosts or any(number.isdigit() and int(number) > 1 for number in tasks)
 
 
+def several() -> bool:
+    """Whether this process is one of several; asking does not start jax's devices."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def is_first() -> bool:
     """Whether this process is the one that logs, shows progress and writes files."""
-    return jax.process_index() == 0
+    return not several() or jax.process_index() == 0
 
 
 def check_same(settings: Mapping[str, Any]) -> None:
@@ -131,17 +144,9 @@ def check_same(settings: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: on all processes, with what differs between which, at most ten entries.
     """
-    if jax.process_count() == 1:
+    if not several():
         return
-    from jax.experimental import multihost_utils
-
-    own = {"version": __version__, "jax version": jax.__version__, **settings}
-    text = np.frombuffer(json.dumps(own, sort_keys=True, default=str).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array([len(text)], np.int32)).reshape(-1)
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: len(text)] = text
-    texts = multihost_utils.process_allgather(padded)
-    every = [json.loads(row[:n].tobytes()) for row, n in zip(texts, lengths, strict=True)]
+    every = _gather({"version": __version__, "jax version": jax.__version__, **settings})
     first = every[0]
     lines = [
         f"{name}: process {number} has {other.get(name)!r}, process 0 has {first.get(name)!r}"
@@ -154,6 +159,85 @@ def check_same(settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"the processes of the run differ; start all of them alike:\n  {listed}")
 
 
+def _gather(own: Any) -> list[Any]:
+    """A JSON value of each process, in their order; every process must call it."""
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(own, sort_keys=True, default=str).encode(), np.uint8)
+    with watched():
+        lengths = multihost_utils.process_allgather(np.array([len(text)], np.int32)).reshape(-1)
+        padded = np.zeros(int(lengths.max()), np.uint8)
+        padded[: len(text)] = text
+        texts = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:n].tobytes()) for row, n in zip(texts, lengths, strict=True)]
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """What one process cannot do, none does: all raise if one does.
+
+    Every process must come here, and none may wait for another within.
+
+    Raises:
+        PatchGDError: with the message and exit code of the first process that failed.
+    """
+    if not several():
+        yield
+        return
+    failure: PatchGDError | None = None
+    try:
+        yield
+    except PatchGDError as error:
+        failure = error
+    told = [failure.exit_code, str(failure)] if failure else None
+    for number, other in enumerate(_gather(told)):
+        if other is not None:
+            if failure is not None:
+                raise failure
+            theirs = PatchGDError(f"process {number}: {other[1]}")
+            theirs.exit_code = other[0]
+            raise theirs
+
+
+def from_first(find: Callable[[], Any]) -> Any:
+    """A JSON value that process 0 finds; all have it, or all raise as `all_or_none`."""
+    if not several():
+        return find()
+    value = None
+    with all_or_none():
+        if is_first():
+            value = find()
+    return _gather(value)[0]
+
+
+class Agreement:
+    """A number that processes agree on while they train: the largest that any of them has.
+
+    Each exchange gives the result of the one before, so that none waits for the others' devices.
+    """
+
+    def __init__(self) -> None:
+        devices = np.array(jax.devices())
+        mesh = Mesh(devices, ("all",))
+        self._each = NamedSharding(mesh, PartitionSpec("all"))
+        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._count = len(devices)
+        # Virtual devices share the cores' threads: exchanges in flight would starve the steps.
+        self._one_by_one = devices.flat[0].platform == "cpu"
+        self._pending: jax.Array | None = None
+
+    def exchange(self, number: int) -> int:
+        """Gives this process's number, not negative; returns what all agreed on before, or 0."""
+        before = 0 if self._pending is None else int(self._pending)
+        own = jax.make_array_from_callback(
+            (self._count,), self._each, lambda _: np.array([number], np.int32)
+        )
+        self._pending = self._largest(own)
+        if self._one_by_one:
+            self._pending.block_until_ready()
+        return before
+
+
 @contextmanager
 def watched(seconds: float = STEP_SECONDS) -> Iterator[None]:
     """Ends this process if what is done herein with others fails or takes too long.
@@ -162,7 +246,7 @@ def watched(seconds: float = STEP_SECONDS) -> Iterator[None]:
     up would wait for the others, so the process ends at once, with `PeerError.exit_code`; what has
     been saved stays. A single process is left alone.
     """
-    if jax.process_count() == 1:
+    if not several():
         yield
         return
     text = (
@@ -199,6 +283,20 @@ def ended_after(seconds: float, text: str, exit_code: int) -> Iterator[None]:
 def _end(text: str, exit_code: int) -> None:
     os.write(2, f"error: {text}\n".encode())
     os._exit(exit_code)
+
+
+def end_now(exit_code: int) -> None:
+    """Ends a process of several that has failed, after what it has printed is out.
+
+    At an ordinary exit jax would wait for the others, and then end the process with a signal.
+    """
+    if exit_code and several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if is_first():
+            # Without process 0 jax ends the others with a signal; they are about to end themselves.
+            time.sleep(_LEAVE_SECONDS)
+        os._exit(exit_code)
 
 
 def _number(name: str, given: int | None) -> int | None:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from patchgd_jax.data.source import ExampleSource
+from patchgd_jax.distributed import watched
 from patchgd_jax.metrics import Results
 from patchgd_jax.patch_model import Parts
 from patchgd_jax.tasks import SINGLE_LABEL, Task
@@ -59,15 +60,17 @@ def evaluate(
 
     with closing(batches):
         for batch in batches:
-            out = eval_step(params, model_state, batch)
-            # The batch before, while the device is busy with this one.
-            if waiting is not None:
-                done += collect(waiting)
+            with watched():
+                out = eval_step(params, model_state, batch)
+                # The batch before, while the device is busy with this one.
+                if waiting is not None:
+                    done += collect(waiting)
             waiting = out
             if not on_batch(done):
                 return None
     assert waiting is not None
-    done += collect(waiting)
+    with watched():
+        done += collect(waiting)
     on_batch(done)
     summary = results.summary(task, source.num_classes)
     return summary if done == len(source) else {**summary, "bad_images": len(source) - done}

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from patchgd_jax.errors import DiskError
 from patchgd_jax.files import fsync_path
@@ -21,10 +21,15 @@ class MetricsLog:
         path: the file.
         upto: keep the lines of steps up to this one and drop the rest, which a resumed run
             writes again.
+        writes: whether the file is written; else the lines are only kept here.
     """
 
-    def __init__(self, path: Path, upto: int) -> None:
+    def __init__(self, path: Path, upto: int, *, writes: bool = True) -> None:
         self._path = path
+        self._file: TextIO | None = None
+        if not writes:
+            self.lines = [line for line in read_metrics(path) if line["step"] <= upto]
+            return
         try:
             kept = [line for line in read_metrics(path) if line["step"] <= upto]
             partial = path.with_name(f".{path.name}.tmp")
@@ -40,19 +45,21 @@ class MetricsLog:
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line."""
         self.lines.append(line)
-        self._guard(lambda: self._file.write(json.dumps(line) + "\n"))
+        self._guard(lambda file: file.write(json.dumps(line) + "\n"))
 
     def sync(self) -> None:
         """Puts every line on disk; a checkpoint must not be ahead of its log."""
-        self._guard(lambda: os.fsync(self._file.fileno()))
+        self._guard(lambda file: os.fsync(file.fileno()))
 
     def close(self) -> None:
         """Closes the file."""
-        self._guard(self._file.close)
+        self._guard(lambda file: file.close())
 
-    def _guard(self, action: Callable[[], object]) -> None:
+    def _guard(self, action: Callable[[TextIO], object]) -> None:
+        if self._file is None:
+            return
         try:
-            action()
+            action(self._file)
         except OSError as error:
             raise DiskError(f"cannot write {self._path}: {error.strerror or error}") from error
 

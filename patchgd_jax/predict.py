@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from contextlib import closing
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
+import optax
 
 from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.file_images import FileReader, used_patches
+from patchgd_jax.data.regions import RegionSource
 from patchgd_jax.data.safe_image import read_image
 from patchgd_jax.data.shrink import shrink
 from patchgd_jax.data.source import ExampleSource
@@ -34,9 +38,13 @@ from patchgd_jax.patch_model import Parts
 from patchgd_jax.progress import Progress
 from patchgd_jax.run_folder import METRICS, RunFolder
 from patchgd_jax.step import eval_step
+from patchgd_jax.streaming import StreamedStep
 
 Which = Literal["best", "last"]
 EvaluationSplit = Literal["validation", "test"]
+
+RESIDENT_BYTES = 2**28
+"""Bytes of an image's pixels up to which it is read whole to label it."""
 
 
 class TrainedModel:
@@ -164,8 +172,13 @@ class TrainedModel:
                 missing = [max(0, self.config.patchgd.patch - side) for side in image.shape[:2]]
                 pad = ((0, missing[0]), (0, missing[1]), (0, 0))
                 image = np.pad(image, pad, constant_values=background)
+        self._check_shape(path, image.shape[:2])
+        return image
+
+    def _check_shape(self, path: str | Path, shape: tuple[int, int]) -> PatchGrid:
+        """The grid of an image; the head must take it."""
         try:
-            grid = self._grid_of(image.shape[:2])
+            grid = self._grid_of(shape)
         except ConfigError as error:
             raise DataError(f"image {path}: {error}") from error
         trained = (self._grid.rows, self._grid.cols)
@@ -175,7 +188,71 @@ class TrainedModel:
                 f"{self.config.model.head} works only on the {trained[0]} x {trained[1]} it was "
                 "trained on; resize the image, or train with --model.head attention"
             )
-        return image
+        return grid
+
+    def open_streamed(self, path: str | Path) -> RegionSource | None:
+        """Opens an image that is to be read patch by patch, for the caller to close.
+
+        Returns:
+            The image; or None if it is to be read whole: if it is small and the run read its own
+            images whole, or if the model sees all images resized.
+
+        Raises:
+            DataError: if it cannot be opened, or is smaller than a patch.
+            ConfigError: if the model's head cannot take an image of that size.
+        """
+        data = self.config.data
+        if data.downscale > 1 or (data.fit != "native" and not data.generated):
+            return None
+        reader = FileReader(data, self.preprocess.background)
+        source = reader.open(path)
+        try:
+            height, width = source.level_shapes[reader.level(source, path)]
+            if not self.config.stream.enabled and height * width * data.channels <= RESIDENT_BYTES:
+                source.close()
+                return None
+            self._check_shape(path, self._at_least_a_patch(height, width))
+        except BaseException:
+            source.close()
+            raise
+        return source
+
+    def _at_least_a_patch(self, height: int, width: int) -> tuple[int, int]:
+        patch = self.config.patchgd.patch if self.config.data.fit == "native" else 0
+        return max(height, patch), max(width, patch)
+
+    def predict_streamed(
+        self, source: RegionSource, name: str, patches: np.ndarray | None = None
+    ) -> dict[str, Any]:
+        """Labels one image of which no more than some patches are in memory.
+
+        Args:
+            source: from `open_streamed`.
+            name: what errors call the image.
+            patches: from `patches`; the others are neither read nor encoded.
+
+        Returns:
+            As `predict`.
+
+        Raises:
+            DataError: if a patch cannot be read.
+        """
+        config = self.config
+        shape = source.level_shapes[config.data.level]
+        grid = self._grid_of(self._at_least_a_patch(*shape))
+        step = StreamedStep(
+            make_model(config, grid, self.preprocess),
+            optax.identity(),
+            grid,
+            # The gradient's mode does not matter here, but streaming has no mode full.
+            dataclasses.replace(config.patchgd, mode="accumulate"),
+            self.task,
+            level=config.data.level,
+            buffers=config.stream.buffers,
+            readers=config.stream.readers,
+        )
+        batch = self._batch(grid, patches)
+        return self._answer(step.evaluate(self.params, self.model_state, [source], batch, [name]))
 
     def patches(self, path: str | Path) -> np.ndarray | None:
         """The numbers of a file's patches that hold something, `int32 [m]`; None: all count."""
@@ -197,16 +274,23 @@ class TrainedModel:
             regression the number; and for all but the last `probabilities` by class name.
         """
         grid = self._grid_of(image.shape[:2])
-        names = self.preprocess.class_names
-        spec = self.task.label_spec(1, len(names))
-        batch = {"image": image[None], "label": np.zeros(spec.shape, spec.dtype)}
+        batch = {"image": image[None], **self._batch(grid, patches)}
+        return self._answer(self._score(grid)(self.params, self.model_state, jax.device_put(batch)))
+
+    def _batch(self, grid: PatchGrid, patches: np.ndarray | None) -> dict[str, np.ndarray]:
+        """A batch of one image, without its pixels."""
+        spec = self.task.label_spec(1, len(self.preprocess.class_names))
+        batch = {"label": np.zeros(spec.shape, spec.dtype)}
         if patches is not None:
             # As many slots for every image of a size: one program.
             slots = np.full((1, grid.num_patches), grid.num_patches, np.int32)
             slots[0, : len(patches)] = patches
             batch["patches"] = slots
-        out = self._score(grid)(self.params, self.model_state, jax.device_put(batch))
-        out = jax.device_get(out)
+        return batch
+
+    def _answer(self, on_device: dict[str, jax.Array]) -> dict[str, Any]:
+        names = self.preprocess.class_names
+        out = jax.device_get(on_device)
         (answer,) = out["prediction"]
         if self.task.name == "regression":
             return {"label": float(answer)}
@@ -229,8 +313,17 @@ class TrainedModel:
             ConfigError: for the first that the head cannot take.
         """
         for path in paths:
-            self.read(path)
-        return [
-            {"image": str(path), **self.predict(self.read(path), self.patches(path))}
-            for path in paths
-        ]
+            source = self.open_streamed(path)
+            if source is not None:
+                source.close()
+            else:
+                self.read(path)
+        return [{"image": str(path), **self.predict_file(path)} for path in paths]
+
+    def predict_file(self, path: str | Path) -> dict[str, Any]:
+        """Labels an image file, read whole or patch by patch; as `predict`."""
+        source = self.open_streamed(path)
+        if source is None:
+            return self.predict(self.read(path), self.patches(path))
+        with closing(source):
+            return self.predict_streamed(source, str(path), self.patches(path))

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 
 from patchgd_jax.checkpoint import Checkpoints
+from patchgd_jax.distributed import all_or_none, from_first, is_first
 from patchgd_jax.errors import DiskError, DivergedError
 from patchgd_jax.metrics_log import MetricsLog
 from patchgd_jax.plots import plot_curves
@@ -26,6 +27,9 @@ from patchgd_jax.tasks import Task
 
 class Recorder:
     """Writes down what happens in a run, and shows it.
+
+    Of several processes, all keep the same account; only the first one writes files, but for its
+    part of a checkpoint.
 
     Args:
         folder: of the run.
@@ -58,8 +62,15 @@ class Recorder:
         self._device = device
         self._task = task
         self._checkpoints = Checkpoints(folder.checkpoints, progress.warn)
-        self._checkpoints.discard_after(upto)
-        self._log = MetricsLog(folder.path / METRICS, upto)
+        self._writes = is_first()
+        with all_or_none():
+            # The others read the log before the first one writes it anew.
+            if not self._writes:
+                self._log = MetricsLog(folder.path / METRICS, upto, writes=False)
+        with all_or_none():
+            if self._writes:
+                self._checkpoints.discard_after(upto)
+                self._log = MetricsLog(folder.path / METRICS, upto)
         self._pending: tuple[int, np.ndarray, dict[str, jax.Array]] | None = None
         self._last = time.monotonic()
         # The clock goes on where it stopped.
@@ -153,10 +164,12 @@ class Recorder:
     def save(self, step: int, state: TrainState) -> None:
         """Writes a checkpoint; the log is on disk before it."""
         self._log.sync()
-        if step not in self._checkpoints.steps():
+        if step not in from_first(self._checkpoints.steps):
             self._checkpoints.save(step, state, self._identity)
-        self._name_best()
-        self._checkpoints.prune()
+        with all_or_none():
+            if self._writes:
+                self._name_best()
+                self._checkpoints.prune()
         self._last = time.monotonic()
 
     def _name_best(self) -> None:
@@ -167,7 +180,6 @@ class Recorder:
 
     def finish(self, state: TrainState, shortcuts: dict[str, float]) -> dict[str, Any]:
         """Writes the summary and the curves."""
-        self._name_best()
         speeds = [
             line["perf"]["images_per_s"] for line in self._log.lines if line["kind"] == "train"
         ]
@@ -188,13 +200,19 @@ class Recorder:
                 "peak_memory_mib": round(peak_memory(self._device) / 2**20, 1),
             },
         }
+        with all_or_none():
+            if self._writes:
+                self._write_summary(summary, shortcuts)
+        self._progress.finished(summary, self._folder.path)
+        return summary
+
+    def _write_summary(self, summary: dict[str, Any], shortcuts: dict[str, float]) -> None:
+        self._name_best()
         self._folder.write(SUMMARY, summary)
         try:
             plot_curves(self._log.lines, shortcuts, self._folder.path / CURVES)
         except OSError as error:
             raise DiskError(f"cannot write {self._folder.path / CURVES}: {error}") from error
-        self._progress.finished(summary, self._folder.path)
-        return summary
 
 
 def memory_in_use(device: jax.Device) -> int:

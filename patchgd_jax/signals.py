@@ -46,12 +46,7 @@ class StopRequest:
             self._stop_now()
 
     def _stop_now(self) -> None:
-        text = self.message("while preparing; there was nothing to save")
-        raise Interrupted(self.signal_number or 0, text)
-
-    def message(self, when: str) -> str:
-        """What to tell the user about the signal that came."""
-        return f"stopped by {signal.Signals(self.signal_number or 0).name} {when}"
+        raise interrupted(self.signal_number or 0, "while preparing; there was nothing to save")
 
     @contextmanager
     def immediate(self) -> Iterator[None]:
@@ -64,3 +59,8 @@ class StopRequest:
         if self.signal_number is not None:
             # It came where Python drops exceptions, in a finalizer or a callback from C.
             self._stop_now()
+
+
+def interrupted(number: int, when: str) -> Interrupted:
+    """The error of a run that signal `number` has stopped."""
+    return Interrupted(number, f"stopped by {signal.Signals(number).name} {when}")

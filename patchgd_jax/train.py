@@ -19,7 +19,16 @@ from patchgd_jax.config import TrainConfig, flatten, to_dict
 from patchgd_jax.data.bad_images import BadImages
 from patchgd_jax.data.sources import make_data
 from patchgd_jax.data.ultramnist import UltraMnist
-from patchgd_jax.errors import CheckpointError, DataError, DiskError, Interrupted
+from patchgd_jax.distributed import (
+    Agreement,
+    all_or_none,
+    check_same,
+    from_first,
+    is_first,
+    several,
+    watched,
+)
+from patchgd_jax.errors import CheckpointError, DataError, DiskError
 from patchgd_jax.evaluate import evaluate
 from patchgd_jax.execution import make_execution
 from patchgd_jax.experiment import make_run_task, make_setup, select_device, training_grids
@@ -29,7 +38,7 @@ from patchgd_jax.pretrained import starting_point
 from patchgd_jax.progress import Progress
 from patchgd_jax.recorder import Recorder
 from patchgd_jax.run_folder import CONFIG, EXAMPLES, RunFolder
-from patchgd_jax.signals import StopRequest
+from patchgd_jax.signals import StopRequest, interrupted
 from patchgd_jax.step import TrainState, evaluated_params, init_state
 
 _MAY_CHANGE = (
@@ -87,13 +96,19 @@ def train(
     with StopRequest() as stop:
         with stop.immediate():
             # Whatever is wrong with the config shows before the folder is made.
-            RunFolder.check_free(run_dir)
-            config = settled(config, budget, progress)
-            run = Run(config, None, progress, optimizer)
+            with all_or_none():
+                RunFolder.check_free(run_dir)
+                config = settled(config, budget, progress)
+                run = Run(config, None, progress, optimizer)
+            check_same(flatten(run.identity))
             with out_of_memory_told(config, run_dir):
                 state = run.first_state()
-            folder = RunFolder.create(run_dir, config, dataclasses.asdict(run.preprocess))
-            run.write_examples(folder)
+            with all_or_none():
+                if is_first():
+                    folder = RunFolder.create(run_dir, config, dataclasses.asdict(run.preprocess))
+                    run.write_examples(folder)
+            with all_or_none():
+                folder = RunFolder(run_dir)
         with out_of_memory_told(config, run_dir):
             return run.loop(folder, state, 0, stop, on_step)
 
@@ -105,6 +120,7 @@ def resume(
     optimizer: optax.GradientTransformation | None = None,
     on_step: OnStep | None = None,
     accept_changed_data: bool = False,
+    mesh: str | None = None,
 ) -> dict[str, Any]:
     """Continues a run from its newest intact checkpoint, or from the start if it has none.
 
@@ -117,18 +133,24 @@ def resume(
         optimizer: as `train`'s.
         on_step: as `train`'s.
         accept_changed_data: go on although the images, labels or splits are no longer the same.
+        mesh: of devices, instead of the run's; the result is the same up to rounding.
     """
     progress = progress or Progress()
     with StopRequest() as stop:
         with stop.immediate():
-            folder = RunFolder(run_dir)
-            preprocess = folder.preprocess()
-            run = Run(folder.config(), preprocess, progress, optimizer)
+            with all_or_none():
+                folder = RunFolder(run_dir)
+                config = folder.config()
+                if mesh is not None:
+                    config = dataclasses.replace(config, mesh=mesh)
+                run = Run(config, folder.preprocess(), progress, optimizer)
+            check_same(flatten(run.identity))
             checkpoints = Checkpoints(folder.checkpoints, progress.warn)
-            if checkpoints.steps():
-                step = checkpoints.newest_intact()
-                meta = checkpoints.meta(step)
-                run.check_identity(meta, step, accept_changed_data=accept_changed_data)
+            if from_first(checkpoints.steps):
+                step = from_first(checkpoints.newest_intact)
+                with all_or_none():
+                    meta = checkpoints.meta(step)
+                    run.check_identity(meta, step, accept_changed_data=accept_changed_data)
                 state = checkpoints.restore(step, run.state_spec())
             else:
                 state, step = run.first_state(), 0
@@ -149,6 +171,8 @@ class Run:
     ) -> None:
         self.config = config
         self.progress = progress
+        # First, because processes wait for each other's devices.
+        self.device = select_device(config.device)
         self.data = make_data(config)
         for note in self.data.notes:
             progress.message(note)
@@ -156,7 +180,6 @@ class Run:
         training_grids(config, self.data)
         make_run_task(config, self.data.num_classes)
         self.total_steps = config.total_steps(len(self.data.train))
-        self.device = select_device(config.device)
         cache = use_compilation_cache()
         progress.message(
             f"Device: {self.device.device_kind} ({self.device.platform}). "
@@ -285,8 +308,9 @@ class Run:
             device=self.device,
             task=self.setup.task,
         )
+        agreement = Agreement() if several() else None
         eval_every = config.eval_every or config.steps_per_epoch(len(self.data.train))
-        bad_images = BadImages(folder.path)
+        bad_images = BadImages(folder.path, process=jax.process_index() if several() else 0)
         for record in bad_images.records:
             progress.warn(f"known as unreadable: {record}")
 
@@ -314,13 +338,18 @@ class Run:
 
         def keep_evaluating(done: int) -> bool:
             progress.evaluating(done, len(self.data.validation))
-            return stop.signal_number is None
+            # Processes that must agree do so between steps only.
+            return stop.signal_number is None or agreement is not None
 
-        def end_if_stopped(stopping: bool) -> None:
-            if stopping and not (step == self.total_steps and recorder.has_score(step)):
+        def asked_to_stop() -> int:
+            """The signal that came, and that all processes know of; 0 if none did."""
+            number = stop.signal_number or 0
+            return number if agreement is None else agreement.exchange(number)
+
+        def end_if_stopped(signal_number: int) -> None:
+            if signal_number and not (step == self.total_steps and recorder.has_score(step)):
                 advice = f"saved. Continue with: patchgd-jax resume {folder.path}"
-                text = stop.message(f"after step {step}; {advice}")
-                raise Interrupted(stop.signal_number or 0, text)
+                raise interrupted(signal_number, f"after step {step}; {advice}")
 
         with batches, recorder, progress.running(step, self.total_steps):
             try:
@@ -328,22 +357,24 @@ class Run:
                 if step and due(eval_every) and not recorder.has_score(step):
                     score()
                     recorder.save(step, state)
-                    end_if_stopped(not recorder.has_score(step))
+                    end_if_stopped(0 if recorder.has_score(step) else stop.signal_number or 0)
                 while step < self.total_steps:
                     with recorder.data_wait():
                         batch = next(batches)
                     read_wait = execution.read_wait
-                    state, metrics = execution.train(state, batch)
-                    recorder.waited(execution.read_wait - read_wait)
-                    # Reading the metrics of the step before keeps the device busy meanwhile.
-                    recorder.flush()
-                    step += 1
-                    recorder.trained(step, batch["id"], metrics)
-                    if due(eval_every) and stop.signal_number is None:
+                    with watched():
+                        state, metrics = execution.train(state, batch)
+                        recorder.waited(execution.read_wait - read_wait)
+                        # Reading the metrics of the step before keeps the device busy meanwhile.
+                        recorder.flush()
+                        step += 1
+                        recorder.trained(step, batch["id"], metrics)
+                        # Read once: a signal that comes after the save waits for the next step.
+                        stopping = asked_to_stop()
+                    if due(eval_every) and not stopping:
                         recorder.flush()
                         score()
-                    # Read once: a signal that comes after the save waits for the next step.
-                    stopping = stop.signal_number is not None
+                        stopping = asked_to_stop()
                     if stopping or due(eval_every) or due(config.save_every or eval_every):
                         recorder.flush()
                         recorder.save(step, state)
@@ -351,6 +382,9 @@ class Run:
                         on_step(step)
                     end_if_stopped(stopping)
             except DataError as error:
+                if agreement is not None:
+                    # The others are in the middle of a step that this one cannot join.
+                    raise
                 recorder.flush()
                 if step:
                     recorder.save(step, state)

@@ -23,13 +23,15 @@ class BadImages:
 
     Args:
         folder: of the run; a list that is there already is continued.
+        process: number of the process that lists what it cannot read; each has a file.
 
     Raises:
         CheckpointError: if that list is damaged.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder) / BAD_IMAGES
+    def __init__(self, folder: str | Path, process: int = 0) -> None:
+        name = Path(BAD_IMAGES)
+        self.path = Path(folder) / (f"{name.stem}-{process}{name.suffix}" if process else name)
         # By index and path: training and validation images have indices of their own.
         self._records = {(r.index, r.description): r for r in self._read()}
 

@@ -55,9 +55,14 @@ class FileReader:
         with closing(self.open(path)) as source:
             if self.config.fit == "resize":
                 return self.config.size
-            return source.level_shapes[self._level(source, path)]
+            return source.level_shapes[self.level(source, path)]
 
-    def _level(self, source: RegionSource, path: Any) -> int:
+    def level(self, source: RegionSource, path: Any) -> int:
+        """The level that `read` reads of an open file, with fit native.
+
+        Raises:
+            DataError: if the file has no such level.
+        """
         if self.config.level >= len(source.level_shapes):
             raise DataError(
                 f"image {path} has {len(source.level_shapes)} levels, but data.level is "
@@ -78,7 +83,7 @@ class FileReader:
         config = self.config
         with closing(self.open(path)) as source:
             if config.fit == "native":
-                level = self._level(source, path)
+                level = self.level(source, path)
                 height, width = source.level_shapes[level]
                 return source.read(0, 0, height, width, level), (height, width)
             if config.panda is not None:

@@ -4,8 +4,7 @@
 `StreamedExecution` leaves them where they are, and reads patches as they are needed.
 """
 
-import jax
-
+from patchgd_jax.distributed import several
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.execution.base import Execution, HostBatch, Setup
 from patchgd_jax.execution.mesh import MeshExecution
@@ -30,12 +29,11 @@ def make_execution(setup: Setup) -> Execution:
         ConfigError: for settings that cannot work together.
     """
     config = setup.config
-    several = jax.process_count() > 1
     if config.stream.enabled:
-        if several:
+        if several():
             raise ConfigError("stream.enabled is for one process; start one, or leave it out")
         return StreamedExecution(setup)
-    if config.mesh is None and not several:
+    if config.mesh is None and not several():
         return ResidentExecution(setup)
     mesh = make_mesh(
         config.mesh or "auto",
