@@ -35,7 +35,7 @@ _REDUCES = {
 _IN_PLACE = {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add"}
 _BARRED = {"checkpoint", "remat", "remat2"}
 _BARRIERS = {"optimization_barrier"}
-# XLA:CPU sums some shifted slices of a map as it reads them; if there are more, it writes all.
+# XLA:CPU sums some shifted slices of a map as it reads them; if there are more, it writes those.
 _MOST_FUSED_SLICES = 16
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
@@ -321,7 +321,8 @@ class _Program:
         return made
 
     def _fuse(self, wanted: set[int], needed: list[bool]) -> None:
-        for op in reversed(self.ops):
+        for number in range(len(self.ops) - 1, -1, -1):
+            op = self.ops[number]
             for value in op.writes:
                 uses = [use for use in value.uses if needed[use]]
                 readers = [self.ops[use] for use in uses]
@@ -332,8 +333,8 @@ class _Program:
                     for r in readers
                 )
                 if self.platform == "cpu" and op.name == "slice" and value.summed:
-                    together = sum(self.ops[use].name == "slice" for use in op.reads[0].uses)
-                    if together > _MOST_FUSED_SLICES:
+                    before = [use for use in op.reads[0].uses if use < number]
+                    if sum(self.ops[use].name == "slice" for use in before) >= _MOST_FUSED_SLICES:
                         continue
                 value.virtual = op.name in _BARRIERS or (
                     op.fusible and id(value) not in wanted and fused and cheap
