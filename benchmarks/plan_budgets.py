@@ -1,8 +1,7 @@
 """Whether what the planner suggests trains inside a real limit, and the next larger does not.
 
 Command:   python benchmarks/plan_budgets.py
-Time:      about fifteen minutes on two CPU cores; it needs Linux, and a memory control group that it
-           can make (as root, in a container or a virtual machine)
+Time:      about fifteen minutes on two CPU cores; it needs Linux, and root to make a control group
 Expected:  the suggested setting trains 50 steps with evaluation in 10 of 10 budgets; one step above
            it is killed, or its peak is above the budget, in at least 8 of 10
 
