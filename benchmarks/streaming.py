@@ -1,18 +1,21 @@
-"""Streamed steps: memory against the image's side, overlap of reading, and the cost of mode exact.
+"""Streamed steps: memory against the image's side, overlap of reading, cost of exact, prediction.
 
-Command:   python benchmarks/streaming.py [memory|overlap|exact]
-Time:      about two minutes each on two CPU cores; without an argument all three, one by one
+Command:   python benchmarks/streaming.py [memory|overlap|exact|predict]
+Time:      about two minutes each on two CPU cores; without an argument all, one by one
 Expected:  memory: device memory of a 65,536 px image within 5 % of an 8,192 px one's, Z apart, and
            less than 2 GiB of host memory; exact: at 16 chunks at most 1.1 times the temporary
            memory of one, and at most 1.5 times the time of mode full; overlap: at most 1.25 times
-           the slower of reading and computing
+           the slower of reading and computing; predict: a 100,000 px image is labelled, all of it
+           and with its background left out, in less than 2 GiB of host memory
 """
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +27,9 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import tensorstore
 from flax import linen as nn
+from PIL import Image
 from record import record
 
 import patchgd_jax as pgd
@@ -218,10 +223,92 @@ def exact() -> dict[str, Any]:
     return figures
 
 
+def predict() -> dict[str, Any]:
+    """A 100,000 px image, whole by a cheap encoder and as a user does, background left out."""
+    side = 100_000
+    grid = pgd.PatchGrid(side, side, 1024)
+    model = pgd.from_linen(
+        Thumbnail(), AttentionHead(classes=10, features=16), grid=grid, channels=1
+    )
+    config = pgd.PatchGDConfig(patch=1024, fill_chunk=16)
+    step = StreamedStep(model, optax.identity(), grid, config)
+    params, model_state = jax.jit(model.init)(KEY)
+    begun = time.perf_counter()
+    labels = {"label": np.zeros(1, np.int32)}
+    out = jax.device_get(step.evaluate(params, model_state, [VirtualImage(side)], labels))
+    figures: dict[str, Any] = {
+        "patches": grid.num_patches,
+        "seconds": time.perf_counter() - begun,
+        "prediction": int(out["prediction"][0]),
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        figures["command"] = predict_as_a_user(Path(folder), side)
+    print(figures, flush=True)
+    return figures
+
+
+def predict_as_a_user(folder: Path, side: int) -> dict[str, Any]:
+    """Trains on small slides and labels a large one, by the command line."""
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        place = folder / "slides" / f"class{number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.zeros((1024, 1536), np.uint8)
+        pixels[256:768, 256:1024] = rng.integers(100, 200 + 50 * (number % 2), (512, 768))
+        Image.fromarray(pixels).save(place / f"{number}.png")
+    huge = folder / "huge.zarr"
+    pyramid(huge, side, tissue=[(20_000 + 900 * i, 31_000, 4_000, 9_000) for i in range(8)])
+    settings = (
+        "--data.root slides --data.fit native --data.empty.method threshold --data.background 0 "
+        "--data.empty.threshold 60 --patchgd.patch 256 --patchgd.inner-steps 2 --batch-size 2 "
+        "--eval-batch-size 2 --stream.enabled --device cpu --run-dir run"
+    )
+    command = [sys.executable, "-m", "patchgd_jax"]
+    subprocess.run([*command, "train", *settings.split()], cwd=folder, check=True)
+    begun = time.perf_counter()
+    subprocess.run([*command, "predict", "run", str(huge)], cwd=folder, check=True)
+    return {
+        "patches": (-(-side // 256)) ** 2,
+        "seconds": time.perf_counter() - begun,
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10,
+    }
+
+
+def pyramid(path: Path, side: int, tissue: list[tuple[int, int, int, int]]) -> None:
+    """Writes an OME-Zarr image of which only the tissue takes room: top, left, height, width."""
+    levels = [1, 16, 128]
+    for number, by in enumerate(levels):
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": str(path / str(number))},
+            "metadata": {
+                "shape": [-(-side // by)] * 2, "chunks": [1024, 1024], "dtype": "|u1",
+                "fill_value": 0, "compressor": {"id": "zlib", "level": 1},
+            },
+            "create": True,
+        }  # fmt: skip
+        array = tensorstore.open(spec).result()
+        rng = np.random.default_rng(number)
+        for top, left, height, width in tissue:
+            shape = (height // by, width // by)
+            y, x = top // by, left // by
+            array[y : y + shape[0], x : x + shape[1]] = rng.integers(100, 200, shape, np.uint8)
+    scales = [
+        {"path": str(n), "coordinateTransformations": [{"type": "scale", "scale": [by, by]}]}
+        for n, by in enumerate(levels)
+    ]
+    axes = [{"name": "y", "type": "space"}, {"name": "x", "type": "space"}]
+    (path / ".zgroup").write_text('{"zarr_format": 2}')
+    attributes = {"multiscales": [{"version": "0.4", "axes": axes, "datasets": scales}]}
+    (path / ".zattrs").write_text(json.dumps(attributes))
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "memory": memory,
     "overlap": overlap,
     "exact": exact,
+    "predict": predict,
 }
 
 

@@ -82,7 +82,7 @@ def _joined(device: str) -> Progress:
     from patchgd_jax.progress import ConsoleProgress, Progress
 
     if initialize():
-        select_device(device)
+        select_device(device, shared=True)
     return ConsoleProgress() if is_first() else Progress()
 
 

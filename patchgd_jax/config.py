@@ -161,8 +161,9 @@ class DataConfig:
     """10, or 28 for the benchmark's sums 0..27 (digit-sum only)."""
     size: tuple[int, int] = (256, 256)
     """Height and width in pixels of generated images, and of your own with fit resize."""
-    channels: Literal[1, 3] = 1
-    """1: grey; 3: colour, or a grey image repeated for encoders that expect colour."""
+    channels: Literal[1, 3] | None = None
+    """1: grey; 3: colour, or a grey image repeated for encoders that expect colour. None: what the
+    files have, which must be one kind; 1 for generated images, 3 for PANDA."""
     digits: Literal["sklearn", "mnist", "font"] = "sklearn"
     """Where digits come from: scikit-learn's 1,797 handwritten ones, MNIST files you have, or a
     font."""
@@ -227,7 +228,7 @@ class DataConfig:
             "data.fit native and data.empty need image files, which data.tfds has none of",
         )
         _require(
-            self.panda is None or self.channels == 3,
+            self.panda is None or self.declared_channels == 3,
             "data.panda is in colour; set data.channels 3",
         )
         _require(
@@ -268,7 +269,28 @@ class DataConfig:
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of the images the model sees, unless fit is native."""
         height, width = self.size
-        return height // self.downscale, width // self.downscale, self.channels
+        return height // self.downscale, width // self.downscale, self.num_channels
+
+    @property
+    def declared_channels(self) -> Literal[1, 3] | None:
+        """C as far as the settings alone say it; None: the files do."""
+        if self.channels is not None:
+            return self.channels
+        if self.panda is not None:
+            return 3
+        return 1 if self.generated else None
+
+    @property
+    def num_channels(self) -> Literal[1, 3]:
+        """C of the images the model sees.
+
+        Raises:
+            ConfigError: if only the files say it; `data.channels.with_channels` looks at them.
+        """
+        channels = self.declared_channels
+        if channels is None:
+            raise ConfigError("data.channels must be 1 or 3 where the files are not looked at")
+        return channels
 
 
 @dataclass(frozen=True)
@@ -685,7 +707,7 @@ class TrainConfig:
             "single-label or ordinal, or name a CSV file with data.csv",
         )
         _require(
-            self.augment.saturation == 0 or self.data.channels == 3,
+            self.augment.saturation == 0 or self.data.declared_channels != 1,
             "augment.saturation needs data.channels 3: grey images have no colours",
         )
 

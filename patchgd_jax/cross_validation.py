@@ -11,6 +11,7 @@ import numpy as np
 
 from patchgd_jax.auto_settings import is_settled, settled
 from patchgd_jax.config import TrainConfig
+from patchgd_jax.data.channels import with_channels
 from patchgd_jax.errors import ConfigError, DiskError
 from patchgd_jax.files import write_json
 from patchgd_jax.progress import Progress
@@ -71,6 +72,10 @@ def cross_validate(
         PatchGDError: as `train`.
         DiskError: if the result cannot be written.
     """
+    # Looked at once, with a fold named: that refuses images that have splits of their own.
+    one = next(iter(fold_configs(config, folder).values()))
+    channels = with_channels(one).data.channels
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, channels=channels))
     configs = fold_configs(_settled(config, folder, budget, progress()), folder)
     for fold, wanted in configs.items():
         path = Path(wanted.run_dir or "")

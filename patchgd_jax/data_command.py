@@ -71,7 +71,7 @@ def check_command(arguments: Sequence[str]) -> None:
     report = check_images(
         table,
         splits,
-        channels=config.data.channels,
+        channels=config.data.declared_channels,
         open_image=partial(open_regions, background=file_background(config.data, table)),
         decode=options.decode,
     )
@@ -79,7 +79,11 @@ def check_command(arguments: Sequence[str]) -> None:
     if options.bad_list is not None:
         write_bad_list(Path(options.bad_list), report.problems)
     if report.problems:
-        raise DataError(f"{len(report.problems)} problems in {len(table.paths)} images, see above")
+        many = "problems" if len(report.problems) > 1 else "problem"
+        raise DataError(
+            f"{len(report.problems)} {many} in {len(table.paths)} images, see above; mend these "
+            "files, or take them out"
+        )
 
 
 def show_command(arguments: Sequence[str]) -> None:
@@ -134,7 +138,8 @@ def tile_command(arguments: Sequence[str]) -> None:
             max_pixels=max_pixels or MAX_PIXELS,
         )
         listed = ", ".join(f"{height} x {width}" for height, width in levels)
-        print(f"Written to {output}, {len(levels)} levels of {listed} px")
+        many = "levels" if len(levels) > 1 else "level"
+        print(f"Written to {output}, {len(levels)} {many} of {listed} px")
 
     tyro.cli(tile, prog=f"{PROGRAM} tile", args=list(arguments))
 

@@ -11,6 +11,7 @@ import numpy as np
 from patchgd_jax.auto_settings import settled
 from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.config import TrainConfig
+from patchgd_jax.data.channels import with_channels
 from patchgd_jax.errors import CheckpointError, ConfigError
 from patchgd_jax.memory import PeakMeter, show_size
 from patchgd_jax.out_of_memory import out_of_memory_told
@@ -43,7 +44,7 @@ def dry_run(
     """
     progress = progress or Progress()
     with StopRequest() as stop, stop.immediate(), tempfile.TemporaryDirectory() as folder:
-        config = settled(config, budget, progress)
+        config = settled(with_channels(config), budget, progress)
         with out_of_memory_told(config, folder):
             return _rehearse(config, progress, Path(folder))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import jax
 import optax
@@ -68,7 +69,7 @@ def make_model(config: TrainConfig, grid: PatchGrid, preprocess: Preprocess) -> 
     return build_model(
         config.model,
         grid=grid,
-        channels=config.data.channels,
+        channels=config.data.num_channels,
         classes=make_run_task(config, len(preprocess.class_names)).num_outputs(
             len(preprocess.class_names)
         ),
@@ -94,7 +95,7 @@ def _layers(config: TrainConfig) -> Layers:
     return encoder_layers(
         build_encoder(config.model, config.patchgd.patch),
         patch=config.patchgd.patch,
-        channels=config.data.channels,
+        channels=config.data.num_channels,
     )
 
 
@@ -174,16 +175,24 @@ def restore_params(
     return {**params, **checkpoints.restore_part(step, f"opt_state/average/{part}", trained[part])}
 
 
-def select_device(name: str) -> jax.Device:
+def select_device(name: str, *, shared: bool = False) -> jax.Device:
     """Makes the named platform JAX's only one, and returns its first device.
 
     Must run before anything else touches JAX.
+
+    Args:
+        name: auto, cpu, gpu or tpu.
+        shared: whether several devices share the work.
 
     Raises:
         DeviceError: if the platform is not there.
     """
     if name != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}[name])
+    if shared and str(getattr(jax.config, "jax_platforms", None) or "").startswith("cpu"):
+        # XLA:CPU starts independent collectives in any order, and one that waits keeps its thread:
+        # with as few threads as cores, virtual devices can wait for each other for good.
+        os.environ.setdefault("NPROC", "32")
     try:
         return jax.devices()[0]
     except (RuntimeError, AssertionError) as error:

@@ -79,6 +79,7 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     """
     from patchgd_jax.auto_settings import is_settled, settled
     from patchgd_jax.compiling import use_compilation_cache
+    from patchgd_jax.data.channels import with_channels
     from patchgd_jax.errors import ConfigError, unknown_name
     from patchgd_jax.experiment import select_device
     from patchgd_jax.memory import (
@@ -117,7 +118,7 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     budget = parse_size(options.budget) if options.budget not in (None, "auto") else None
     if options.solve and options.budget is None:
         raise ConfigError("--solve needs a --budget: a size such as 8GiB, or auto")
-    config = options.config
+    config = with_channels(options.config)
     device = select_device(config.device)
     if not is_settled(config):
         given = None if options.budget == "auto" else options.budget
@@ -223,7 +224,7 @@ def train_arguments(config: TrainConfig, request: Any, preset: str) -> str:
     """The command that trains with a request's settings, where they differ from the preset's."""
     batch = {"batch_size": request.batch, "eval_batch_size": request.eval_batch}
     data = config.data
-    if data.fit == "resize" and request.image != data.image_shape:
+    if data.fit == "resize":
         height, width = (side * data.downscale for side in request.image[:2])
         data = dataclasses.replace(data, size=(height, width))
     wanted = dataclasses.replace(config, data=data, patchgd=request.patchgd, **batch)

@@ -108,7 +108,8 @@ class TrainedModel:
         if data.test is None:
             raise ConfigError(
                 f"run {self.folder.path} has no test images; name them in the split column of its "
-                "CSV file, or train with --data.split.test-fold"
+                "CSV file, or train with --data.split.test-fold, or on a tensorflow-datasets set "
+                "with splits validation and test"
             )
         return data.test
 
@@ -163,7 +164,7 @@ class TrainedModel:
         """
         background, data = self.preprocess.background, self.config.data
         if data.generated:
-            image = read_image(path, channels=data.channels, background=background)
+            image = read_image(path, channels=data.num_channels, background=background)
             image = shrink(image, data.downscale, background)
         else:
             image, _ = FileReader(data, background).read(path)
@@ -208,7 +209,10 @@ class TrainedModel:
         source = reader.open(path)
         try:
             height, width = source.level_shapes[reader.level(source, path)]
-            if not self.config.stream.enabled and height * width * data.channels <= RESIDENT_BYTES:
+            if (
+                not self.config.stream.enabled
+                and height * width * data.num_channels <= RESIDENT_BYTES
+            ):
                 source.close()
                 return None
             self._check_shape(path, self._at_least_a_patch(height, width))

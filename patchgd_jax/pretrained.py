@@ -72,10 +72,11 @@ def starting_point(config: TrainConfig, progress: Progress) -> StartingPoint | N
         start = _from_weights(config.model, config.model.weights, progress)
     else:
         return None
-    if len(start.mean) != config.data.channels:
+    wanted, channels = len(start.mean), config.data.num_channels
+    if wanted != channels:
         raise ConfigError(
-            f"{config.init_encoder or config.model.weights} is for images of {len(start.mean)} "
-            f"channels, these have {config.data.channels}; set --data.channels {len(start.mean)}"
+            f"{config.init_encoder or config.model.weights} is for images of {wanted} channels, "
+            f"these have {channels}; set --data.channels {wanted}"
         )
     return start
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from patchgd_jax.config import TrainConfig
+from patchgd_jax.data.channels import with_channels
 from patchgd_jax.data.contact_sheet import SheetEntry
 from patchgd_jax.data.sources import make_data
 from patchgd_jax.errors import DataError
@@ -30,6 +31,7 @@ def preview(
         ConfigError: for settings that do not fit together.
         DataError: for images or labels that cannot be used.
     """
+    config = with_channels(config)
     data = make_data(config)
     grids = dict(zip(data.shapes, training_grids(config, data), strict=True))
     source = data.train if split == "train" else data.validation

@@ -2,7 +2,9 @@
 
 Along `data` each device has some of a batch's images, along `patch` a part of every image: a band
 of pixel rows with the patches of `D` equal runs of patch numbers. Nothing but latents, gradients
-and batch statistics moves between devices; `jax.shard_map` sees to it.
+and batch statistics moves between devices; `jax.shard_map` sees to it. Along `rows` devices share
+each patch, for patches whose activations exceed one device: there the compiler divides the encoder,
+and sends the rows of its maps that a neighbour needs.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from patchgd_jax.config import PatchGDConfig
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.gradients import Batch
 from patchgd_jax.grid import PatchGrid
+from patchgd_jax.models.conv import rows_divided
 from patchgd_jax.models.norm import statistics_over
 from patchgd_jax.patch_model import Parts, PatchModel, Tree
-from patchgd_jax.placement import Placement
+from patchgd_jax.placement import ALONE, Placement
 from patchgd_jax.step import TrainState, eval_step, train_step
 
-DATA, PATCH = "data", "patch"
+DATA, PATCH, ROWS = "data", "patch", "rows"
 AXES = (DATA, PATCH)
 """For layers of your own that synchronise over the encoder's patches: `axis_name=sharding.AXES`."""
 
@@ -52,8 +55,9 @@ def make_mesh(
     """The devices as a mesh.
 
     Args:
-        layout: `data=2,patch=4`, of which one may be left out if it is 1; or `auto`, which gives
-            `data` as many devices as the batch allows, since images share nothing but gradients.
+        layout: `data=2,patch=4,rows=2`, of which those that are 1 may be left out; or `auto`,
+            which gives `data` as many devices as the batch allows, since images share nothing but
+            gradients, and `rows` one.
         batch_size: images of a batch.
         eval_batch_size: images of an evaluation's batch, if that is another.
         strata: `PatchGDConfig.strata`.
@@ -65,18 +69,22 @@ def make_mesh(
     """
     found = list(jax.devices() if devices is None else devices)
     sizes = [batch_size, batch_size if eval_batch_size is None else eval_batch_size]
-    data, patch = (
-        _choose(len(found), math.gcd(*sizes), strata) if layout == "auto" else parse_layout(layout)
+    data, patch, rows = (
+        (*_choose(len(found), math.gcd(*sizes), strata), 1)
+        if layout == "auto"
+        else parse_layout(layout)
     )
-    if data * patch != len(found):
+    if data * patch * rows != len(found):
         raise ConfigError(
-            f"mesh {DATA}={data},{PATCH}={patch} is of {data * patch} devices, but there are "
+            f"mesh {layout} is of {data * patch * rows} devices, but there are "
             f"{len(found)}; make the product {len(found)}, or use auto"
         )
     for size in sizes:
         check_layout(data, patch, batch_size=size, strata=strata)
     # jax.make_mesh would default to another axis type, which ordinary model code does not pass.
-    return jax.make_mesh((data, patch), AXES, axis_types=(AxisType.Auto,) * 2, devices=found)
+    return jax.make_mesh(
+        (data, patch, rows), (*AXES, ROWS), axis_types=(AxisType.Auto,) * 3, devices=found
+    )
 
 
 def parse_rules(texts: Iterable[str]) -> Rules:
@@ -102,23 +110,24 @@ def parse_rules(texts: Iterable[str]) -> Rules:
     return rules
 
 
-def parse_layout(layout: str) -> tuple[int, int]:
-    """The sizes of the axes `data` and `patch` in a text such as `data=2,patch=4`.
+def parse_layout(layout: str) -> tuple[int, int, int]:
+    """The sizes of the axes `data`, `patch` and `rows` in a text such as `data=2,patch=4`.
 
     Raises:
         ConfigError: if it cannot be read.
     """
-    sizes = {DATA: 1, PATCH: 1}
+    sizes = {DATA: 1, PATCH: 1, ROWS: 1}
     named = []
     for part in layout.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d*)\s*", part)
         if match is None or match[1] not in sizes or match[1] in named:
             raise ConfigError(
-                f"mesh {layout!r} cannot be read; write auto, or sizes such as {DATA}=2,{PATCH}=4"
+                f"mesh {layout!r} cannot be read; write auto, or sizes such as {DATA}=2,{PATCH}=4 "
+                f"(axes: {DATA}, {PATCH}, {ROWS})"
             )
         named.append(match[1])
         sizes[match[1]] = int(match[2])
-    return sizes[DATA], sizes[PATCH]
+    return sizes[DATA], sizes[PATCH], sizes[ROWS]
 
 
 def check_layout(data: int, patch: int, *, batch_size: int, strata: int) -> None:
@@ -136,6 +145,19 @@ def check_layout(data: int, patch: int, *, batch_size: int, strata: int) -> None
         raise ConfigError(
             f"patchgd.strata {strata} cannot be divided among {patch} devices (mesh axis {PATCH}); "
             f"use --patchgd.strata {patch}, or a multiple of it"
+        )
+
+
+def check_rows(mesh: Mesh, grid: PatchGrid) -> None:
+    """Checks that a mesh divides the rows of a patch evenly.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    if grid.patch % mesh.shape[ROWS] != 0:
+        raise ConfigError(
+            f"the {grid.patch} rows of a patch cannot be divided among {mesh.shape[ROWS]} devices "
+            f"(mesh axis {ROWS}); use a divisor of {grid.patch}"
         )
 
 
@@ -318,6 +340,23 @@ def param_specs(params: Tree, rules: Rules, mesh: Mesh) -> Tree:
     return jax.tree_util.tree_map_with_path(spec, params)
 
 
+def check_rules(params: Tree, rules: Rules) -> None:
+    """Checks that each rule is about some parameter.
+
+    Raises:
+        ConfigError: if one is about none, with a few paths that there are.
+    """
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+    ]
+    for pattern, _ in rules:
+        if not any(re.search(pattern, path) for path in paths):
+            raise ConfigError(
+                f"param_rules: {pattern!r} fits no parameter; there are {', '.join(paths[:6])}, ..."
+            )
+
+
 def _check_rule(
     name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh
 ) -> None:
@@ -381,15 +420,15 @@ def sharded_train_step(
     """
     data, patch = mesh.shape[DATA], mesh.shape[PATCH]
     check_layout(data, patch, batch_size=batch["label"].shape[0], strata=patchgd.strata)
+    check_rows(mesh, grid)
     return train_step(
         state,
         batch,
         key,
-        model=_synchronised(model),
         optimizer=optimizer,
         grid=grid,
         patchgd=patchgd,
-        placement=_placement(batch, grid, mesh, rules),
+        **_placed(model, batch, grid, mesh, rules),
         **options,
     )
 
@@ -415,13 +454,36 @@ def sharded_eval_step(
         params,
         model_state,
         batch,
-        model=_synchronised(model),
         grid=grid,
         fill_chunk=fill_chunk,
         strata=mesh.shape[PATCH],
-        placement=_placement(batch, grid, mesh, rules),
+        **_placed(model, batch, grid, mesh, rules),
         **options,
     )
+
+
+def _placed(
+    model: PatchModel, batch: Batch, grid: PatchGrid, mesh: Mesh, rules: Rules
+) -> dict[str, Any]:
+    """The model and the placement of a step on a mesh."""
+    if mesh.shape[DATA] * mesh.shape[PATCH] == 1 and mesh.shape[ROWS] > 1:
+        # Nothing but rows is divided, which is the compiler's business alone; it cannot sum over
+        # axes of one device beside (jax 0.10).
+        return {"model": _by_rows(model, NamedSharding(mesh, P(None, ROWS))), "placement": ALONE}
+    if mesh.shape[ROWS] > 1:
+        model = _by_rows(model, P(None, ROWS))
+    return {"model": _synchronised(model), "placement": _placement(batch, grid, mesh, rules)}
+
+
+def _by_rows(model: PatchModel, sharding: Any) -> PatchModel:
+    """The model with its patches divided by their rows."""
+
+    def encode(params: Parts, model_state: Parts, patches: jax.Array, **options: Any) -> Any:
+        patches = lax.with_sharding_constraint(patches, sharding)
+        with rows_divided():
+            return model.encode(params, model_state, patches, **options)
+
+    return model._replace(encode=encode)
 
 
 def _placement(batch: Batch, grid: PatchGrid, mesh: Mesh, rules: Rules) -> MeshPlacement:
@@ -509,6 +571,7 @@ class MeshPlacement(Placement):
             return jax.shard_map(
                 local,
                 mesh=self.mesh,
+                axis_names=set(AXES),
                 in_specs=tuple(map(in_specs, arguments, args)),
                 out_specs=tuple(specs if k == "gradient" else _SPECS[k] for k in results),
             )(*args)

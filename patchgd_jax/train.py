@@ -17,6 +17,7 @@ from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.compiling import use_compilation_cache
 from patchgd_jax.config import TrainConfig, flatten, to_dict
 from patchgd_jax.data.bad_images import BadImages
+from patchgd_jax.data.channels import with_channels
 from patchgd_jax.data.sources import make_data
 from patchgd_jax.data.ultramnist import UltraMnist
 from patchgd_jax.distributed import (
@@ -98,7 +99,7 @@ def train(
             # Whatever is wrong with the config shows before the folder is made.
             with all_or_none():
                 RunFolder.check_free(run_dir)
-                config = settled(config, budget, progress)
+                config = settled(with_channels(config), budget, progress)
                 run = Run(config, None, progress, optimizer)
             check_same(flatten(run.identity))
             with out_of_memory_told(config, run_dir):
@@ -172,7 +173,7 @@ class Run:
         self.config = config
         self.progress = progress
         # First, because processes wait for each other's devices.
-        self.device = select_device(config.device)
+        self.device = select_device(config.device, shared=config.mesh is not None)
         self.data = make_data(config)
         for note in self.data.notes:
             progress.message(note)

@@ -30,7 +30,7 @@ from patchgd_jax import (
     make_optimizer,
     train_step,
 )
-from patchgd_jax.models.heads import CNNHead
+from patchgd_jax.models.heads import CNNHead, LinearHead
 from patchgd_jax.models.small_cnn import SmallCNN
 from patchgd_jax.sharding import (
     make_mesh,
@@ -47,9 +47,9 @@ MODES = ("patchgd", "accumulate", "exact", "full")
 EVEN, ODD, SMALL = PatchGrid(16, 16, 4), PatchGrid(11, 17, 5, 3), PatchGrid(40, 56, 16, 12)
 
 
-def mesh_of(data, patch, batch, strata):
-    devices = jax.devices()[: data * patch]
-    layout = f"data={data},patch={patch}"
+def mesh_of(data, patch, rows, batch, strata):
+    devices = jax.devices()[: data * patch * rows]
+    layout = f"data={data},patch={patch},rows={rows}"
     return make_mesh(layout, batch_size=batch, strata=strata, devices=devices)
 
 
@@ -67,15 +67,16 @@ def differences(model, optimizer, grid, config, batch, splits, *, rules=(), **op
         wanted, metrics = alone(wanted, batch, KEY)
     assert max_relative(wanted.params, first.params) > 1e-6, "nothing was learned"
     found = {}
-    for data, patch in splits:
-        mesh = mesh_of(data, patch, len(batch["label"]), config.strata)
+    for data, patch, *rows in splits:
+        (rows,) = rows or [1]
+        mesh = mesh_of(data, patch, rows, len(batch["label"]), config.strata)
         state = jax.device_put(first, param_shardings(first, rules, mesh))
         arrays = shard_batch(batch, grid, mesh)
         step = jax.jit(partial(sharded_train_step, mesh=mesh, rules=rules, **arguments))
         for _ in range(STEPS):
             # Virtual devices share the cores' threads: steps in flight would starve each other.
             state, got = jax.block_until_ready(step(state, arrays, KEY))
-        found[f"{data}x{patch}"] = {
+        found[f"{data}x{patch}x{rows}"] = {
             "params": max_relative(state.params, wanted.params),
             "statistics": max_relative(state.model_state, wanted.model_state),
             "optimizer": max_relative(state.opt_state, wanted.opt_state),
@@ -149,6 +150,20 @@ def statistics(**settings):
         return differences(model, optax.sgd(0.01), SMALL, config, digits(), [(2, 4)])
 
 
+def rows(norm, **settings):
+    """Patches whose rows are on several devices: convolutions and norms reach beyond them."""
+    with jax.enable_x64(True):
+        model = from_linen(
+            SmallCNN(16, norm, jnp.float64), LinearHead(10, 0.0, jnp.float64),
+            grid=SMALL, channels=1, mean=0.1, std=0.3, dtype=jnp.float64,
+        )  # fmt: skip
+        config = PatchGDConfig(
+            patch=16, stride=12, fraction=0.5, strata=8, fill_chunk=8, **settings
+        )
+        splits = [(1, 1, 2), (1, 2, 4), (2, 2, 2)]
+        return differences(model, optax.sgd(0.01), SMALL, config, digits(), splits)
+
+
 FSDP = (("encoder/w1", (None, "data")), ("encoder/b1", ("patch",)), ("head/v1", ("patch", "data")))
 
 
@@ -161,7 +176,7 @@ def evaluation(splits):
         wanted = jax.jit(partial(eval_step, **arguments))(params, state, batch)
         found = {}
         for data, patch in splits:
-            mesh = mesh_of(data, patch, 8, patch)
+            mesh = mesh_of(data, patch, 1, 8, patch)
             step = jax.jit(partial(sharded_eval_step, mesh=mesh, **arguments))
             got = step(params, state, shard_batch(batch, LARGE, mesh))
             assert np.array_equal(got["prediction"], wanted["prediction"])
@@ -193,6 +208,8 @@ CASES = {
     "fsdp": partial(toy, ODD, [(2, 4)], optimizer=averaged_adam, rules=FSDP, mode="patchgd"),
     "fsdp exact": partial(toy, ODD, [(2, 4)], rules=FSDP, mode="exact"),
     "evaluation": partial(evaluation, [(2, 4), (8, 1), (1, 8)]),
+    "rows": partial(rows, "batch", mode="patchgd"),
+    "rows exact": partial(rows, "group", mode="exact"),
     "group norm": partial(shipped, {"norm": "group"}, TWO),
     "batch norm": partial(shipped, {"norm": "batch"}, [(2, 4)]),
     "batch norm in the fill": partial(shipped, {"norm": "batch"}, [(2, 4)], norm_policy="paper"),

@@ -45,18 +45,30 @@ def collectives(text):
     return found
 
 
-def compiled(data, patch, *, height, width=256, batch=4, mode="patchgd", rules=(), **settings):
-    """One outer step on `height` x `width` images, patches of 32, 16 of them per inner step."""
-    grid = PatchGrid(height, width, 32)
+def compiled(
+    data,
+    patch,
+    *,
+    height,
+    width=256,
+    batch=4,
+    mode="patchgd",
+    rules=(),
+    rows=1,
+    side=32,
+    **settings,
+):
+    """One outer step on `height` x `width` images, of whose patches a quarter per inner step."""
+    grid = PatchGrid(height, width, side)
     settings = {"strata": 8, "fill_chunk": 16, "inner_steps": 4, **settings}
-    config = PatchGDConfig(patch=32, mode=mode, **settings)
+    config = PatchGDConfig(patch=side, mode=mode, **settings)
     model = build_model(
         ModelConfig(norm="group", head="linear", latent_dim=16),
         grid=grid, channels=3, classes=10, mean=0.0, std=1.0,
     )  # fmt: skip
     mesh = make_mesh(
-        f"data={data},patch={patch}", batch_size=batch, strata=config.strata,
-        devices=jax.devices()[: data * patch],
+        f"data={data},patch={patch},rows={rows}", batch_size=batch, strata=config.strata,
+        devices=jax.devices()[: data * patch * rows],
     )  # fmt: skip
     optimizer = optax.adam(1e-3)
     key = jax.random.key(0)

@@ -33,7 +33,7 @@ def grids_of(config):
 def test_presets_build_and_survive_json(name):
     config = get_preset(name)
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
-    channels = config.data.channels
+    channels = config.data.num_channels
     (grid,) = grids_of(config)
     names, shapes = ("a",) * config.data.classes, ((grid.height, grid.width),)
     make_model(config, grid, Preprocess((0.0,) * channels, (1.0,) * channels, 0, names, shapes))

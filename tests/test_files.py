@@ -74,7 +74,9 @@ def labels(tmp_path):
 
 
 def config_for(labels, **data):
-    return TrainConfig(data=DataConfig(csv=labels, **{"size": (48, 48), **data}), **TINY)
+    return TrainConfig(
+        data=DataConfig(csv=labels, **{"size": (48, 48), "channels": 1, **data}), **TINY
+    )
 
 
 FITS = {
@@ -213,10 +215,12 @@ def test_the_test_fold_is_apart_and_groups_are_whole(labels):
 
 
 def test_folds_are_trained_once_each_and_go_on_after_a_stop(labels, tmp_path):
-    config = config_for(labels, split=SplitConfig(folds=3, test_fold=2))
+    config = config_for(labels, split=SplitConfig(folds=3, test_fold=2), channels=None)
     folder = tmp_path / "folds"
     first = cross_validate(config, folder)
     assert set(first["folds"]) == {0, 1}
+    # The files are grey; the run says so, and is still the same one below.
+    assert json.loads((folder / "fold-1" / "config.json").read_text())["data"]["channels"] == 1
     for metric in ("accuracy", "loss"):
         values = [score[metric] for score in first["folds"].values()]
         assert first["mean"][metric] == pytest.approx(np.mean(values))

@@ -71,9 +71,11 @@ def test_an_image_fits_and_keeps_its_proportions():
 @pytest.mark.parametrize("size", [(240, 360), (96, 200), (200, 96), (97, 101), (479, 719)])
 @pytest.mark.parametrize("tile", [None, (64, 64)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_bands_give_what_the_whole_image_gives(size, tile, channels, monkeypatch):
+@pytest.mark.parametrize("strip", [1, 9 * 720 * 4, 2**20])
+def test_bands_give_what_the_whole_image_gives(size, tile, channels, strip, monkeypatch):
     image = IMAGE[..., :channels]
     monkeypatch.setattr(fitting, "_BAND_BYTES", 5 * 720 * channels)
+    monkeypatch.setattr(fitting, "_STRIP_BYTES", strip)
     source = Recorded([image], tile)
     got, (height, width) = read_resized(source, size, 9)
     assert len(source.reads) > 6

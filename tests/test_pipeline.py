@@ -49,9 +49,9 @@ def same(some, others):
 
 def test_the_order_is_that_of_earlier_versions():
     # What recorded results were trained on; past the first pass, too.
-    assert ids(Numbers(20), 2) == [[16, 2, 13, 14, 9, 7], [17, 6, 18, 3, 8, 15]]
-    assert ids(Numbers(20), 1, start=9) == [[13, 17, 15, 19, 9, 1]]
-    assert ids(Numbers(20), 1, seed=7) == [[7, 9, 0, 8, 14, 15]]
+    assert ids(Numbers(20), 2) == [[14, 10, 16, 8, 7, 0], [19, 11, 2, 4, 1, 18]]
+    assert ids(Numbers(20), 1, start=9) == [[14, 0, 2, 4, 5, 17]]
+    assert ids(Numbers(20), 1, seed=7) == [[14, 13, 15, 1, 4, 3]]
     for k, first in {
         0: [6923, 3272, 1398, 6824, 9453, 7574],
         599: [2210, 3808, 6898, 4374, 7338, 900],
@@ -60,8 +60,10 @@ def test_the_order_is_that_of_earlier_versions():
         assert ids(Numbers(9600), 1, batch_size=16, start=k)[0][:6] == first
 
 
-@pytest.mark.parametrize(("size", "batch_size", "seed"), [(1, 3, 0), (7, 7, 5), (50, 8, 2**31 - 1)])
-def test_one_bucket_is_in_the_order_that_grain_has(size, batch_size, seed):
+@pytest.mark.parametrize(
+    ("size", "batch_size", "seed"), [(1024, 16, 0), (1500, 7, 5), (20_000, 8, 2**31 - 1)]
+)
+def test_one_large_bucket_is_in_the_order_that_grain_has(size, batch_size, seed):
     import grain
 
     chain = grain.MapDataset.range(size).seed(seed).shuffle().repeat(None).batch(batch_size)
@@ -87,6 +89,17 @@ def test_every_pass_has_each_example_once_in_a_new_order():
     assert (passes[0] != passes[1]).any()
     assert (passes[0] != np.arange(20)).any()
     assert ids(Numbers(20), 3, seed=1) != ids(Numbers(20), 3)
+
+
+def test_in_a_small_bucket_every_example_is_as_likely_at_every_place():
+    size, passes = 5, 2000
+    order = TrainOrder([np.arange(size)], seed=0, batch_size=size)
+    seen = np.array([order(k)[1] for k in range(passes)])
+    counts = np.array([np.bincount(place, minlength=size) for place in seen.T])
+    expected = passes / size
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(expected * (1 - 1 / size))
+    assert len({tuple(one) for one in seen.tolist()}) == 120
+    assert order(2**40)[1] != order(2**40 + 1)[1]
 
 
 def test_training_batches_hold_the_examples():

@@ -17,7 +17,15 @@ from virtual_devices import several_devices
 from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, sample_groups
 from patchgd_jax.latents import chunked_strata
 from patchgd_jax.sampling import inclusion_probability, strata_lists
-from patchgd_jax.sharding import Bands, make_mesh, param_specs, parse_layout, shard_batch
+from patchgd_jax.sharding import (
+    Bands,
+    check_rules,
+    make_mesh,
+    param_specs,
+    parse_layout,
+    parse_rules,
+    shard_batch,
+)
 
 HERE = Path(__file__).parent
 KEY = jax.random.key(3)
@@ -41,7 +49,7 @@ def on_eight_devices(script, *arguments):
 
 
 # The other cases take long: `python tests/mesh_cases.py` with these variables runs them all.
-CHOSEN = ("toy patchgd", "toy exact", "lists", "fsdp")
+CHOSEN = ("toy patchgd", "toy exact", "lists", "fsdp", "rows")
 
 
 def test_a_mesh_trains_as_one_device():
@@ -57,6 +65,9 @@ def test_a_mesh_trains_as_one_device():
                 assert error < 1e-12, (name, split, what, error)
 
 
+LARGE = {"height": 512, "width": 512, "side": 256, "strata": 1, "fill_chunk": 1, "batch": 1}
+
+
 @pytest.fixture(scope="module")
 def programs():
     """Compiled figures by (data, patch, height, batch, what)."""
@@ -67,6 +78,8 @@ def programs():
         "exact": {"data": 2, "patch": 4, "height": 2048, "mode": "exact"},
         "fsdp": {"data": 2, "patch": 4, "height": 2048, "fsdp": True},
         "small": {"data": 1, "patch": 1, "height": 256},
+        "large patches": {"data": 1, "patch": 1, **LARGE},
+        "large patches by rows": {"data": 1, "patch": 1, "rows": 4, **LARGE},
     }
     lines = on_eight_devices("mesh_programs.py", *map(json.dumps, requests.values()))
     return dict(zip(requests, lines, strict=True))
@@ -103,6 +116,16 @@ def test_an_images_memory_is_divided(programs, name, devices):
     alone, each = of_image(programs["one"]) - fixed, of_image(programs[name]) - fixed
     assert each / alone == pytest.approx(1 / devices, rel=0.15)
     assert programs[name]["image"] * devices == programs["one"]["image"]
+
+
+def test_rows_of_a_patch_divide_its_activations(programs):
+    """The maps of a patch are divided; only rows at the borders between devices are sent."""
+    whole, divided = programs["large patches"], programs["large patches by rows"]
+    assert divided["temporary"] < 0.4 * whole["temporary"]
+    sent = [count for kind, _, count in divided["collectives"] if kind == "collective-permute"]
+    assert sent
+    # A band of one channel's map, at most a few rows of 64 channels.
+    assert max(sent) <= 256 * 64 * 2
 
 
 def test_divided_parameters_take_less_memory(programs):
@@ -210,13 +233,13 @@ def test_uniform_draws_of_unequal_strata_have_no_unbiased_factor():
 
 @pytest.mark.parametrize(
     ("layout", "sizes"),
-    [("data=2,patch=4", (2, 4)), ("patch=3", (1, 3)), (" data = 5 ", (5, 1))],
+    [("data=2,patch=4", (2, 4, 1)), ("patch=3,rows=2", (1, 3, 2)), (" data = 5 ", (5, 1, 1))],
 )
 def test_layouts_are_read(layout, sizes):
     assert parse_layout(layout) == sizes
 
 
-@pytest.mark.parametrize("layout", ["", "8", "data=0", "data=2;patch=4", "rows=2", "data=2,data=2"])
+@pytest.mark.parametrize("layout", ["", "8", "data=0", "data=2;patch=4", "cols=2", "data=2,data=2"])
 def test_a_bad_layout_is_named(layout):
     with pytest.raises(ConfigError, match="cannot be read; write auto"):
         parse_layout(layout)
@@ -259,6 +282,18 @@ def test_more_strata_or_devices_than_patches_are_named():
         sample_groups(KEY, num_patches=4, inner_steps=2, batch=1, strata=8)
     with pytest.raises(ConfigError, match="at least 1"):
         PatchGDConfig(strata=0)
+
+
+def test_rules_are_read():
+    assert parse_rules(["kernel$=-,data", "a=b=patch"]) == [
+        ("kernel$", (None, "data")),
+        ("a=b", ("patch",)),
+    ]
+    for text in ("kernel", "kernel=model", "=data", "(=data"):
+        with pytest.raises(ConfigError, match="param_rules"):
+            parse_rules([text])
+    with pytest.raises(ConfigError, match="fits no parameter; there are encoder/kernel"):
+        check_rules({"encoder": {"kernel": np.zeros(3)}}, parse_rules(["kernels=data"]))
 
 
 def test_rules_that_do_not_fit_are_named():

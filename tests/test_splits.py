@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from patchgd_jax.config import SplitConfig
-from patchgd_jax.data.splits import split_table
+from patchgd_jax.data.splits import absent_labels, split_table
 from patchgd_jax.data.table import ImageTable, select
 from patchgd_jax.errors import DataError
 
@@ -184,6 +184,35 @@ def test_splits_that_cannot_be_are_told():
     table = make([0, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1, 1], [2, 0, 3, 0, 1, 2, 0, 1, 0, 3, 1, 3])
     with pytest.raises(DataError, match="class 'b' has no image in the split validation; another"):
         fold_indices(table, SplitConfig(folds=3))
+
+
+def test_a_class_that_a_split_lacks_is_named_with_its_lines():
+    table = make([0, 0, 0, 0, 1, 1], splits=("train", "validation") * 2 + ("train",) * 2)
+    table = dataclasses.replace(table, rows=tuple(range(2, 8)))
+    with pytest.raises(DataError, match=r"class 'b' \(lines 6, 7\) has no image in the split val"):
+        split_table(table, SplitConfig())
+    few = dataclasses.replace(make([0] * 9 + [1]), rows=tuple(range(2, 12)))
+    with pytest.raises(DataError, match=r"class 'b' has 1 image \(line 11\), fewer than the 5"):
+        split_table(few, SplitConfig())
+
+
+def test_a_label_that_a_split_lacks_is_told():
+    labels = np.zeros((12, 3), np.float32)
+    labels[:, 0] = 1
+    labels[:8, 1] = 1
+    labels[11, 2] = 1
+    splits = ("train", "validation", "test") * 4
+    table = make(labels, splits=splits, names=("all", "many", "one"))
+    table = dataclasses.replace(table, rows=tuple(range(2, 14)))
+    assert absent_labels(table, split_table(table, SplitConfig())) == (
+        "label 'one' (line 13) is in no image of the split train: it cannot be learnt",
+        "label 'one' (line 13) is in no image of the split validation: it is not scored there",
+    )
+    whole = split_table(table, SplitConfig())
+    whole["test"] = whole["test"][:0]
+    assert len(absent_labels(table, whole)) == 2
+    single = make([0, 1] * 6, splits=splits)
+    assert absent_labels(single, split_table(single, SplitConfig())) == ()
 
 
 def test_missing_grades_and_unused_classes_need_no_fold():

@@ -21,12 +21,14 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from patchgd_jax import ConfigError, DataConfig, DataError
+from patchgd_jax import ConfigError, DataConfig, DataError, TrainConfig
 from patchgd_jax.data import tfds_builder
+from patchgd_jax.data.channels import with_channels
 from patchgd_jax.data.png_folder import make_folder
 from patchgd_jax.data.safe_image import decode_image, read_image
+from patchgd_jax.data.sources import make_data
 from patchgd_jax.data.tfds_builder import UltraMnistBuilder, config_name, make_dataset
-from patchgd_jax.data.tfds_source import TfdsSource
+from patchgd_jax.data.tfds_source import TfdsSource, stored_channels
 from patchgd_jax.data.ultramnist import UltraMnist
 from patchgd_jax.errors import DiskError
 from patchgd_jax.progress import Progress
@@ -103,7 +105,7 @@ def test_round_trip_without_tensorflow_and_network(tmp_path, channels):
             import tensorflow_datasets as tfds
             from patchgd_jax.config import DataConfig, from_dict
             from patchgd_jax.data import tfds_builder
-            from patchgd_jax.data.tfds_source import TfdsSource
+            from patchgd_jax.data.tfds_source import TfdsSource, stored_channels
             from patchgd_jax.data.ultramnist import UltraMnist
 
             config, root = from_dict(DataConfig, json.loads(sys.argv[1])), sys.argv[2]
@@ -153,6 +155,7 @@ def test_round_trip_without_tensorflow_and_network(tmp_path, channels):
         )
     )
     folder = Path(out.splitlines()[-1])
+    assert stored_channels(folder) == channels
     assert folder.parent.name == config_name(config, 7)
     assert [p.name for p in folder.parent.iterdir()] == ["1.0.0"]
 
@@ -461,15 +464,46 @@ def test_splits(tmp_path, own):
     assert (count(own, "train"), count(own, "validation")) == (4, 1)
     own_set(tmp_path, FILES[:3], splits=("train", "test"))
     assert (count(tmp_path, "train"), count(tmp_path, "validation")) == (3, 3)
+    with pytest.raises(ConfigError, match="no split 'test' besides its validation images"):
+        count(tmp_path, "test")
     own_set(tmp_path, FILES[:2], splits=("train", "test", "validation"), name="three")
-    source = TfdsSource("three", "validation", channels=1, data_dir=tmp_path)
-    assert " validation " in source.fingerprint
+    for split in ("train", "validation", "test"):
+        source = TfdsSource("three", split, channels=1, data_dir=tmp_path)
+        assert f" {split} " in source.fingerprint
     own_set(tmp_path, FILES[:1], splits=("test",), name="no_train")
     with pytest.raises(ConfigError, match="has no split 'train'; its splits: test"):
         count(tmp_path, "train", "no_train")
     own_set(tmp_path, FILES[:1], name="single")
     with pytest.raises(DataError, match=r"split train\[80%:\] is empty"):
         count(tmp_path, "validation", "single")
+
+
+def test_a_run_has_the_sets_test_images_and_says_what_chooses_the_model(tmp_path, own):
+    def data(folder):
+        config = DataConfig(tfds=str(folder), size=(32, 32))
+        return make_data(with_channels(TrainConfig(data=config, batch_size=1)))
+
+    three = data(own_set(tmp_path, FILES[:2], splits=("train", "test", "validation"), name="three"))
+    assert three.test is not None
+    assert three.notes == ()
+    assert three.test.describe(1).endswith("split test")
+    assert three.test[1]["image"].shape == (32, 32, 3)
+    two = data(own_set(tmp_path, FILES[:3], splits=("train", "test"), name="two"))
+    assert two.test is None
+    assert two.notes == (
+        "The set has no split validation; its split test is, and chooses the best model.",
+    )
+    assert "the last fifth of its split train is" in data(own / "own").notes[0]
+
+
+def test_a_set_says_whether_its_images_are_grey(tmp_path, own):
+    assert stored_channels("own", own) == 3
+    image = tfds.features.Image(shape=(None, None, None))
+    kind = tfds.features.ClassLabel(num_classes=2)
+    grey = encoded(COLOUR.convert("L"))
+    unsaid = own_set(tmp_path, [grey] * 2, name="unsaid", picture=image, kind=kind)
+    with pytest.raises(ConfigError, match=r"set --data\.channels 1 or 3"):
+        stored_channels(unsaid)
 
 
 def test_a_set_is_found_by_name_config_version_or_folder(tmp_path, frozen):

@@ -70,14 +70,16 @@ class NpyRegions(ArrayRegions):
 
     Args:
         path: the file; see `ArrayRegions` for what it may hold.
-        channels: 1 or 3.
+        channels: 1 or 3. None: what the file has.
         background: uint8 value outside the image.
 
     Raises:
         ImageReadError: if the file is truncated, no array, or no image.
     """
 
-    def __init__(self, path: str | Path, *, channels: Literal[1, 3], background: int = 0) -> None:
+    def __init__(
+        self, path: str | Path, *, channels: Literal[1, 3] | None, background: int = 0
+    ) -> None:
         self.path = Path(path)
         try:
             array = np.load(self.path, mmap_mode="r")
@@ -95,7 +97,7 @@ class FlatRegions(ClippedRegions):
 
     Args:
         path: PNG, JPEG, WebP, BMP or TIFF.
-        channels: 1 or 3.
+        channels: 1 or 3. None: what the file has.
         background: uint8 value outside the image and under transparent pixels.
         max_pixels: largest accepted height times width.
 
@@ -107,7 +109,7 @@ class FlatRegions(ClippedRegions):
         self,
         path: str | Path,
         *,
-        channels: Literal[1, 3],
+        channels: Literal[1, 3] | None,
         background: int = 0,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
@@ -124,6 +126,7 @@ class FlatRegions(ClippedRegions):
                 f"it has {height} x {width} px, too many to decode it as a whole; convert it once "
                 "with `patchgd-jax data tile`",
             )
+        channels = channels or header.channels
         arguments = {
             "path": path,
             "channels": channels,

@@ -12,10 +12,12 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from patchgd_jax.data.channels import ADVICE, common_channels
 from patchgd_jax.data.check_report import CheckReport, Problem
 from patchgd_jax.data.regions import RegionSource, is_flat
 from patchgd_jax.data.safe_image import ImageReadError, read_header, read_image
 from patchgd_jax.data.safe_text import printable
+from patchgd_jax.data.splits import Split, absent_labels
 from patchgd_jax.data.table import ImageTable
 
 _SWEEP = 2048
@@ -25,7 +27,7 @@ _SWEEP = 2048
 class OpenRegions(Protocol):
     """Opens an image that is read by regions."""
 
-    def __call__(self, path: Path, *, channels: Literal[1, 3]) -> RegionSource:
+    def __call__(self, path: Path, *, channels: None) -> RegionSource:
         """Opens it.
 
         Raises:
@@ -36,9 +38,9 @@ class OpenRegions(Protocol):
 
 def check_images(
     table: ImageTable,
-    splits: Mapping[str, np.ndarray],
+    splits: Split,
     *,
-    channels: Literal[1, 3],
+    channels: Literal[1, 3] | None,
     open_image: OpenRegions,
     decode: bool = False,
     threads: int = 4,
@@ -47,12 +49,14 @@ def check_images(
     """Opens every file of a table, counts what is in it, and looks for copies and leaks.
 
     Problems are files that cannot be read, the same content (by SHA-256) under different labels or
-    in different splits, and groups in different splits.
+    in different splits, groups in different splits, and images that are grey where most are in
+    colour, or the other way round.
 
     Args:
         table: the images.
         splits: `int [m]` indices of each split's images, as of `split_table`.
-        channels: what the images are to be read as.
+        channels: what the images are to be read as, so that they may be of both kinds. None: as
+            they are.
         open_image: `open_regions`, or what opens the files that `is_flat` is not true of.
         decode: decode all pixels, which finds every damage; otherwise only headers are read.
         threads: files to look at at once; with `decode` each may need a whole image of memory.
@@ -62,7 +66,7 @@ def check_images(
     with ThreadPoolExecutor(threads) as pool:
         try:
             facts: list[_Facts | str] = []
-            for found in pool.map(lambda p: _look(p, channels, open_image, decode), table.paths):
+            for found in pool.map(lambda p: _look(p, open_image, decode), table.paths):
                 facts.append(found)
                 on_image(len(facts))
             good = [index for index, found in enumerate(facts) if isinstance(found, _Facts)]
@@ -72,6 +76,8 @@ def check_images(
             raise
     problems = [(index, found) for index, found in enumerate(facts) if isinstance(found, str)]
     problems += _torn_groups(table, home)
+    if channels is None:
+        problems += _other_channels(facts)
     notes = []
     harmless = []
     for first, *others in copies:
@@ -103,37 +109,33 @@ def check_images(
             Problem(table.rows[index], str(table.paths[index]), reason)
             for index, reason in sorted(problems, key=lambda problem: problem[0])
         ),
-        notes=(*_channel_notes(known, channels), *notes),
+        notes=(*absent_labels(table, splits), *_channel_notes(known, channels), *notes),
     )
 
 
 class _Facts(NamedTuple):
     height: int
     width: int
-    channels: int | None
-    """1 or 3; None if the reader does not tell what the file has."""
+    channels: int
+    """1 or 3, what the file has."""
     format: str
 
 
-def _look(
-    path: Path, channels: Literal[1, 3], open_image: OpenRegions, decode: bool
-) -> _Facts | str:
+def _look(path: Path, open_image: OpenRegions, decode: bool) -> _Facts | str:
     """What a file holds, or why it cannot be used."""
     try:
         if not is_flat(path):
-            return _look_at_regions(path, channels, open_image, decode)
+            return _look_at_regions(path, open_image, decode)
         header = read_header(path)
         if decode:
-            read_image(path, channels=channels)
+            read_image(path, channels=header.channels)
         return _Facts(header.height, header.width, header.channels, header.format)
     except ImageReadError as error:
         return error.reason
 
 
-def _look_at_regions(
-    path: Path, channels: Literal[1, 3], open_image: OpenRegions, decode: bool
-) -> _Facts:
-    source = open_image(path, channels=channels)
+def _look_at_regions(path: Path, open_image: OpenRegions, decode: bool) -> _Facts:
+    source = open_image(path, channels=None)
     try:
         if decode:
             for level, (height, width) in enumerate(source.level_shapes):
@@ -141,7 +143,7 @@ def _look_at_regions(
                     for x in range(0, width, _SWEEP):
                         rows, columns = min(_SWEEP, height - y), min(_SWEEP, width - x)
                         source.read(y, x, rows, columns, level)
-        return _Facts(*source.level_shapes[0], None, "regions")
+        return _Facts(*source.level_shapes[0], source.channels, "regions")
     finally:
         source.close()
 
@@ -221,9 +223,18 @@ def _by_power_of_two(sides: Iterable[int]) -> dict[str, int]:
     return {f"{2**power}-{2 ** (power + 1) - 1} px": powers[power] for power in sorted(powers)}
 
 
-def _channel_notes(known: Sequence[_Facts], channels: int) -> list[str]:
+def _other_channels(facts: Sequence[_Facts | str]) -> list[tuple[int, str]]:
+    """The images that are grey where most are in colour, or the other way round."""
+    channels = common_channels([f.channels if isinstance(f, _Facts) else None for f in facts])
+    most, rare = channels.kinds
+    return [(index, f"it is {rare}, most are {most}; {ADVICE}") for index in channels.others]
+
+
+def _channel_notes(known: Sequence[_Facts], channels: int | None) -> list[str]:
     grey = sum(found.channels == 1 for found in known)
     colour = sum(found.channels == 3 for found in known)
+    if channels is None and known and not (grey and colour):
+        return [f"all images are {'in colour' if colour else 'grey'}, and are read so"]
     if channels == 1 and colour:
         return [f"{colour} of {len(known)} images are coloured; data.channels 1 makes them grey"]
     if channels == 3 and grey and colour:

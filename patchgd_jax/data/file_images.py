@@ -44,7 +44,7 @@ class FileReader:
 
     def open(self, path: Any) -> RegionSource:
         """The file, of which nothing but the header is read."""
-        return open_regions(path, channels=self.config.channels, background=self.background)
+        return open_regions(path, channels=self.config.num_channels, background=self.background)
 
     def shape(self, path: Any) -> tuple[int, int]:
         """Height and width of what `read` gives.
@@ -152,7 +152,7 @@ class FileImages:
         for patches in self._layout.patches or ():
             rows.update(patches.tobytes())
         config = self._reader.config
-        look = (config.size, config.fit, config.level, config.channels, self._reader.background)
+        look = (config.size, config.fit, config.level, config.num_channels, self._reader.background)
         return (
             f"files table={self.table.fingerprint} rows={rows.hexdigest()[:16]} "
             f"shapes={self._layout.shapes} look={look} panda={config.panda_options}"

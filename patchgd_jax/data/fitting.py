@@ -6,7 +6,10 @@ import numpy as np
 
 from patchgd_jax.data.regions import RegionSource
 
-_BAND_BYTES = 32 * 2**20
+_BAND_BYTES = 8 * 2**20
+_STRIP_BYTES = 2**20
+"""Bytes of what Pillow shrinks at a time. Small buffers are used again; large ones go back to the
+operating system, and getting them anew cost as much as shrinking."""
 
 
 def best_level(source: RegionSource, height: int, width: int) -> int:
@@ -87,18 +90,25 @@ def _shrink_into(out: np.ndarray, source: RegionSource, level: int) -> None:
     (rows, cols), (height, width) = source.level_shapes[level], out.shape[:2]
     step = source.tile[0] if source.tile else 1
     step *= max(1, _BAND_BYTES // (step * cols * source.channels))
+    # Pillow needs four bytes for a pixel in colour.
+    strip = max(1, _STRIP_BYTES // 4 * height // (rows * cols))
     top, done = 0, 0
     kept = np.empty((0, cols, source.channels), np.uint8)
     for start in range(0, rows, step):
         bottom = min(start + step, rows)
-        band = np.concatenate([kept, source.read(start, 0, bottom - start, cols, level)])
+        band = source.read(start, 0, bottom - start, cols, level)
+        if len(kept):
+            band = np.concatenate([kept, band])
         ready = bottom * height // rows
-        if ready > done:
-            image = Image.fromarray(band[..., 0] if source.channels == 1 else band)
-            lower = min(ready * rows / height - top, len(band))
-            box = (0, done * rows / height - top, cols, lower)
-            small = image.resize((width, ready - done), Image.Resampling.BOX, box=box)
-            out[done:ready] = np.asarray(small).reshape(ready - done, width, -1)
-            done = ready
+        while done < ready:
+            upto = min(done + strip, ready)
+            first, last = done * rows // height, -(-upto * rows // height)
+            pixels = band[first - top : last - top]
+            image = Image.fromarray(pixels[..., 0] if source.channels == 1 else pixels)
+            lower = min(upto * rows / height - first, len(pixels))
+            box = (0, done * rows / height - first, cols, lower)
+            small = image.resize((width, upto - done), Image.Resampling.BOX, box=box)
+            out[done:upto] = np.asarray(small).reshape(upto - done, width, -1)
+            done = upto
         following = done * rows // height
         kept, top = band[following - top :].copy(), following

@@ -21,7 +21,7 @@ class OpenSlideRegions(ClippedRegions):
 
     Args:
         path: the slide's file.
-        channels: 1 or 3.
+        channels: 1 or 3. None: 3, as slides have.
         background: uint8 value outside the image and where the slide holds no tile.
         cache_bytes: bytes of decoded tiles to keep.
 
@@ -34,7 +34,7 @@ class OpenSlideRegions(ClippedRegions):
         self,
         path: str | Path,
         *,
-        channels: Literal[1, 3],
+        channels: Literal[1, 3] | None,
         background: int = 0,
         cache_bytes: int = 64 * 2**20,
     ) -> None:
@@ -68,7 +68,7 @@ class OpenSlideRegions(ClippedRegions):
                 "cache_bytes": cache_bytes,
             },
             [(height, width) for width, height in self._slide.level_dimensions],
-            channels=channels,
+            channels=channels or 3,
             background=background,
             mpp=mpp or None,
             tile=(int(rows), int(cols)) if rows and cols else None,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
 
-_SCHEDULE = 0x5C4ED
-"""Sets the random numbers of the schedule apart from others with the same seed."""
+_SCHEDULE, _PASS = 0x5C4ED, 0x9A55
+"""Set the random numbers of the schedule and of a pass apart from others with the same seed."""
+
+_FEW = 1024
+"""Below so many examples Grain's shuffle is slow, 2 ms for each of 16: it draws below 2^16 until
+one of them comes."""
 
 
 class TrainOrder:
@@ -39,7 +43,9 @@ class TrainOrder:
         import grain
 
         return [
-            grain.MapDataset.source(indices).seed(self._seed + number).shuffle().repeat(None)
+            _Passes(indices, self._seed + number)
+            if len(indices) < _FEW
+            else grain.MapDataset.source(indices).seed(self._seed + number).shuffle().repeat(None)
             for number, indices in enumerate(self._buckets)
         ]
 
@@ -58,6 +64,24 @@ class TrainOrder:
         bucket, turn = _schedule(sizes, self._seed, cycle)
         chosen = int(bucket[place])
         return chosen, cycle * sizes[chosen] + int(turn[place])
+
+
+class _Passes:
+    """An endless stream of a few indices, shuffled anew on every pass."""
+
+    def __init__(self, indices: np.ndarray, seed: int) -> None:
+        self._indices = indices
+        # Neighbouring batches are from the same pass, or from two.
+        self._pass = lru_cache(maxsize=2)(partial(_shuffled, len(indices), seed))
+
+    def __getitem__(self, place: int) -> int:
+        number, within = divmod(place, len(self._indices))
+        return int(self._indices[self._pass(number)[within]])
+
+
+def _shuffled(count: int, seed: int, number: int) -> np.ndarray:
+    moment = np.random.default_rng([_PASS, seed, number]).random(count)
+    return np.argsort(moment, kind="stable")
 
 
 @lru_cache(maxsize=2)

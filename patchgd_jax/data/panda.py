@@ -75,6 +75,11 @@ def read_panda(folder: str | Path, options: PandaConfig) -> PandaTable:
     """
     folder = Path(folder)
     table = folder / "train.csv"
+    if not table.is_file():
+        raise DataError(
+            f"there is no file {table}; data.panda names the folder that holds train.csv and "
+            "train_images"
+        )
     lines = list(_lines(table))
     wanted = None
     if options.cleaned_list is not None:

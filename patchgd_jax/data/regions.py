@@ -92,7 +92,7 @@ like JPEG or TIFF."""
 def open_regions(
     path: str | Path,
     *,
-    channels: Literal[1, 3],
+    channels: Literal[1, 3] | None,
     background: int = 0,
     cache_bytes: int = 64 * 2**20,
 ) -> RegionSource:
@@ -104,7 +104,7 @@ def open_regions(
 
     Args:
         path: the file, or a Zarr image's folder; its kind is found from its content.
-        channels: 1 for grey, 3 for RGB.
+        channels: 1 for grey, 3 for RGB. None: what the file has; transparency does not count.
         background: uint8 value outside the image and under transparent pixels.
         cache_bytes: bytes of decoded tiles to keep.
 
@@ -205,7 +205,8 @@ def _flat_tiff_pixels(path: Path) -> int:
     try:
         # Image.open would apply a limit of pixels that is global to the process.
         with path.open("rb") as file, TiffImageFile(file) as image:
-            single = image.n_frames == 1 and _TILE_WIDTH not in image.tag_v2
+            # The number of frames is known when all of them have been looked at.
+            single = _TILE_WIDTH not in image.tag_v2 and image.n_frames == 1
             return image.width * image.height if single else 0
     except Exception:
         # What Pillow cannot open, the tiled reader opens or explains.

@@ -265,8 +265,23 @@ def _checked(
         turn = 1
     if swapped:
         width, height = height, width
-    header = ImageHeader(width, height, 1 if image.mode in _GREY else 3, kind)
+    grey = image.mode in _GREY or _has_grey_palette(image)
+    header = ImageHeader(width, height, 1 if grey else 3, kind)
     return _Opened(image, header, turn, bits, inverted)
+
+
+def _has_grey_palette(image: ImageFile.ImageFile) -> bool:
+    """Whether all colours of an image's palette are grey, those that no pixel has among them."""
+    if image.mode not in ("P", "PA") or image.palette is None:
+        return False
+    from PIL import Image
+
+    # The image's own getpalette would decode its pixels.
+    rawmode, entries = image.palette.getdata()
+    pixel = Image.new("P", (1, 1))
+    pixel.putpalette(entries, rawmode)
+    colours = np.array(pixel.getpalette("RGB")).reshape(-1, 3)
+    return bool((colours == colours[:, :1]).all())
 
 
 def _check_parts(path: str | Path, tags: Any, size: int, max_pixels: int) -> None:

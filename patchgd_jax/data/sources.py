@@ -14,7 +14,7 @@ from patchgd_jax.data.file_images import FileImages, FileReader, plan_layout
 from patchgd_jax.data.fitted import Fitted
 from patchgd_jax.data.shortcuts import majority_scores, shortcut_scores
 from patchgd_jax.data.source import ExampleSource
-from patchgd_jax.data.splits import Split, split_table
+from patchgd_jax.data.splits import Split, absent_labels, split_table
 from patchgd_jax.data.table import ImageTable
 from patchgd_jax.data.ultramnist import UltraMnist
 from patchgd_jax.errors import ConfigError, DataError
@@ -72,7 +72,10 @@ def make_data(config: TrainConfig) -> RunData:
     data = _tfds(config) if config.data.tfds is not None else _files(config)
     batch = config.images_per_step
     if len(data.train) < batch:
-        raise ConfigError(f"batch_size {batch} is more than the {len(data.train)} training images")
+        raise ConfigError(
+            f"batch_size {batch} is more than the {len(data.train)} training images; "
+            "set --batch-size lower"
+        )
     return data
 
 
@@ -99,28 +102,34 @@ def _generated(config: TrainConfig) -> RunData:
 
 
 def _tfds(config: TrainConfig) -> RunData:
-    from patchgd_jax.data.tfds_source import TfdsSource
+    from patchgd_jax.data.tfds_source import TfdsSource, tfds_splits
 
-    assert config.data.tfds is not None
-    background = config.data.background or 0
-    sources = [
-        Fitted(
-            TfdsSource(
-                config.data.tfds, split, channels=config.data.channels, background=background
-            ),
-            config.data.size,
+    data = config.data
+    assert data.tfds is not None
+    background = data.background or 0
+    parts = tfds_splits(data.tfds)
+    sources = {
+        split: Fitted(
+            TfdsSource(data.tfds, split, channels=data.num_channels, background=background),
+            data.size,
             background,
         )
-        for split in ("train", "validation")
-    ]
+        for split in parts
+    }
+    instead = {"validation": None, "test": "its split test"}.get(
+        parts["validation"], "the last fifth of its split train"
+    )
     return RunData(
-        sources[0],
-        sources[1],
-        None,
+        sources["train"],
+        sources["validation"],
+        sources.get("test"),
         background=background,
-        shapes=(config.data.size,),
+        shapes=(data.size,),
         slots=(None,),
-        shortcuts={"chance": 1 / sources[0].num_classes},
+        shortcuts={"chance": 1 / sources["train"].num_classes},
+        notes=()
+        if instead is None
+        else (f"The set has no split validation; {instead} is, and chooses the best model.",),
     )
 
 
@@ -199,5 +208,5 @@ def _files(config: TrainConfig) -> RunData:
         else float(np.mean([len(patches) for patches in layout.patches])),
         weighted=table.weights is not None,
         regions_level=config.data.level if config.data.fit == "native" else None,
-        notes=layout.notes,
+        notes=(*absent_labels(table, rows), *layout.notes),
     )

@@ -10,6 +10,8 @@ from patchgd_jax.config import SplitConfig
 from patchgd_jax.data.table import SPLITS, ImageTable
 from patchgd_jax.errors import DataError
 
+_LISTED = 5
+
 Split = dict[str, np.ndarray]
 """`train`, `validation` and `test`: `int64 [m]` indices into the table, rising; test may be
 empty."""
@@ -37,6 +39,34 @@ def split_table(
     split = {name: np.flatnonzero(names == name) for name in SPLITS}
     _check(table, split)
     return split
+
+
+def absent_labels(table: ImageTable, split: Split) -> tuple[str, ...]:
+    """Which labels of a multi-label table are in no image of a split, a line each.
+
+    No error, as it is for single labels: a label that is rarer than the splits would end any run.
+    """
+    if table.labels.ndim == 1:
+        return ()
+    has = table.labels > 0.5
+    notes = []
+    for name, indices in split.items():
+        for label in np.flatnonzero(~has[indices].any(0)) if len(indices) else ():
+            what = "it cannot be learnt" if name == "train" else "it is not scored there"
+            notes.append(
+                f"label {table.class_names[label]!r}{_on_lines(table, has[:, label])} is in no "
+                f"image of the split {name}: {what}"
+            )
+    return tuple(notes)
+
+
+def _on_lines(table: ImageTable, chosen: np.ndarray) -> str:
+    """Where in the CSV file some images are, `bool [n]`, in brackets; empty without one."""
+    lines = [table.rows[index] for index in np.flatnonzero(chosen)]
+    if not lines or not all(lines):
+        return ""
+    more = ", ..." if len(lines) > _LISTED else ""
+    return f" (line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:_LISTED]))}{more})"
 
 
 def _fold_split(table: ImageTable, folds: np.ndarray, fold: int, test_fold: int | None) -> Split:
@@ -70,10 +100,13 @@ def _folds(table: ImageTable, config: SplitConfig, strata: np.ndarray | None = N
         )
     if _single(table):
         for label in np.unique(table.labels):
-            count = len(set(units[table.labels == label].tolist()))
+            has = table.labels == label
+            count = len(set(units[has].tolist()))
             if count < config.folds:
+                units_there = what if count > 1 else what[:-1]
                 raise DataError(
-                    f"class {table.class_names[label]!r} has {count} {what}, fewer than the "
+                    f"class {table.class_names[label]!r} has {count} {units_there}"
+                    f"{_on_lines(table, has)}, fewer than the "
                     f"{config.folds} folds; set data.split.folds lower, or leave the class out"
                 )
     # By path, so that moving a row changes nothing.
@@ -139,8 +172,10 @@ def _check(table: ImageTable, split: Split) -> None:
         for label in np.unique(table.labels):
             for name, indices in split.items():
                 if len(indices) and not (table.labels[indices] == label).any():
+                    lines = _on_lines(table, table.labels == label)
                     raise DataError(
-                        f"class {table.class_names[label]!r} has no image in the split {name}; "
+                        f"class {table.class_names[label]!r}{lines} has no image in the split "
+                        f"{name}; "
                         + (
                             "another data.split.seed or fewer data.split.folds may give it one"
                             if table.splits is None

@@ -301,7 +301,8 @@ def _quiet_absl() -> Iterator[None]:
 
 
 def _look(config: DataConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _LOOK}
+    look = {name: getattr(config, name) for name in _LOOK}
+    return {**look, "channels": config.num_channels}
 
 
 def _features(config: DataConfig, example: EncodedExample) -> dict[str, Any]:

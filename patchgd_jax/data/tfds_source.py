@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from patchgd_jax.data.digits import Split
 from patchgd_jax.data.safe_image import decode_image
 from patchgd_jax.errors import ConfigError, DataError
+
+Split = Literal["train", "validation", "test"]
 
 _INFO = "dataset_info.json"
 
@@ -24,19 +25,18 @@ class TfdsSource:
     Nothing is ever downloaded. The set must hold exactly one image and one class label, whatever
     they are called, and be stored in a format with random access (array_record).
 
-    The split `validation` is the set's own `validation`, else its `test`, else the last fifth of
-    `train`, in stored order; only in that last case does the split `train` leave that fifth out.
+    What its splits are is said by `tfds_splits`.
 
     Args:
         name_or_dir: the folder a set was prepared in, or NAME, NAME/CONFIG or NAME/CONFIG/VERSION
             within `data_dir`; the newest version and an only config need not be named.
-        split: `train` or `validation`.
+        split: `train`, `validation` or `test`.
         channels: 1 for grey, 3 for RGB.
         background: uint8 value under transparent pixels.
         data_dir: tfds' folder of all sets. None: TFDS_DATA_DIR or ~/tensorflow_datasets.
 
     Raises:
-        ConfigError: if there is no such prepared set, or it is of another kind.
+        ConfigError: if there is no such prepared set or split, or it is of another kind.
         DataError: if its files are damaged or missing.
     """
 
@@ -56,7 +56,10 @@ class TfdsSource:
         self._image, self._label = _image_and_label(info)
         self._class_names = tuple(str(name) for name in info.features[self._label].names)
         self._name = info.full_name
-        self._split = _split_expression(info, split)
+        parts = _splits(info)
+        if split not in parts:
+            raise ConfigError(f"{self._name} has no split {split!r} besides its validation images")
+        self._split = parts[split]
         self._records = _open_records(folder, info, self._split, self._image)
         self._fingerprint = (
             f"tfds {self._name} {self._split} records={len(self)} info={_info_hash(folder)} "
@@ -113,6 +116,45 @@ class TfdsSource:
             record[self._image], name, channels=self._channels, background=self._background
         )
         return {"image": image, "label": np.int64(label), "id": np.int64(index)}
+
+
+def stored_channels(name_or_dir: str | Path, data_dir: str | Path | None = None) -> Literal[1, 3]:
+    """The channels that a prepared set says its images have; transparency does not count.
+
+    Args:
+        name_or_dir: as for `TfdsSource`.
+        data_dir: as for `TfdsSource`.
+
+    Raises:
+        ConfigError: if the set does not say it, or as `TfdsSource`.
+        DataError: as `TfdsSource`.
+    """
+    info = _read_info(find_prepared(name_or_dir, data_dir))
+    image, _ = _image_and_label(info)
+    channels = info.features[image].shape[-1]
+    if channels not in (1, 3, 4):
+        raise ConfigError(
+            f"{info.full_name} does not say whether its images are grey; set --data.channels 1 or 3"
+        )
+    return 1 if channels == 1 else 3
+
+
+def tfds_splits(name_or_dir: str | Path, data_dir: str | Path | None = None) -> dict[Split, str]:
+    """The splits of a run on a prepared set, each with the part of the set that it is.
+
+    `validation` is the set's own `validation`, and `test` its `test`. Without a validation split
+    its `test` is `validation`, or without that, too, the last fifth of `train` in stored order,
+    which the split `train` leaves out.
+
+    Args:
+        name_or_dir: as for `TfdsSource`.
+        data_dir: as for `TfdsSource`.
+
+    Raises:
+        ConfigError: as `TfdsSource`.
+        DataError: as `TfdsSource`.
+    """
+    return _splits(_read_info(find_prepared(name_or_dir, data_dir)))
 
 
 def find_prepared(name_or_dir: str | Path, data_dir: str | Path | None = None) -> Path:
@@ -209,15 +251,17 @@ def _image_and_label(info: Any) -> tuple[str, str]:
     return names[0][0], names[1][0]
 
 
-def _split_expression(info: Any, split: Split) -> str:
-    own = next((name for name in ("validation", "test") if name in info.splits), None)
+def _splits(info: Any) -> dict[Split, str]:
     if "train" not in info.splits:
         raise ConfigError(
             f"{info.full_name} has no split 'train'; its splits: {', '.join(info.splits) or 'none'}"
         )
-    if split == "train":
-        return "train" if own else "train[:80%]"
-    return own or "train[80%:]"
+    if "validation" in info.splits:
+        own: dict[Split, str] = {"train": "train", "validation": "validation"}
+        return own | ({"test": "test"} if "test" in info.splits else {})
+    if "test" in info.splits:
+        return {"train": "train", "validation": "test"}
+    return {"train": "train[:80%]", "validation": "train[80%:]"}
 
 
 def _open_records(folder: Path, info: Any, split: str, image: str) -> Any:

@@ -67,6 +67,11 @@ class Pyramid:
     """Whether the decoder leaves YCbCr to the caller."""
     mpp: float | None
 
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour; alpha does not count."""
+        return self.colours - (self.alpha != "none")
+
 
 def require_tifffile() -> ModuleType:
     """The tifffile package.

@@ -24,7 +24,7 @@ class TiffRegions(ClippedRegions):
 
     Args:
         path: the file.
-        channels: 1 or 3.
+        channels: 1 or 3. None: what the file has.
         background: uint8 value outside the image, in missing tiles and under transparent pixels.
         cache_bytes: bytes of decoded tiles to keep.
 
@@ -37,7 +37,7 @@ class TiffRegions(ClippedRegions):
         self,
         path: str | Path,
         *,
-        channels: Literal[1, 3],
+        channels: Literal[1, 3] | None,
         background: int = 0,
         cache_bytes: int = 64 * 2**20,
     ) -> None:
@@ -56,7 +56,7 @@ class TiffRegions(ClippedRegions):
                 "cache_bytes": cache_bytes,
             },
             [level.shape for level in self._pyramid.levels],
-            channels=channels,
+            channels=channels or self._pyramid.channels,
             background=background,
             mpp=self._pyramid.mpp,
             tile=self._pyramid.levels[0].tile,
@@ -67,17 +67,19 @@ class TiffRegions(ClippedRegions):
             raise ValueError(f"{self.path} is closed")
         there = self._pyramid.levels[level]
         rows, cols = there.tile
-        out = np.full((height, width, self.channels), self.background, np.uint8)
+        out = np.empty((height, width, self.channels), np.uint8)
         for row in range(y // rows, -(-(y + height) // rows)):
             for col in range(x // cols, -(-(x + width) // cols)):
-                if there.counts[row * there.cols + col] == 0:
-                    continue
-                load = functools.partial(self._load, level, row, col)
-                tile = self._cache.get((level, row, col), load)
                 top, left = row * rows, col * cols
                 a, b = max(y, top), min(y + height, top + rows)
                 c, d = max(x, left), min(x + width, left + cols)
-                out[a - y : b - y, c - x : d - x] = tile[a - top : b - top, c - left : d - left]
+                part = out[a - y : b - y, c - x : d - x]
+                if there.counts[row * there.cols + col] == 0:
+                    part[...] = self.background
+                    continue
+                load = functools.partial(self._load, level, row, col)
+                tile = self._cache.get((level, row, col), load)
+                part[...] = tile[a - top : b - top, c - left : d - left]
         return out
 
     def _load(self, level: int, row: int, col: int) -> np.ndarray:

@@ -246,7 +246,7 @@ class UltraMnist:
         height, width = self.config.size
         plan = self.plan(index)
         image = self.render(plan, 0, 0, height, width)[..., None]
-        image = np.repeat(shrink(image, self.config.downscale), self.config.channels, axis=-1)
+        image = np.repeat(shrink(image, self.config.downscale), self.config.num_channels, axis=-1)
         return {"image": image, "label": np.int64(plan.label), "id": np.int64(index)}
 
     def entry(self, index: int) -> dict[str, Any]:

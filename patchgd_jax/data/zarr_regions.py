@@ -37,7 +37,7 @@ class ZarrRegions(ClippedRegions):
 
     Args:
         path: the folder of the array or image.
-        channels: 1 or 3.
+        channels: 1 or 3. None: what the array has.
         background: uint8 value outside the image.
         cache_bytes: bytes of decoded chunks to keep.
 
@@ -49,7 +49,7 @@ class ZarrRegions(ClippedRegions):
         self,
         path: str | Path,
         *,
-        channels: Literal[1, 3],
+        channels: Literal[1, 3] | None,
         background: int = 0,
         cache_bytes: int = 64 * 2**20,
     ) -> None:
@@ -70,6 +70,7 @@ class ZarrRegions(ClippedRegions):
         self._axes = layout.axes or _guess_axes(first.shape, _labels(first))
         _check_axes(self.path, self._axes, [store.shape for store in self._stores])
         rows, cols = self._axes.index("y"), self._axes.index("x")
+        own = first.shape[self._axes.index("c")] if "c" in self._axes else 1
         chunk = first.chunk_layout.read_chunk.shape
         super().__init__(
             {
@@ -79,7 +80,7 @@ class ZarrRegions(ClippedRegions):
                 "cache_bytes": cache_bytes,
             },
             [(store.shape[rows], store.shape[cols]) for store in self._stores],
-            channels=channels,
+            channels=channels or own,
             background=background,
             mpp=layout.mpp,
             tile=(chunk[rows], chunk[cols]) if chunk else None,

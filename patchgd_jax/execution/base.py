@@ -47,7 +47,7 @@ class Setup(NamedTuple):
             size: B.
             weight: whether examples have weights.
         """
-        shape = (size, *self.data.shapes[number], self.config.data.channels)
+        shape = (size, *self.data.shapes[number], self.config.data.num_channels)
         arrays = {
             "image": jax.ShapeDtypeStruct(shape, np.uint8),
             "label": self.task.label_spec(size, self.data.num_classes),

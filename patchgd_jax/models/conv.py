@@ -7,6 +7,9 @@ products of `cpu_conv`, in both directions. `depthwise_conv2d` has a kernel for 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -32,6 +35,7 @@ _STRIP_BYTES = 2**21
 # A network has many convolutions of the same shapes. Each is traced once, and the operations are
 # then copied: of stride, padding, and arrays.
 _traced_once = partial(jax.jit, static_argnums=(0, 1), inline=True)
+_DIVIDED: ContextVar[bool] = ContextVar("rows_divided", default=False)
 
 
 def _native(x: jax.Array, w: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:
@@ -107,7 +111,20 @@ def _weight_gradient_cpu(
     return cpu_conv.taps_weight_gradient(x, dy, w_shape[0], stride, padding)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@contextmanager
+def rows_divided() -> Iterator[None]:
+    """Layers applied herein have the rows of their maps on several devices.
+
+    XLA knows how to exchange the rows that neighbours need for its own convolution; the CPU's
+    products would gather whole maps.
+    """
+    token = _DIVIDED.set(True)
+    try:
+        yield
+    finally:
+        _DIVIDED.reset(token)
+
+
 def conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int = 0) -> jax.Array:
     """Convolves with zero padding on every side, as torch.nn.Conv2d does.
 
@@ -120,6 +137,13 @@ def conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int = 0) -> jax
     Returns:
         `float [M, (H + 2 * padding - k) // stride + 1, ..., F]`.
     """
+    if _DIVIDED.get():
+        return _native(x, w, stride, padding)
+    return _chosen(x, w, stride, padding)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _chosen(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
     return _conv2d(stride, padding, x, w)
 
 
@@ -155,10 +179,9 @@ def _backward(
     return lax.platform_dependent(*saved, dy, cpu=on_cpu, default=elsewhere)
 
 
-conv2d.defvjp(_forward, _backward)
+_chosen.defvjp(_forward, _backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise_conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int = 0) -> jax.Array:
     """As `conv2d`, with one kernel for each channel, as torch.nn.Conv2d with `groups=C` does.
 
@@ -173,6 +196,13 @@ def depthwise_conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int =
     Returns:
         `float [M, (H + 2 * padding - k) // stride + 1, ..., C]`.
     """
+    if _DIVIDED.get():
+        return _native(x, w, stride, padding, x.shape[3])
+    return _depthwise_chosen(x, w, stride, padding)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _depthwise_chosen(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
     return _depthwise(stride, padding, x, w)
 
 
@@ -209,7 +239,7 @@ def _depthwise_backward(
     return lax.platform_dependent(*saved, dy, cpu=on_cpu, default=elsewhere)
 
 
-depthwise_conv2d.defvjp(_depthwise_forward, _depthwise_backward)
+_depthwise_chosen.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 class Conv(nn.Module):

@@ -1,0 +1,233 @@
+"""A run is the same whichever way its steps are carried out, through the loop and the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_cli import MICRO
+from test_train import BASE, changed
+from toy import max_relative
+from virtual_devices import several_devices
+
+from patchgd_jax import ConfigError
+from patchgd_jax.checkpoint import Checkpoints
+from patchgd_jax.config import DataConfig, StreamConfig
+from patchgd_jax.data import regions
+from patchgd_jax.predict import TrainedModel
+from patchgd_jax.train import resume, train
+
+
+def streamed(config, **settings):
+    return dataclasses.replace(config, stream=StreamConfig(enabled=True, **settings))
+
+
+def final(folder):
+    """The arrays of a run's last checkpoint."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    return checkpoints.restore_arrays(checkpoints.newest_intact())
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Images of several sizes and two classes, in a folder for each class."""
+    rng = np.random.default_rng(0)
+    for number in range(16):
+        height, width = [(40, 40), (33, 45), (12, 20)][number % 3]
+        pixels = rng.integers(0, 200, (height, width, 3)).astype(np.uint8)
+        pixels[..., number % 2] //= 3
+        folder = tmp_path / "images" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return dataclasses.replace(
+        BASE,
+        data=DataConfig(root=str(tmp_path / "images"), fit="native", channels=3),
+        batch_size=2,
+        eval_batch_size=4,
+    )
+
+
+def test_a_streamed_run_of_files_is_the_resident_one(folders, tmp_path):
+    """Images of several sizes, some smaller than a patch."""
+    whole = train(folders, tmp_path / "whole")
+    parts = train(streamed(folders), tmp_path / "parts")
+    wanted, got = final(tmp_path / "whole"), final(tmp_path / "parts")
+    assert max_relative(got["params"], wanted["params"]) < 1e-5
+    assert max_relative(got["model_state"], wanted["model_state"]) < 1e-5
+    assert parts["best"]["loss"] == pytest.approx(whole["best"]["loss"], rel=1e-5)
+    scored = TrainedModel(tmp_path / "parts").evaluate()
+    assert scored["recorded"]["loss"] == scored["loss"]
+
+
+def test_a_streamed_run_goes_on_where_it_was_stopped(tmp_path):
+    config = streamed(changed({"size": (40, 57)}), buffers=2, readers=1)
+    train(config, tmp_path / "whole")
+    wanted = final(tmp_path / "whole")
+    train(dataclasses.replace(config, save_every=2), tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "00000004")
+    resume(tmp_path / "stopped")
+    jax.tree.map(np.testing.assert_array_equal, final(tmp_path / "stopped"), wanted)
+
+
+def test_reused_latents_and_micro_batches_train(tmp_path):
+    config = dataclasses.replace(BASE, epochs=3)
+    config = streamed(config, max_age=6, micro_batch=4, store_dir=str(tmp_path))
+    train(config, tmp_path / "run")
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    ages = [line["z_age_max"] for line in lines if line["kind"] == "train"]
+    # The first visit of each image finds nothing, later ones what was written steps ago.
+    assert ages[:4] == [0] * 4
+    assert max(ages) > 0
+
+
+def test_predict_reads_large_images_by_patches(tmp_path, monkeypatch):
+    train(changed({"size": (40, 57)}), tmp_path / "run")
+    model = TrainedModel(tmp_path / "run")
+    paths = sorted((tmp_path / "run" / "examples").glob("*.png"))
+    wanted = model.predict_files(paths)
+    monkeypatch.setattr("patchgd_jax.predict.RESIDENT_BYTES", 0)
+    monkeypatch.setattr(model, "read", lambda path: pytest.fail("read whole"))
+    got = model.predict_files(paths)
+    for one, two in zip(wanted, got, strict=True):
+        assert one["label"] == two["label"]
+        assert one["probabilities"] == pytest.approx(two["probabilities"], abs=1e-6)
+    with pytest.raises(regions.ImageReadError, match="there is no such file"):
+        model.predict_files([tmp_path / "none.png"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": DataConfig(root="x", channels=3)}, "add --data.fit native"),
+        ({"data": DataConfig(tfds="mnist")}, "not data.tfds or data.panda"),
+        ({"mesh": "data=2"}, "stream.enabled is for one device"),
+        ({"batch_size": 6, "stream": StreamConfig(enabled=True, micro_batch=4)}, "does not divide"),
+    ],
+)
+def test_what_cannot_be_streamed_is_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(BASE, **{"stream": StreamConfig(enabled=True), **settings})
+
+
+def test_stream_settings_are_checked():
+    for settings in ({"buffers": 1}, {"readers": 0}, {"micro_batch": 0}, {"max_age": -1}):
+        with pytest.raises(ConfigError, match=f"stream.{next(iter(settings))}"):
+            StreamConfig(enabled=True, **settings)
+    with pytest.raises(ConfigError, match=r"add --stream\.enabled"):
+        StreamConfig(max_age=3)
+
+
+def start(folder, run, *arguments, devices=1, number=None, port=0, processes=2, what="train"):
+    """A process of the command; one of several if it has a number."""
+    environment = {
+        **{k: v for k, v in os.environ.items() if "proxy" not in k.lower()},
+        **several_devices(devices),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    if number is not None:
+        environment |= {
+            "PATCHGD_COORDINATOR": f"127.0.0.1:{port}",
+            "PATCHGD_PROCESSES": str(processes),
+            "PATCHGD_PROCESS": str(number),
+        }
+    named = ["--run-dir", run] if what == "train" else [run]
+    return subprocess.Popen(
+        [sys.executable, "-m", "patchgd_jax", what, *map(str, [*arguments, *named])],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def ended(*processes, timeout=250):
+    """Exit codes and what was written to standard error; none is left running."""
+    try:
+        texts = [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], texts
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+# Adam would make much of the rounding of gradients that are zero.
+SHARED = [*MICRO, "--patchgd.strata", 2, "--save-every", 4, "--optimizer.name", "sgd"]
+RULE = "encoder/Dense_0/kernel$=-,patch"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run on one device."""
+    folder = tmp_path_factory.mktemp("alone")
+    codes, texts = ended(start(folder, "run", *SHARED))
+    assert codes == [0], texts
+    return folder / "run"
+
+
+def test_a_mesh_trains_as_one_device_and_goes_on_as_one(alone, tmp_path):
+    """Four devices, of which the images, their patches and a parameter are divided among."""
+    mesh = ["--mesh", "data=2,patch=2", "--param-rules", RULE]
+    codes, texts = ended(start(tmp_path, "run", *SHARED, *mesh, devices=4))
+    assert codes == [0], texts
+    wanted = final(alone)["params"]
+    assert max_relative(final(tmp_path / "run")["params"], wanted) < 1e-4
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000008")
+    with pytest.raises(ConfigError, match="mesh data=2,patch=2 is of 4 devices, but there are 1"):
+        resume(tmp_path / "run")
+    resume(tmp_path / "run", mesh="auto")
+    assert max_relative(final(tmp_path / "run")["params"], wanted) < 1e-4
+
+
+def test_processes_stop_together_and_one_goes_on(alone, tmp_path):
+    """A signal to one of two processes saves and stops both; one process ends the run."""
+    port = free_port()
+    long = [*SHARED, "--epochs", 40, "--save-every", 10_000, "--eval-every", 10_000]
+    pair = [start(tmp_path, "run", *long, number=number, port=port) for number in range(2)]
+    log = tmp_path / "run" / "metrics.jsonl"
+    until = time.monotonic() + 200
+    while not (log.exists() and len(log.read_text().splitlines()) >= 8):
+        if time.monotonic() > until or any(process.poll() is not None for process in pair):
+            pytest.fail(str(ended(*pair, timeout=20)))
+        time.sleep(0.1)
+    pair[1].send_signal(signal.SIGTERM)
+    codes, texts = ended(*pair)
+    assert codes == [143, 143], texts
+    assert all("stopped by SIGTERM after step" in text for text in texts)
+    assert len(list((tmp_path / "run" / "checkpoints").glob("0*"))) == 1
+    first = [json.loads(line) for line in (alone / "metrics.jsonl").open()][:7]
+    for one, other in zip(first, map(json.loads, log.open()), strict=False):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    codes, texts = ended(start(tmp_path, "run", what="resume"))
+    assert codes == [0], texts
+    steps = [line["step"] for line in map(json.loads, log.open()) if line["kind"] == "train"]
+    assert steps == list(range(1, 321))
+
+
+def test_processes_that_do_not_agree_end_with_what_differs(tmp_path):
+    port = free_port()
+    pair = [
+        start(tmp_path, "run", *SHARED, "--seed", number, number=number, port=port)
+        for number in range(2)
+    ]
+    codes, texts = ended(*pair)
+    assert codes == [2, 2], texts
+    assert all("settings.seed: process 1 has 1, process 0 has 0" in text for text in texts)
+    assert not (tmp_path / "run").exists()
