@@ -9,8 +9,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
@@ -29,10 +30,35 @@ PROGRAM = "patchgd-jax"
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """A run, and what is not a setting of it."""
+
+    config: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
+    budget: str | None = None
+    """Memory that settings which are auto must fit in: 8GiB, say. None: what is free on the
+    device."""
+
+
+@dataclass(frozen=True)
+class TrainOptions(RunOptions):
+    """A run or its rehearsal."""
+
+    dry_run: Annotated[bool, FlagCreatePairsOff] = False
+    """Compile everything, run two steps, an evaluation batch, a save and a restore, and compare the
+    memory with the plan; no run folder is left."""
+
+
 def train_command(arguments: Sequence[str]) -> None:
     """Train a model: train [PRESET] [--SETTING VALUE ...]."""
-    config, run_dir = run_config("train", "Train a model", arguments)
-    progress = _joined(config.device)
+    options, run_dir = run_options(TrainOptions, "train", "Train a model", arguments)
+    progress = _joined(options.config.device)
+
+    if options.dry_run:
+        from patchgd_jax.dry_run import dry_run
+
+        dry_run(options.config, progress, budget=options.budget)
+        return
 
     from patchgd_jax.distributed import from_first, is_first
     from patchgd_jax.run_folder import EXAMPLES
@@ -40,7 +66,8 @@ def train_command(arguments: Sequence[str]) -> None:
 
     # Its name may be the time, which processes do not share.
     run_dir = from_first(lambda: run_dir)
-    train(dataclasses.replace(config, run_dir=run_dir), run_dir, progress=progress)
+    config = dataclasses.replace(options.config, run_dir=run_dir)
+    train(config, run_dir, progress=progress, budget=options.budget)
     if not is_first():
         return
     examples = sorted((Path(run_dir) / EXAMPLES).glob("*.png"))
@@ -59,31 +86,39 @@ def _joined(device: str) -> Progress:
     return ConsoleProgress() if is_first() else Progress()
 
 
-def run_config(command: str, about: str, arguments: Sequence[str]) -> tuple[TrainConfig, str]:
-    """The settings that a command line names, from a preset on, and the run folder."""
+Options = TypeVar("Options", bound=RunOptions)
+
+
+def run_options(
+    kind: type[Options], command: str, about: str, arguments: Sequence[str]
+) -> tuple[Options, str]:
+    """The options that a command line names, from a preset's settings on, and the run folder."""
     preset, default, rest = preset_argument(arguments)
-    config = tyro.cli(
-        TrainConfig,
+    options = tyro.cli(
+        kind,
         prog=f"{PROGRAM} {command} {preset}",
         description=(
             f"{about}: {PROGRAM} {command} [PRESET] [--SETTING VALUE ...]. Presets: "
             f"{', '.join(PRESETS)}. The defaults shown are those of the preset {preset!r}."
         ),
         args=rest,
-        default=default,
+        default=kind(config=default),
     )
-    run_dir = config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{preset}"
-    return dataclasses.replace(config, run_dir=run_dir), run_dir
+    run_dir = options.config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{preset}"
+    config = dataclasses.replace(options.config, run_dir=run_dir)
+    return dataclasses.replace(options, config=config), run_dir
 
 
 def cross_validate_command(arguments: Sequence[str]) -> None:
     """Train a run for each fold of your images, and sum them up."""
-    config, folder = run_config("cross-validate", "Train a run for each fold", arguments)
+    options, folder = run_options(
+        RunOptions, "cross-validate", "Train a run for each fold", arguments
+    )
 
     from patchgd_jax.cross_validation import RESULT, cross_validate
     from patchgd_jax.progress import ConsoleProgress, describe
 
-    result = cross_validate(config, folder, progress=ConsoleProgress)
+    result = cross_validate(options.config, folder, progress=ConsoleProgress, budget=options.budget)
     print()
     for fold, score in result["folds"].items():
         print(f"fold {fold}  {describe(score)}")

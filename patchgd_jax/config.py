@@ -16,6 +16,10 @@ from typing import Any, Literal
 
 from patchgd_jax.errors import ConfigError, unknown_name
 
+_NOT_SETTLED = (
+    "{} is auto, which is not a number yet; patchgd_jax.auto_settings.settled makes it one"
+)
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -356,8 +360,9 @@ class PatchGDConfig:
     stride: int | None = None
     """Pixels between neighbouring patches; less than the patch side makes them overlap. None:
     the patch side."""
-    fraction: float = 0.25
-    """Sampling fraction: the share of an image's patches one inner step re-encodes."""
+    fraction: float | Literal["auto"] = 0.25
+    """Sampling fraction: the share of an image's patches one inner step re-encodes. auto: the
+    largest that fits the memory; `train` makes it a number. --fraction for short."""
     inner_steps: int | None = None
     """Inner steps J per outer step. None: ceil(1 / fraction), so that each patch gets exactly
     one gradient."""
@@ -393,10 +398,22 @@ class PatchGDConfig:
             self.stride is None or 1 <= self.stride <= self.patch,
             f"patchgd.stride is {self.stride}; it must be in 1..{self.patch}, the patch side",
         )
-        _require(
-            0 < self.fraction <= 1,
-            f"patchgd.fraction is {self.fraction}; it must be in (0, 1]",
-        )
+        if isinstance(self.fraction, str):
+            _require(
+                self.inner_steps is None,
+                f"patchgd.inner_steps {self.inner_steps} says how many patches are sampled, and so "
+                "does patchgd.fraction auto; give one of them",
+            )
+            _require(
+                self.mode in ("patchgd", "accumulate"),
+                f"patchgd.mode {self.mode} samples no patches, so patchgd.fraction cannot be auto; "
+                "set batch_size auto",
+            )
+        else:
+            _require(
+                0 < self.fraction <= 1,
+                f"patchgd.fraction is {self.fraction}; it must be in (0, 1]",
+            )
         _require(
             self.inner_steps is None or self.inner_steps >= 1,
             f"patchgd.inner_steps is {self.inner_steps}; at least 1",
@@ -404,7 +421,7 @@ class PatchGDConfig:
         _require(self.strata >= 1, f"patchgd.strata is {self.strata}; at least 1")
         _require(self.fill_chunk >= 1, f"patchgd.fill_chunk is {self.fill_chunk}; at least 1")
         _require(self.epsilon >= 1, f"patchgd.epsilon is {self.epsilon}; at least 1")
-        if self.mode == "patchgd":
+        if self.mode == "patchgd" and self.fraction != "auto":
             _require(
                 self.num_inner_steps % self.epsilon == 0,
                 f"patchgd.epsilon {self.epsilon} does not divide the {self.num_inner_steps} inner "
@@ -413,7 +430,13 @@ class PatchGDConfig:
 
     @property
     def num_inner_steps(self) -> int:
-        """J, the number of inner steps of one outer step."""
+        """J, the number of inner steps of one outer step.
+
+        Raises:
+            ConfigError: if the fraction is still auto.
+        """
+        if isinstance(self.fraction, str):
+            raise ConfigError(_NOT_SETTLED.format("patchgd.fraction"))
         # 1 / (1 / 49) is 49.00000000000001 in floating point; the ceiling must be 49.
         return self.inner_steps or math.ceil(1 / self.fraction - 1e-9)
 
@@ -594,8 +617,9 @@ class TrainConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
-    batch_size: int = 16
-    """Images per outer step."""
+    batch_size: int | Literal["auto"] = 16
+    """Images per outer step. auto: the most that fit the memory; `train` makes it a number, which
+    eval_batch_size does not exceed then. --batch for short."""
     eval_batch_size: int = 16
     """Images per evaluation step."""
     epochs: int = 1
@@ -627,7 +651,11 @@ class TrainConfig:
     """Most memory in MiB that prepared images may wait in."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "eval_batch_size", "epochs", "reader_threads"):
+        _require(
+            isinstance(self.batch_size, str) or self.batch_size >= 1,
+            f"batch_size is {self.batch_size}; at least 1",
+        )
+        for name in ("eval_batch_size", "epochs", "reader_threads"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} is {value}; at least 1")
         for name in ("eval_every", "save_every"):
@@ -639,9 +667,15 @@ class TrainConfig:
         _require(self.reader_workers >= 0, f"reader_workers is {self.reader_workers}; at least 0")
         _require(self.reader_mib >= 1, f"reader_mib is {self.reader_mib}; at least 1")
         stream, micro = self.stream, self.stream.micro_batch or 1
+        auto = "auto" in (self.batch_size, self.patchgd.fraction)
+        _require(
+            not auto or (self.mesh is None and not stream.enabled),
+            "batch_size auto and patchgd.fraction auto are for one device that holds whole images; "
+            "with mesh or stream.enabled, give numbers",
+        )
         for name in ("batch_size", "eval_batch_size"):
             _require(
-                getattr(self, name) % micro == 0,
+                auto or getattr(self, name) % micro == 0,
                 f"stream.micro_batch {micro} does not divide {name} {getattr(self, name)}",
             )
         _require(
@@ -677,13 +711,24 @@ class TrainConfig:
             "augment.saturation needs data.channels 3: grey images have no colours",
         )
 
+    @property
+    def images_per_step(self) -> int:
+        """The batch size as a number.
+
+        Raises:
+            ConfigError: if it is still auto.
+        """
+        if isinstance(self.batch_size, str):
+            raise ConfigError(_NOT_SETTLED.format("batch_size"))
+        return self.batch_size
+
     def steps_per_epoch(self, examples: int) -> int:
         """Whole batches in an epoch of so many training images; a batch may straddle two."""
-        return max(1, examples // self.batch_size)
+        return max(1, examples // self.images_per_step)
 
     def total_steps(self, examples: int) -> int:
         """Outer steps of the whole run."""
-        return examples * self.epochs // self.batch_size
+        return examples * self.epochs // self.images_per_step
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -742,4 +787,9 @@ def _matches(value: Any, hint: Any) -> bool:
 
 
 def _type_name(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_type_name, typing.get_args(hint)))
+    if origin is Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from patchgd_jax.auto_settings import is_settled, settled
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.channels import with_channels
 from patchgd_jax.errors import ConfigError, DiskError
@@ -49,6 +50,7 @@ def cross_validate(
     folder: str | Path,
     *,
     progress: Callable[[], Progress] = Progress,
+    budget: str | None = None,
 ) -> dict[str, Any]:
     """Trains a run for each fold, each into a folder of its own.
 
@@ -59,6 +61,7 @@ def cross_validate(
         config: the run; its `data.split.fold` is replaced.
         folder: gets `fold-0`, `fold-1`, ... and `cross_validation.json`.
         progress: makes what shows a run.
+        budget: as `train`'s; settings that are auto become the same numbers in every fold.
 
     Returns:
         `folds`: the best evaluation of each fold by its number, and for each of its single numbers
@@ -72,8 +75,8 @@ def cross_validate(
     # Looked at once, with a fold named: that refuses images that have splits of their own.
     one = next(iter(fold_configs(config, folder).values()))
     channels = with_channels(one).data.channels
-    data = dataclasses.replace(config.data, channels=channels)
-    configs = fold_configs(dataclasses.replace(config, data=data), folder)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, channels=channels))
+    configs = fold_configs(_settled(config, folder, budget, progress()), folder)
     for fold, wanted in configs.items():
         path = Path(wanted.run_dir or "")
         if (path / CONFIG).exists() and RunFolder(path).config() != wanted:
@@ -100,6 +103,25 @@ def cross_validate(
     except OSError as error:
         raise DiskError(f"cannot write {Path(folder) / RESULT}: {error.strerror}") from error
     return result
+
+
+def _settled(
+    config: TrainConfig, folder: str | Path, budget: str | None, progress: Progress
+) -> TrainConfig:
+    """Makes numbers of settings that are auto: those that the first fold has if it is there."""
+    if not is_settled(config):
+        for path in sorted(Path(folder).glob(f"fold-*/{CONFIG}")):
+            known = RunFolder(path.parent).config()
+            batch = known.batch_size, known.eval_batch_size
+            if config.batch_size != "auto":
+                batch = config.batch_size, config.eval_batch_size
+            patchgd = config.patchgd
+            if patchgd.fraction == "auto":
+                patchgd = dataclasses.replace(patchgd, fraction=known.patchgd.fraction)
+            return dataclasses.replace(
+                config, batch_size=batch[0], eval_batch_size=batch[1], patchgd=patchgd
+            )
+    return settled(config, budget, progress)
 
 
 def _spread(scores: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

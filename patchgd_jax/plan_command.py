@@ -74,8 +74,10 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     Raises:
         ConfigError: for a size, method, quantity or setting that cannot be.
         DeviceError: if the device is not there.
-        MemoryBudgetError: if what is to be solved for does not fit at its smallest.
+        MemoryBudgetError: if the budget is below the parameters, or what is to be solved for does
+            not fit at its smallest.
     """
+    from patchgd_jax.auto_settings import is_settled, settled
     from patchgd_jax.compiling import use_compilation_cache
     from patchgd_jax.data.channels import with_channels
     from patchgd_jax.errors import ConfigError, unknown_name
@@ -83,6 +85,7 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     from patchgd_jax.memory import (
         METHODS,
         Formula,
+        MemoryBudgetError,
         PlanRequest,
         calibration,
         compiled_total,
@@ -103,9 +106,9 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         plot_sweep,
         sweep,
     )
+    from patchgd_jax.progress import StderrProgress
+    from patchgd_jax.run_plan import plan_of
 
-    config = options.config
-    request = PlanRequest.from_config(with_channels(config))
     wanted: tuple[Method, ...] = METHODS
     if options.methods != ("all",):
         for name in options.methods:
@@ -115,7 +118,14 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     budget = parse_size(options.budget) if options.budget not in (None, "auto") else None
     if options.solve and options.budget is None:
         raise ConfigError("--solve needs a --budget: a size such as 8GiB, or auto")
+    config = with_channels(options.config)
     device = select_device(config.device)
+    if not is_settled(config):
+        given = None if options.budget == "auto" else options.budget
+        config = settled(config, given, StderrProgress())
+    # The size of generated images is known without drawing any.
+    generated = config.data.generated
+    request = PlanRequest.from_config(config) if generated else plan_of(config).requests[0]
     source = "given"
     if options.budget == "auto":
         budget, source = device_limit(device)
@@ -148,6 +158,12 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         rows.append(PlanRow(row, compiled, peak, side))
     if not rows and len(wanted) == 1:
         raise ConfigError(f"{wanted[0]}: {refused[wanted[0]]}")
+    least = min(plan.row.parameters for plan in rows)
+    if budget is not None and budget < least:
+        raise MemoryBudgetError(
+            f"the budget of {show_size(budget)} is below the parameters, which alone take "
+            f"{show_size(least)}; give more memory, or take a smaller --model.encoder"
+        )
 
     height, width, channels = request.image
     lines = [
@@ -207,8 +223,10 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
 def train_arguments(config: TrainConfig, request: Any, preset: str) -> str:
     """The command that trains with a request's settings, where they differ from the preset's."""
     batch = {"batch_size": request.batch, "eval_batch_size": request.eval_batch}
-    height, width = (side * config.data.downscale for side in request.image[:2])
-    data = dataclasses.replace(config.data, size=(height, width))
+    data = config.data
+    if data.fit == "resize":
+        height, width = (side * data.downscale for side in request.image[:2])
+        data = dataclasses.replace(data, size=(height, width))
     wanted = dataclasses.replace(config, data=data, patchgd=request.patchgd, **batch)
     base, now = flatten(to_dict(get_preset(preset))), flatten(to_dict(wanted))
     words = [_PROGRAM, "train", *([preset] if preset != "default" else [])]

@@ -133,11 +133,15 @@ def get_preset(name: str) -> TrainConfig:
     return PRESETS[name].config
 
 
+_SHORT_NAMES = {"--batch": "--batch-size", "--fraction": "--patchgd.fraction"}
+
+
 def preset_argument(arguments: Sequence[str]) -> tuple[str, TrainConfig, list[str]]:
     """Takes a preset's name off the front of a command's arguments.
 
     Returns:
-        The name (`default` if there is none), its config, and the other arguments.
+        The name (`default` if there is none), its config, and the other arguments with the short
+        names of settings written out.
 
     Raises:
         ConfigError: if there is no preset of that name.
@@ -145,4 +149,5 @@ def preset_argument(arguments: Sequence[str]) -> tuple[str, TrainConfig, list[st
     name, rest = "default", list(arguments)
     if rest and not rest[0].startswith("-"):
         name = rest.pop(0)
-    return name, get_preset(name), rest
+    words = (word.partition("=") for word in rest)
+    return name, get_preset(name), [_SHORT_NAMES.get(w, w) + eq + v for w, eq, v in words]

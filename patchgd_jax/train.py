@@ -12,6 +12,7 @@ import jax
 import optax
 
 from patchgd_jax._version import __version__
+from patchgd_jax.auto_settings import settled
 from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.compiling import use_compilation_cache
 from patchgd_jax.config import TrainConfig, flatten, to_dict
@@ -32,6 +33,7 @@ from patchgd_jax.errors import CheckpointError, DataError, DiskError
 from patchgd_jax.evaluate import evaluate
 from patchgd_jax.execution import make_execution
 from patchgd_jax.experiment import make_run_task, make_setup, select_device, training_grids
+from patchgd_jax.out_of_memory import out_of_memory_told
 from patchgd_jax.preprocess import Preprocess
 from patchgd_jax.pretrained import starting_point
 from patchgd_jax.progress import Progress
@@ -72,6 +74,7 @@ def train(
     progress: Progress | None = None,
     optimizer: optax.GradientTransformation | None = None,
     on_step: OnStep | None = None,
+    budget: str | None = None,
 ) -> dict[str, Any]:
     """Trains a model from the start.
 
@@ -81,6 +84,7 @@ def train(
         progress: shows how it goes; silent by default.
         optimizer: used instead of the config's, of which freezing and averaging stay.
         on_step: called after each outer step.
+        budget: what settings that are auto must fit, 8GiB say; None: what is free on the device.
 
     Returns:
         What `summary.json` holds.
@@ -89,22 +93,25 @@ def train(
         PatchGDError: of the kind that fits; `exit_code` says which.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
+    progress = progress or Progress()
     with StopRequest() as stop:
         with stop.immediate():
             # Whatever is wrong with the config shows before the folder is made.
             with all_or_none():
                 RunFolder.check_free(run_dir)
-                config = with_channels(config)
-                run = _Run(config, None, progress or Progress(), optimizer)
+                config = settled(with_channels(config), budget, progress)
+                run = Run(config, None, progress, optimizer)
             check_same(flatten(run.identity))
-            state = run.first_state()
+            with out_of_memory_told(config, run_dir):
+                state = run.first_state()
             with all_or_none():
                 if is_first():
                     folder = RunFolder.create(run_dir, config, dataclasses.asdict(run.preprocess))
                     run.write_examples(folder)
             with all_or_none():
                 folder = RunFolder(run_dir)
-        return run.loop(folder, state, 0, stop, on_step)
+        with out_of_memory_told(config, run_dir):
+            return run.loop(folder, state, 0, stop, on_step)
 
 
 def resume(
@@ -137,7 +144,7 @@ def resume(
                 config = folder.config()
                 if mesh is not None:
                     config = dataclasses.replace(config, mesh=mesh)
-                run = _Run(config, folder.preprocess(), progress, optimizer)
+                run = Run(config, folder.preprocess(), progress, optimizer)
             check_same(flatten(run.identity))
             checkpoints = Checkpoints(folder.checkpoints, progress.warn)
             if from_first(checkpoints.steps):
@@ -149,10 +156,11 @@ def resume(
             else:
                 state, step = run.first_state(), 0
             progress.message(f"Resuming {folder.path} after step {step}")
-        return run.loop(folder, state, step, stop, on_step)
+        with out_of_memory_told(run.config, run_dir):
+            return run.loop(folder, state, step, stop, on_step)
 
 
-class _Run:
+class Run:
     """What stays the same during a run, and the loop over it."""
 
     def __init__(
@@ -295,7 +303,7 @@ class _Run:
             folder,
             progress,
             upto=step,
-            batch_size=config.batch_size,
+            batch_size=config.images_per_step,
             patches_per_image=self.data.mean_patches(self.setup.grids),
             identity={**self.identity, "version": __version__},
             device=self.device,

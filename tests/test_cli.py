@@ -107,7 +107,7 @@ def test_help_shows_every_setting_with_its_default(command):
     for flag in ("--patchgd.fraction FLOAT", "--optimizer.learning-rate", "--data.size INT INT"):
         assert flag in text
     words = " ".join(text.replace("│", " ").split())
-    assert "one inner step re-encodes. (default: 0.25)" in words
+    assert "--fraction for short. (default: 0.25)" in words
     assert "usage" in command().stdout
     assert command("--version").stdout.startswith("patchgd-jax 0.")
 

@@ -83,8 +83,8 @@ def test_values_that_cannot_work_are_refused(make, message):
     ("change", "message"),
     [
         ({"batchsize": 3}, "unknown setting 'config.batchsize'; did you mean 'config.batch_size'"),
-        ({"batch_size": "3"}, "config.batch_size is '3'; expected int"),
-        ({"batch_size": True}, "config.batch_size is True; expected int"),
+        ({"batch_size": "3"}, "config.batch_size is '3'; expected int or 'auto'"),
+        ({"batch_size": True}, "config.batch_size is True; expected int or 'auto'"),
         ({"patchgd": {"mode": "fast"}}, "config.patchgd.mode is 'fast'"),
         ({"data": {"size": [256]}}, r"config.data.size is \[256\]"),
         ({"data": 3}, "config.data must be an object"),

@@ -190,6 +190,17 @@ def test_patchgd_takes_less_than_the_whole_image_and_grows_with_k():
     assert totals[-1] < whole / 3
 
 
+def test_another_image_size_has_as_many_patches_at_a_time():
+    formula = Formula(request(image=256, patchgd={"fraction": 0.5}), "cpu")
+    assert formula.request.sampled == 8
+    larger = formula.resized(1024, 1024)
+    assert larger.request.sampled == 8
+    # Of smaller images there are not as many.
+    assert formula.resized(128, 128).request.sampled == 4
+    row = larger.row("accumulate")
+    assert row.activations == formula.row("accumulate").activations
+
+
 def test_the_optimizer_and_frozen_statistics_are_counted():
     adam = Formula(request(), "cpu").row("accumulate")
     sgd = request(optimizer=OptimizerConfig(name="sgd"))

@@ -38,6 +38,7 @@ from patchgd_jax.memory.explain import (
     parameter_copies,
 )
 from patchgd_jax.memory.measure import Measured, _calibrations
+from patchgd_jax.memory.report import _told_apart
 from patchgd_jax.plan_command import PlanOptions, make_plan, plan_command, train_arguments
 
 MIB = 2**20
@@ -240,6 +241,16 @@ def test_a_plan_in_text_json_and_a_picture(tmp_path):
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_methods_whose_lines_are_one_are_drawn_as_one():
+    same = [(64, 1000), (128, 4000)]
+    lines = {
+        "gd": same,
+        "full": [(64, 1000), (128, 5000)],
+        "gd-extended": [(64, 1001), (128, 4001)],
+    }
+    assert _told_apart(lines) == [(["gd", "gd-extended"], same), (["full"], lines["full"])]
+
+
 def test_the_command_prints_json(capsys):
     settings = ["--data.size", "96", "96", "--batch-size", "3", "--device", "cpu"]
     plan_command(["tiny", "--json", "--methods", "accumulate", *settings])
@@ -257,6 +268,30 @@ def test_the_train_command_has_what_differs_from_the_preset():
     assert words[:2] == ["patchgd-jax", "train"]
     assert words[words.index("--batch-size") + 1] == "7"
     assert words[words.index("--data.size") + 1 :][:2] == ["256", "128"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--budget", "10KiB", "--methods", "accumulate"], 4, "below the parameters, which alone"),
+        (["--budget", "lots"], 2, "the size 'lots' cannot be read; write a number and a unit"),
+        (
+            ["--model.encoder", "deit-tiny", "--methods", "fully-convolutional"],
+            2,
+            "the encoder ViT has no map of features",
+        ),
+        (["--device", "tpu"], 8, "no tpu device; install patchgd-jax[tpu]"),
+    ],
+)
+def test_the_command_says_what_cannot_be_and_ends(command, arguments, code, message):
+    result = command("plan", *arguments)
+    if result.returncode == 0 and "tpu" in arguments:
+        pytest.skip("this machine has a TPU")
+    assert result.returncode == code, result.stderr
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1 or code == 8
+    assert result.stdout == ""
 
 
 @pytest.mark.parametrize(

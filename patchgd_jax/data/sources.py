@@ -70,9 +70,10 @@ def make_data(config: TrainConfig) -> RunData:
     if config.data.generated:
         return _generated(config)
     data = _tfds(config) if config.data.tfds is not None else _files(config)
-    if len(data.train) < config.batch_size:
+    batch = config.images_per_step
+    if len(data.train) < batch:
         raise ConfigError(
-            f"batch_size {config.batch_size} is more than the {len(data.train)} training images; "
+            f"batch_size {batch} is more than the {len(data.train)} training images; "
             "set --batch-size lower"
         )
     return data
@@ -81,9 +82,10 @@ def make_data(config: TrainConfig) -> RunData:
 def _generated(config: TrainConfig) -> RunData:
     train = UltraMnist(config.data, "train", config.seed)
     validation = UltraMnist(config.data, "validation", config.seed)
-    if len(train) < config.batch_size:
+    batch = config.images_per_step
+    if len(train) < batch:
         raise ConfigError(
-            f"batch_size {config.batch_size} is more than the {len(train)} training images; set "
+            f"batch_size {batch} is more than the {len(train)} training images; set "
             "--data.train-size"
         )
     return RunData(

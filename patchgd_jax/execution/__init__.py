@@ -37,7 +37,7 @@ def make_execution(setup: Setup) -> Execution:
         return ResidentExecution(setup)
     mesh = make_mesh(
         config.mesh or "auto",
-        batch_size=config.batch_size,
+        batch_size=config.images_per_step,
         eval_batch_size=config.eval_batch_size,
         strata=config.patchgd.strata,
     )

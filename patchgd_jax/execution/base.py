@@ -87,16 +87,17 @@ class Execution(abc.ABC):
     def train_batches(self, start: int, on_bad: OnBad) -> TrainBatches:
         """This process's rows of the batches from number `start` on, as `train` takes them."""
         config = self.setup.config
-        own = self.own_rows(config.batch_size)
+        size = config.images_per_step
+        own = self.own_rows(size)
         return TrainBatches(
             self._examples(self.setup.data.train),
-            batch_size=config.batch_size,
+            batch_size=size,
             seed=config.seed,
             start=start,
             threads=config.reader_threads,
             workers=config.reader_workers,
             buffer_bytes=config.reader_mib * 2**20,
-            shard=(own.start // len(own), config.batch_size // len(own)),
+            shard=(own.start // len(own), size // len(own)),
             bad_images=config.data.bad_images,
             bad_limit=config.data.bad_limit,
             on_bad=on_bad,
@@ -133,6 +134,10 @@ class Execution(abc.ABC):
         Returns:
             What was done, a line for the user.
         """
+
+    def compiled_bytes(self) -> int | None:
+        """What the largest program takes of a device by XLA; None if none is compiled yet."""
+        return None
 
     @abc.abstractmethod
     def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:

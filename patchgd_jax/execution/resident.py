@@ -12,6 +12,7 @@ import numpy as np
 from patchgd_jax.compiling import compiler_options, release_memory
 from patchgd_jax.data.source import ExampleSource
 from patchgd_jax.execution.base import Execution, HostBatch, Setup
+from patchgd_jax.memory.compiled import allotted
 from patchgd_jax.patch_model import Parts
 from patchgd_jax.step import TrainState, eval_step, train_step
 
@@ -44,6 +45,11 @@ class ResidentExecution(Execution):
         release_memory()
         return f"Compiled {2 * len(self._train)} programs in {time.monotonic() - begun:.1f} s."
 
+    def compiled_bytes(self) -> int | None:
+        """See `Execution`."""
+        totals = [allotted(program.run).total for program in self._train.values()]
+        return max(totals, default=None)
+
     def _compile_train(self, state: TrainState, number: int) -> _Program:
         setup, config = self.setup, self.setup.config
         step = self._train_step(
@@ -55,7 +61,7 @@ class ResidentExecution(Execution):
             augment=config.augment,
             frozen=setup.frozen,
         )
-        batch = setup.batch_spec(number, config.batch_size, weight=setup.data.weighted)
+        batch = setup.batch_spec(number, config.images_per_step, weight=setup.data.weighted)
         lowered = step.lower(state, self._laid_out(batch, number), setup.key)
         return _Program(lowered.compile(), tuple(batch))
 
@@ -94,7 +100,7 @@ class ResidentExecution(Execution):
         """See `Execution`."""
         number = self._number(batch)
         program = self._train[number]
-        arrays = self._put(program.of(batch), number, self.setup.config.batch_size)
+        arrays = self._put(program.of(batch), number, self.setup.config.images_per_step)
         new_state, metrics = program.run(state, arrays, self.setup.key)
         return new_state, metrics
 

@@ -10,10 +10,17 @@ from patchgd_jax.memory.explain import explain
 from patchgd_jax.memory.formula import Formula, Row, method_table
 from patchgd_jax.memory.layers import Layer, LayerTable, encoder_table, layer_table
 from patchgd_jax.memory.liveness import TracedProgram
-from patchgd_jax.memory.measure import Calibration, Measured, calibration, keep_calibration, measure
+from patchgd_jax.memory.measure import (
+    Calibration,
+    Measured,
+    PeakMeter,
+    calibration,
+    keep_calibration,
+    measure,
+)
 from patchgd_jax.memory.methods import METHODS, Method, step_of
 from patchgd_jax.memory.request import PlanRequest
-from patchgd_jax.memory.size import device_limit, parse_size, show_size
+from patchgd_jax.memory.size import device_limit, free_memory, parse_size, show_size
 from patchgd_jax.memory.solver import QUANTITIES, Answer, Quantity, solve
 
 __all__ = [
@@ -30,6 +37,7 @@ __all__ = [
     "Measured",
     "MemoryBudgetError",
     "Method",
+    "PeakMeter",
     "PlanRequest",
     "Quantity",
     "Row",
@@ -40,6 +48,7 @@ __all__ = [
     "device_limit",
     "encoder_table",
     "explain",
+    "free_memory",
     "keep_calibration",
     "layer_table",
     "measure",

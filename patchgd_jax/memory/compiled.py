@@ -33,8 +33,6 @@ class Compiled(NamedTuple):
 def compile_program(program: Program) -> tuple[Compiled, Any]:
     """Compiles a program as `train` does, and reads what it will take.
 
-    XLA's `peak_memory_in_bytes` is not used: on the CPU it leaves the temporary buffers out.
-
     Returns:
         The figures, and the compiled program.
     """
@@ -42,15 +40,22 @@ def compile_program(program: Program) -> tuple[Compiled, Any]:
     options = compiler_options() if program.donated else None
     jitted = jax.jit(program.function, donate_argnums=program.donated, compiler_options=options)
     compiled = jitted.lower(*program.arguments).compile()
+    return allotted(compiled, program.resident), compiled
+
+
+def allotted(compiled: Any, resident: int = 0) -> Compiled:
+    """What XLA allots to a compiled program.
+
+    Its `peak_memory_in_bytes` is not used: on the CPU it leaves the temporary buffers out.
+    """
     analysis: Any = compiled.memory_analysis()
-    figures = Compiled(
+    return Compiled(
         arguments=int(analysis.argument_size_in_bytes),
         outputs=int(analysis.output_size_in_bytes),
         temporary=int(analysis.temp_size_in_bytes),
         aliased=int(analysis.alias_size_in_bytes),
-        resident=program.resident,
+        resident=resident,
     )
-    return figures, compiled
 
 
 def compiled_total(

@@ -35,7 +35,7 @@ _REDUCES = {
 _IN_PLACE = {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add"}
 _BARRED = {"checkpoint", "remat", "remat2"}
 _BARRIERS = {"optimization_barrier"}
-# XLA:CPU sums some shifted slices of a map as it reads them; if there are more, it writes all.
+# XLA:CPU sums some shifted slices of a map as it reads them; if there are more, it writes those.
 _MOST_FUSED_SLICES = 16
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
@@ -115,6 +115,8 @@ class _Program:
         self.ops: list[_Op] = [_Op("start", [], [])]
         self.known: dict[Any, list[Any]] = {}
         self.scope = self.scopes = 0
+        # Filled when it is first asked for; nothing is added after that.
+        self._lives: list[tuple[int, _Op, list[_Value]]] | None = None
 
     def value(self, var: Any, kept: bool = False) -> _Value:
         size = leaf_bytes(var.aval)
@@ -246,26 +248,11 @@ class _Program:
 
     def peak(self, outputs: list[Any], in_place: set[int], scale: float) -> int:
         """The peak of the bytes that live at once; `in_place` outputs take none."""
-        end = len(self.ops)
-        wanted = {id(v) for v in outputs if v is not None}
-        needed = [False] * end
-        for number in range(end - 1, -1, -1):
-            needed[number] = any(
-                id(v) in wanted or any(needed[use] for use in v.uses)
-                for v in self.ops[number].writes
-            )
-        self._fuse(wanted, needed)
-        self._find_last_reads(wanted, needed)
-        early = self._together(needed)
-        dying: list[list[_Value]] = [[] for _ in range(end + 1)]
+        if self._lives is None:
+            self._lives = self._find_lives(outputs, in_place)
+        dying: list[list[_Value]] = [[] for _ in range(len(self.ops) + 1)]
         live = best = 0
-        for number, op in enumerate(self.ops):
-            if not needed[number]:
-                continue
-            made = early.get(number)
-            if made is None:
-                made = [v for v in op.writes if not v.virtual and not v.kept]
-            made = [v for v in made if id(v) not in in_place]
+        for number, op, made in self._lives:
             size = sum(v.bytes(scale) for v in made)
             gone = sum(v.bytes(scale) for v in dying[number])
             in_its_place = op.fusible or op.name in _IN_PLACE or op.name == "loop"
@@ -278,6 +265,30 @@ class _Program:
                 else:
                     dying[value.last].append(value)
         return best
+
+    def _find_lives(
+        self, outputs: list[Any], in_place: set[int]
+    ) -> list[tuple[int, _Op, list[_Value]]]:
+        """The operations that are needed, and what each of them writes; no size matters for it."""
+        end = len(self.ops)
+        wanted = {id(v) for v in outputs if v is not None}
+        needed = [False] * end
+        for number in range(end - 1, -1, -1):
+            needed[number] = any(
+                id(v) in wanted or any(needed[use] for use in v.uses)
+                for v in self.ops[number].writes
+            )
+        self._fuse(wanted, needed)
+        self._find_last_reads(wanted, needed)
+        early = self._together(needed)
+        lives = []
+        for number, op in enumerate(self.ops):
+            if needed[number]:
+                made = early.get(number)
+                if made is None:
+                    made = [v for v in op.writes if not v.virtual and not v.kept]
+                lives.append((number, op, [v for v in made if id(v) not in in_place]))
+        return lives
 
     def _find_last_reads(self, wanted: set[int], needed: list[bool]) -> None:
         end = len(self.ops)
@@ -310,7 +321,8 @@ class _Program:
         return made
 
     def _fuse(self, wanted: set[int], needed: list[bool]) -> None:
-        for op in reversed(self.ops):
+        for number in range(len(self.ops) - 1, -1, -1):
+            op = self.ops[number]
             for value in op.writes:
                 uses = [use for use in value.uses if needed[use]]
                 readers = [self.ops[use] for use in uses]
@@ -321,8 +333,8 @@ class _Program:
                     for r in readers
                 )
                 if self.platform == "cpu" and op.name == "slice" and value.summed:
-                    together = sum(self.ops[use].name == "slice" for use in op.reads[0].uses)
-                    if together > _MOST_FUSED_SLICES:
+                    before = [use for use in op.reads[0].uses if use < number]
+                    if sum(self.ops[use].name == "slice" for use in before) >= _MOST_FUSED_SLICES:
                         continue
                 value.virtual = op.name in _BARRIERS or (
                     op.fusible and id(value) not in wanted and fused and cheap

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from patchgd_jax.compiling import release_memory, use_compilation_cache
 from patchgd_jax.config import from_dict
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.files import write_json
@@ -128,30 +129,48 @@ def _zeros(leaf: Any) -> Any:
     return jax.device_put(np.full(leaf.shape, 0, leaf.dtype))
 
 
+class PeakMeter:
+    """The most memory that steps take from its making on.
+
+    On the CPU it is the growth of the resident memory, which only Linux tells; on other devices it
+    is what the allocator has counted since the process began.
+
+    Args:
+        device: the steps run on.
+    """
+
+    def __init__(self, device: jax.Device) -> None:
+        self._device = device
+        self._before: int | None = None
+        if device.platform != "cpu" or not _CLEAR.exists():
+            return
+        # The runtime's threads and their stacks are there before any step is.
+        jax.block_until_ready(jax.jit(lambda x: (x @ x).sum())(np.ones((1024, 1024), np.float32)))
+        release_memory()
+        self._before = _status("VmRSS")
+        # Sets the peak to what is resident now.
+        _CLEAR.write_text("5")
+
+    def peak(self) -> int | None:
+        """Bytes; None where the system does not tell."""
+        if self._before is not None:
+            return _status("VmHWM") - self._before
+        peak = (self._device.memory_stats() or {}).get("peak_bytes_in_use")
+        return None if peak is None else int(peak)
+
+
 def _run(program: Program) -> Measured:
     """Two steps, the second of which has the state of the first."""
-    from patchgd_jax.compiling import release_memory, use_compilation_cache
-
     use_compilation_cache()
     figures, compiled = compile_program(program)
     device = jax.devices()[0]
-    on_cpu = device.platform == "cpu"
-    # The runtime's threads and their stacks are there before any step is.
-    jax.block_until_ready(jax.jit(lambda x: (x @ x).sum())(np.ones((1024, 1024), np.float32)))
-    release_memory()
-    before = _status("VmRSS") if on_cpu else 0
-    if on_cpu:
-        # Sets the peak to what is resident now.
-        _CLEAR.write_text("5")
+    meter = PeakMeter(device)
     state, batch, key = jax.tree.map(_zeros, program.arguments)
     for _ in range(2):
         state, metrics = compiled(state, batch, key)
         jax.block_until_ready((state, metrics))
-    if on_cpu:
-        peak = _status("VmHWM") - before
-    else:
-        stats = device.memory_stats() or {}
-        peak = int(stats["peak_bytes_in_use"])
+    peak = meter.peak()
+    assert peak is not None
     return Measured(peak, figures.total, device.device_kind, device.platform)
 
 

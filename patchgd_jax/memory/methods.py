@@ -98,7 +98,7 @@ def step_of(request: PlanRequest, method: Method, side: int | None = None) -> St
     count, size = encoder_inputs(request, method)
     scored = request.eval_batch
     if method == "patch-wise":
-        scored *= min(request.patchgd.fill_chunk, request.grid.num_patches)
+        scored *= min(request.patchgd.fill_chunk, request.patches)
     if method == "downscaled":
         size = downscaled_size(request.image, side or request.patchgd.patch)
     model = request.model if method == "gd-extended" else linear_model(request)
@@ -124,11 +124,11 @@ def encoder_inputs(request: PlanRequest, method: Method) -> tuple[int, tuple[int
         return request.batch, request.image[:2]
     if method == "downscaled":
         return request.batch, (patchgd.patch, patchgd.patch)
-    chunk = min(patchgd.fill_chunk, grid.num_patches)
+    chunk = min(patchgd.fill_chunk, request.patches)
     if method == "exact" or (method == "full" and patchgd.remat):
         per_image = chunk
     elif method == "full":
-        per_image = grid.num_patches
+        per_image = request.patches
     else:
         per_image = request.sampled
     return request.batch * per_image, (grid.patch, grid.patch)
@@ -245,9 +245,14 @@ def _patchgd_step(request: PlanRequest, method: Method) -> Step:
     )
     score = partial(eval_step, model=model, grid=grid, fill_chunk=patchgd.fill_chunk)
     images = _images(request.batch, request.image[:2], request.image[2])
+    batch = _batch(images)
     scored = _batch(_images(request.eval_batch, request.image[:2], request.image[2]))
+    if request.slots is not None:
+        for arrays in (batch, scored):
+            shape = (arrays["label"].shape[0], request.slots)
+            arrays["patches"] = jax.ShapeDtypeStruct(shape, np.int32)
     return Step(
-        train=Program(step, (state, _batch(images), _key()), donated=(0,)),
+        train=Program(step, (state, batch, _key()), donated=(0,)),
         evaluate=Program(
             score, (state.params, state.model_state, scored), resident=_resident(state, images)
         ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +43,8 @@ class PlanRequest:
     patchgd: PatchGDConfig = field(default_factory=PatchGDConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    slots: int | None = None
+    """The most patches of an image that count; None: all of the grid's."""
 
     def __post_init__(self) -> None:
         if len(self.image) != 3 or min(self.image) < 1:
@@ -48,16 +52,21 @@ class PlanRequest:
                 f"the image to plan for is {self.image}; it must be height, width and channels, "
                 "all positive"
             )
-        for name in ("batch", "eval_batch", "classes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"the {name} to plan for is {getattr(self, name)}; at least 1")
+        for name in ("batch", "eval_batch", "classes", "slots"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"the {name} to plan for is {value}; at least 1")
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> PlanRequest:
-        """What `train` would do with a config."""
+        """What `train` would do with a config's generated images, whose size is known from it.
+
+        Raises:
+            ConfigError: for a batch size that is still auto.
+        """
         return cls(
             image=config.data.image_shape,
-            batch=config.batch_size,
+            batch=config.images_per_step,
             eval_batch=config.eval_batch_size,
             classes=config.data.classes,
             model=config.model,
@@ -77,13 +86,31 @@ class PlanRequest:
         return PatchGrid(height, width, self.patchgd.patch, self.patchgd.stride or 0)
 
     @property
+    def patches(self) -> int:
+        """N, the most patches of an image that are encoded."""
+        return self.slots or self.grid.num_patches
+
+    @property
     def sampled(self) -> int:
         """k, the patches of an image that one inner step encodes.
 
         Raises:
-            ConfigError: if there are more inner steps than patches.
+            ConfigError: if there are more inner steps than patches, or the fraction is still auto.
         """
-        return group_size(self.grid.num_patches, self.patchgd.num_inner_steps)
+        return group_size(self.patches, self.patchgd.num_inner_steps)
+
+
+def with_inner_steps(request: PlanRequest, inner: int) -> PlanRequest:
+    """The request with so many inner steps, by its sampling fraction."""
+    patchgd = request.patchgd
+    epsilon = patchgd.epsilon if inner % patchgd.epsilon == 0 else 1
+    patchgd = dataclasses.replace(patchgd, fraction=1 / inner, inner_steps=None, epsilon=epsilon)
+    return dataclasses.replace(request, patchgd=patchgd)
+
+
+def with_sampled(request: PlanRequest, sampled: int) -> PlanRequest:
+    """The request with at most that many patches in an inner step."""
+    return with_inner_steps(request, max(1, math.ceil(request.patches / sampled)))
 
 
 def tree_bytes(tree: Any) -> int:

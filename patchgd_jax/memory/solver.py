@@ -1,7 +1,9 @@
 """The largest batch, sampling fraction, patch or image that fits a budget.
 
-Two small compiles give a line, the line an answer, and a compile at the answer proves it. A step of
-the same form compiles as fast for large sizes as for small ones.
+Two small compiles give a line, and the line an answer. It is compiled, and so is the next larger
+setting; where the law is no line, as where a convolution takes another kernel, the search goes on
+between the two nearest to the budget. A step of the same form compiles as fast for large sizes as
+for small ones.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from patchgd_jax.errors import unknown_name
+from patchgd_jax.errors import ConfigError, unknown_name
 from patchgd_jax.memory.compiled import Line, compiled_total
 from patchgd_jax.memory.errors import MemoryBudgetError
 from patchgd_jax.memory.methods import Method
-from patchgd_jax.memory.request import PlanRequest
+from patchgd_jax.memory.request import PlanRequest, with_inner_steps, with_sampled
 from patchgd_jax.memory.size import show_size
 from patchgd_jax.models import encoder_entry
 
@@ -24,7 +26,7 @@ QUANTITIES: tuple[Quantity, ...] = ("batch", "fraction", "patch", "image")
 
 _LARGEST_BATCH = 4096
 _LARGEST_SIDE = 2**17
-_MOST_COMPILES = 6
+_MOST_COMPILES = 10
 
 Total = Callable[[PlanRequest], int]
 """Bytes that a setting takes."""
@@ -57,15 +59,7 @@ class _Scale(NamedTuple):
     value: Callable[[int], float]
 
 
-def with_sampled(request: PlanRequest, sampled: int) -> PlanRequest:
-    """The request with at most that many patches in an inner step."""
-    inner = max(1, math.ceil(request.grid.num_patches / sampled))
-    patchgd = dataclasses.replace(request.patchgd, fraction=1 / inner, inner_steps=None, epsilon=1)
-    return dataclasses.replace(request, patchgd=patchgd)
-
-
-def _scale(request: PlanRequest, quantity: Quantity) -> _Scale:
-    patches, sampled = request.grid.num_patches, request.sampled
+def _scale(request: PlanRequest, quantity: Quantity, most_inner_steps: int | None) -> _Scale:
     height, width, channels = request.image
     if quantity == "batch":
 
@@ -75,14 +69,24 @@ def _scale(request: PlanRequest, quantity: Quantity) -> _Scale:
 
         return _Scale(_LARGEST_BATCH, with_batch, lambda i: i + 1, lambda i: i + 1)
     if quantity == "fraction":
-        # Not every number of patches is that of some whole number of inner steps.
-        counts = sorted({math.ceil(patches / inner) for inner in range(1, patches + 1)})
+        # From the most inner steps on; of those that sample equally many patches, the fewest.
+        patches, patchgd = request.patches, request.patchgd
+        epsilon = patchgd.epsilon if patchgd.mode == "patchgd" else 1
+        most = patches if most_inner_steps is None else min(patches, most_inner_steps)
+        steps = [j for j in range(1, most + 1) if j % epsilon == 0]
+        if not steps:
+            raise ConfigError(
+                f"patchgd.epsilon {epsilon} is more than the {most} inner steps there can be"
+            )
+        fewest = {math.ceil(patches / inner): inner for inner in reversed(steps)}
+        inner_steps = [fewest[count] for count in sorted(fewest)]
         return _Scale(
-            len(counts),
-            lambda i: with_sampled(request, counts[i]),
-            lambda i: counts[i],
-            lambda i: with_sampled(request, counts[i]).patchgd.fraction,
+            len(inner_steps),
+            lambda i: with_inner_steps(request, inner_steps[i]),
+            lambda i: math.ceil(patches / inner_steps[i]),
+            lambda i: 1 / inner_steps[i],
         )
+    sampled = request.sampled
     if quantity == "patch":
         entry = encoder_entry(request.model.encoder)
         unit = max(32, entry.side_multiple)
@@ -115,6 +119,7 @@ def solve(
     *,
     expected: Callable[[int], int] = lambda compiled: compiled,
     total: Total | None = None,
+    most_inner_steps: int | None = None,
 ) -> Answer:
     """Finds the largest setting of one quantity that fits.
 
@@ -127,14 +132,15 @@ def solve(
         budget: bytes.
         expected: what a step takes, given XLA's figure: `Calibration.expected`.
         total: bytes of a setting; None: `compiled_total` of the method.
+        most_inner_steps: that a fraction may lead to; None: the patches of an image.
 
     Raises:
         MemoryBudgetError: if even the smallest setting does not fit.
-        ConfigError: for an unknown quantity.
+        ConfigError: for an unknown quantity, or an epsilon that is more than the inner steps.
     """
     if quantity not in QUANTITIES:
         raise unknown_name("quantity", quantity, QUANTITIES)
-    scale = _scale(request, quantity)
+    scale = _scale(request, quantity, most_inner_steps)
     known: dict[int, int] = {}
 
     def measure(index: int) -> int:
@@ -152,11 +158,8 @@ def solve(
         )
     measure(min(last, max(1, min(3, last // 4))))
     while len(known) < _MOST_COMPILES:
-        guess = _predict(known, scale, budget)
-        fits = max(i for i, size in known.items() if size <= budget)
-        exceeds = min((i for i, size in known.items() if size > budget), default=scale.length)
-        guess = min(max(guess, fits), exceeds - 1)
-        if guess in known:
+        guess = _next_guess(known, scale, budget)
+        if guess is None:
             break
         measure(guess)
     best = max(i for i, size in known.items() if size <= budget)
@@ -181,11 +184,22 @@ def _line(known: dict[int, int], scale: _Scale, near: int) -> Line:
     return Line.through([(scale.size(i), known[i]) for i in nearest])
 
 
-def _predict(known: dict[int, int], scale: _Scale, budget: int) -> int:
-    """The largest setting that fits by the line."""
-    fitting = max(i for i, size in known.items() if size <= budget)
-    largest = _line(known, scale, fitting).largest(budget)
-    low, high = 0, scale.length - 1
+def _next_guess(known: dict[int, int], scale: _Scale, budget: int) -> int | None:
+    """The setting to compile next; None if the largest that fits is known."""
+    fits = max(i for i, size in known.items() if size <= budget)
+    exceeds = min((i for i, size in known.items() if size > budget), default=scale.length)
+    if exceeds <= fits + 1:
+        return None
+    sides = [size <= budget for size in known.values()]
+    if exceeds < scale.length and len(sides) >= 4 and len(set(sides[-2:])) == 1:
+        # Twice on the same side of the budget: the law is not a line here.
+        return (fits + exceeds) // 2
+    if exceeds < scale.length:
+        points = [(scale.size(i), known[i]) for i in (fits, exceeds)]
+        largest = Line.through(points).largest(budget)
+    else:
+        largest = _line(known, scale, fits).largest(budget)
+    low, high = fits + 1, exceeds - 1
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if scale.size(middle) <= largest else (low, middle - 1)

@@ -32,6 +32,9 @@ _WINOGRAD_SIDE = 4
 # images, they would be most of the memory; such maps go through it in strips.
 _LARGE_BYTES = 2**24
 _STRIP_BYTES = 2**21
+# A network has many convolutions of the same shapes. Each is traced once, and the operations are
+# then copied: of stride, padding, and arrays.
+_traced_once = partial(jax.jit, static_argnums=(0, 1), inline=True)
 _DIVIDED: ContextVar[bool] = ContextVar("rows_divided", default=False)
 
 
@@ -141,6 +144,11 @@ def conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int = 0) -> jax
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _chosen(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
+    return _conv2d(stride, padding, x, w)
+
+
+@_traced_once
+def _conv2d(stride: int, padding: int, x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.platform_dependent(
         x,
         w,
@@ -152,9 +160,10 @@ def _chosen(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
 def _forward(
     x: jax.Array, w: jax.Array, stride: int, padding: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _chosen(x, w, stride, padding), (x, w)
+    return _conv2d(stride, padding, x, w), (x, w)
 
 
+@_traced_once
 def _backward(
     stride: int, padding: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -194,6 +203,11 @@ def depthwise_conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int =
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _depthwise_chosen(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
+    return _depthwise(stride, padding, x, w)
+
+
+@_traced_once
+def _depthwise(stride: int, padding: int, x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.platform_dependent(
         x,
         w,
@@ -205,9 +219,10 @@ def _depthwise_chosen(x: jax.Array, w: jax.Array, stride: int, padding: int) -> 
 def _depthwise_forward(
     x: jax.Array, w: jax.Array, stride: int, padding: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _depthwise_chosen(x, w, stride, padding), (x, w)
+    return _depthwise(stride, padding, x, w), (x, w)
 
 
+@_traced_once
 def _depthwise_backward(
     stride: int, padding: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

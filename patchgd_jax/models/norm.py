@@ -87,6 +87,7 @@ def batch_norm(
     return _batch_norm_forward(x, scale, bias, counts, axes)[0]
 
 
+@partial(jax.jit, static_argnums=4, inline=True)
 def _batch_norm_forward(
     x: jax.Array,
     scale: jax.Array,
@@ -104,6 +105,7 @@ def _batch_norm_forward(
     return (y.astype(x.dtype), mean, unbiased), (x, scale, mean, inverse, counts, number)
 
 
+@partial(jax.jit, static_argnums=0, inline=True)
 def _batch_norm_backward(
     axes: tuple[str, ...], saved: Any, cotangents: tuple[jax.Array, jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:

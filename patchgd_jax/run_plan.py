@@ -1,0 +1,114 @@
+"""What the memory planner plans for a run: its settings, with the true shapes of its images."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+
+from patchgd_jax.config import TrainConfig
+from patchgd_jax.data.sources import make_data
+from patchgd_jax.errors import ConfigError
+from patchgd_jax.experiment import make_run_task, select_device, training_grids
+from patchgd_jax.memory import Calibration, Formula, PlanRequest, calibration, compiled_total
+from patchgd_jax.memory.request import leaf_bytes
+
+# On the CPU, what a run takes of the same memory beside its steps: for reading, evaluating and
+# saving (measured: 17 to 25 MB).
+_HOST_BYTES = 24 * 2**20
+
+
+class RunPlan(NamedTuple):
+    """The plan of a run; all requests have the same settings and differ in the images."""
+
+    requests: tuple[PlanRequest, ...]
+    """One for each padded size that no other exceeds in pixels and patches, the largest first."""
+    examples: int
+    """Training images."""
+    fewest_patches: int
+    """N of the smallest padded size; no image size allows more inner steps than that."""
+    device: jax.Device
+    calibration: Calibration
+
+    @property
+    def platform(self) -> str:
+        """The device's, as `Formula` takes it."""
+        # What the formula knows of CUDA's compiler holds for ROCm's.
+        return {"gpu": "cuda"}.get(self.device.platform, self.device.platform)
+
+    def expected(self, request: PlanRequest, compiled: int) -> int:
+        """Bytes that training takes of the device, given XLA's figure.
+
+        The loop sends the next batch to the device while a step computes. On the CPU the device's
+        memory is the process's, which has its other needs.
+        """
+        image = jax.ShapeDtypeStruct((request.batch, *request.image), "uint8")
+        beside = _HOST_BYTES if self.device.platform == "cpu" else 0
+        return self.calibration.expected(compiled) + leaf_bytes(image) + beside
+
+    def compiled(self, request: PlanRequest) -> int:
+        """What training with a request's settings takes, by a compile for each size."""
+        totals = [self.expected(r, compiled_total(r, r.patchgd.mode)) for r in self._sizes(request)]
+        return max(totals)
+
+    def by_formula(self, request: PlanRequest) -> int:
+        """What training with a request's settings takes, by formula."""
+        totals = [
+            self.expected(r, Formula(r, self.platform).row(r.patchgd.mode).total)
+            for r in self._sizes(request)
+        ]
+        return max(totals)
+
+    def _sizes(self, request: PlanRequest) -> list[PlanRequest]:
+        return [
+            dataclasses.replace(request, image=of.image, slots=of.slots) for of in self.requests
+        ]
+
+
+def plan_of(config: TrainConfig) -> RunPlan:
+    """The plan of a run on the images that its settings name.
+
+    Args:
+        config: the run; no setting of it may be auto.
+
+    Raises:
+        ConfigError: for images that are streamed or lie on a mesh, of which the planner knows
+            nothing.
+        PatchGDError: as `make_data`, and if the device is not there.
+    """
+    if config.stream.enabled or config.mesh is not None:
+        raise ConfigError(
+            "the memory planner knows one device that holds whole images; leave stream.enabled and "
+            "mesh out"
+        )
+    device = select_device(config.device)
+    data = make_data(config)
+    grids = training_grids(config, data)
+    plain = dataclasses.replace(
+        PlanRequest.from_config(config),
+        classes=make_run_task(config, data.num_classes).num_outputs(data.num_classes),
+    )
+    requests = [
+        dataclasses.replace(plain, image=(*shape, plain.image[2]), slots=slots)
+        for shape, slots in zip(data.shapes, data.slots, strict=True)
+    ]
+    requests.sort(key=_extent, reverse=True)
+    most: list[PlanRequest] = []
+    for request in requests:
+        pixels, patches = _extent(request)
+        if not any(pixels <= _extent(r)[0] and patches <= _extent(r)[1] for r in most):
+            most.append(request)
+    return RunPlan(
+        requests=tuple(most),
+        examples=len(data.train),
+        fewest_patches=min(
+            slots or grid.num_patches for slots, grid in zip(data.slots, grids, strict=True)
+        ),
+        device=device,
+        calibration=calibration(device),
+    )
+
+
+def _extent(request: PlanRequest) -> tuple[int, int]:
+    return request.image[0] * request.image[1], request.patches
