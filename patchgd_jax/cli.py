@@ -41,9 +41,33 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class Peers:
+    """The processes of a run; what is not given is what the environment says."""
+
+    coordinator: str | None = None
+    """host:port of process 0 of a run of several processes; auto: jax finds it (Cloud TPU). None:
+    $PATCHGD_COORDINATOR, or Slurm, Open MPI or GKE, if there are several."""
+    processes: int | None = None
+    """How many processes the run has. None: $PATCHGD_PROCESSES."""
+    process: int | None = None
+    """The number of this one, from 0. None: $PATCHGD_PROCESS."""
+
+    def join(self, device: str) -> Progress:
+        """Joins the others, if there are any; what shows progress in this one."""
+        from patchgd_jax.distributed import initialize, is_first
+        from patchgd_jax.experiment import select_device
+        from patchgd_jax.progress import ConsoleProgress, Progress
+
+        if initialize(self.coordinator, self.processes, self.process):
+            select_device(device, shared=True)
+        return ConsoleProgress() if is_first() else Progress()
+
+
+@dataclass(frozen=True)
 class TrainOptions(RunOptions):
     """A run or its rehearsal."""
 
+    peers: Annotated[Peers, arg(name="")] = field(default_factory=Peers)
     dry_run: Annotated[bool, FlagCreatePairsOff] = False
     """Compile everything, run two steps, an evaluation batch, a save and a restore, and compare the
     memory with the plan; no run folder is left."""
@@ -52,7 +76,7 @@ class TrainOptions(RunOptions):
 def train_command(arguments: Sequence[str]) -> None:
     """Train a model: train [PRESET] [--SETTING VALUE ...]."""
     options, run_dir = run_options(TrainOptions, "train", "Train a model", arguments)
-    progress = _joined(options.config.device)
+    progress = options.peers.join(options.config.device)
 
     if options.dry_run:
         from patchgd_jax.dry_run import dry_run
@@ -73,17 +97,6 @@ def train_command(arguments: Sequence[str]) -> None:
     examples = sorted((Path(run_dir) / EXAMPLES).glob("*.png"))
     image = examples[0] if examples else "IMAGE"
     print(f"Try it on an image:  {PROGRAM} predict {run_dir} {image}")
-
-
-def _joined(device: str) -> Progress:
-    """Joins the other processes of the run, if there are any; what shows progress in this one."""
-    from patchgd_jax.distributed import initialize, is_first
-    from patchgd_jax.experiment import select_device
-    from patchgd_jax.progress import ConsoleProgress, Progress
-
-    if initialize():
-        select_device(device, shared=True)
-    return ConsoleProgress() if is_first() else Progress()
 
 
 Options = TypeVar("Options", bound=RunOptions)
@@ -134,6 +147,7 @@ def resume_command(arguments: Sequence[str]) -> None:
         run: Positional[str],
         accept_changed_data: FlagCreatePairsOff[bool] = False,
         mesh: str | None = None,
+        peers: Annotated[Peers, arg(name="")] = Peers(),
     ) -> None:
         """Continue an interrupted run from its newest intact checkpoint.
 
@@ -142,11 +156,12 @@ def resume_command(arguments: Sequence[str]) -> None:
             accept_changed_data: Go on although images, labels or splits are no longer the same.
             mesh: How the devices that there are now share the work: data=2,patch=4, or auto. None:
                 as before.
+            peers: The processes of the run.
         """
         from patchgd_jax.run_folder import RunFolder
         from patchgd_jax.train import resume
 
-        progress = _joined(RunFolder(run).config().device)
+        progress = peers.join(RunFolder(run).config().device)
         resume(run, progress=progress, accept_changed_data=accept_changed_data, mesh=mesh)
 
     tyro.cli(resume_run, prog=f"{PROGRAM} resume", args=list(arguments))

@@ -142,13 +142,16 @@ def start(folder, run, *arguments, devices=1, number=None, port=0, processes=2, 
         **several_devices(devices),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    if number is not None:
+    named = ["--run-dir", run] if what == "train" else [run]
+    coordinator = f"127.0.0.1:{port}"
+    if number == 0:
+        named += ["--coordinator", coordinator, "--processes", processes, "--process", number]
+    elif number is not None:
         environment |= {
-            "PATCHGD_COORDINATOR": f"127.0.0.1:{port}",
+            "PATCHGD_COORDINATOR": coordinator,
             "PATCHGD_PROCESSES": str(processes),
             "PATCHGD_PROCESS": str(number),
         }
-    named = ["--run-dir", run] if what == "train" else [run]
     return subprocess.Popen(
         [sys.executable, "-m", "patchgd_jax", what, *map(str, [*arguments, *named])],
         cwd=folder,
