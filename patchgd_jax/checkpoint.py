@@ -99,8 +99,8 @@ class Checkpoints:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._remove_partial()
                 partial.mkdir()
+        # Here processes wait for each other: one that fails ends, and so do those that wait for it.
         with (
-            all_or_none(),
             self._all_or_nothing(final, partial),
             watched(),
             _checkpointer() as checkpointer,
@@ -124,7 +124,8 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             # Orbax and TensorStore report a full disk as ValueError or RuntimeError.
-            shutil.rmtree(partial, ignore_errors=True)
+            if is_first():
+                shutil.rmtree(partial, ignore_errors=True)
             raise DiskError(
                 f"cannot write checkpoint {final}: {_first_line(error)} "
                 f"({_free_space(self.folder)} free); make room and resume the run"

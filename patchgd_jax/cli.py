@@ -54,12 +54,14 @@ class Peers:
 
     def join(self, device: str) -> Progress:
         """Joins the others, if there are any; what shows progress in this one."""
-        from patchgd_jax.distributed import initialize, is_first
+        from patchgd_jax.distributed import check_same, initialize, is_first
         from patchgd_jax.experiment import select_device
         from patchgd_jax.progress import ConsoleProgress, Progress
 
         if initialize(self.coordinator, self.processes, self.process):
             select_device(device, shared=True)
+            # At once: a first exchange does not wait for long, and reading data may differ.
+            check_same({})
         return ConsoleProgress() if is_first() else Progress()
 
 
@@ -154,8 +156,8 @@ def resume_command(arguments: Sequence[str]) -> None:
         Args:
             run: Run folder.
             accept_changed_data: Go on although images, labels or splits are no longer the same.
-            mesh: How the devices that there are now share the work: data=2,patch=4, or auto. None:
-                as before.
+            mesh: How the devices that there are now share the work: data=2,patch=4,rows=2, or auto.
+                None: as before.
             peers: The processes of the run.
         """
         from patchgd_jax.run_folder import RunFolder

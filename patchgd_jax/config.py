@@ -637,12 +637,14 @@ class TrainConfig:
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """Device to train on; anything but auto is an error where it is missing."""
     mesh: str | None = None
-    """How all devices share the work: data=2,patch=4 (images, and parts of each image), or auto.
-    None: one device trains; in a run of several processes, auto."""
+    """How all devices share the work: data=2,patch=4 (images, and parts of each image; and rows=2
+    for parts of each patch), or auto. None: one device trains; in a run of several processes,
+    auto."""
     param_rules: tuple[str, ...] = ()
     """Parameters that the devices of a mesh divide among them, each a regular expression for their
     paths and an axis for each dimension: kernel$=-,-,-,data (- leaves a dimension whole). The first
-    that fits counts; the rest is whole on every device."""
+    that is found in a path, and has as many dimensions, counts; the rest is whole on every
+    device."""
     reader_threads: int = 1
     """Threads that prepare images ahead of the training step."""
     reader_workers: int = 0
@@ -686,6 +688,17 @@ class TrainConfig:
             not stream.enabled or self.data.generated or self.data.fit == "native",
             "stream.enabled reads parts of images as they are in their files; add --data.fit "
             "native (and --data.level for a smaller level)",
+        )
+        _require(
+            not stream.enabled or self.patchgd.mode != "full",
+            "patchgd.mode full keeps all patches on the device at once, so images cannot be "
+            "streamed; mode exact has the same gradient",
+        )
+        _require(
+            stream.max_age == 0
+            or (self.patchgd.mode != "exact" and self.patchgd.norm_policy != "paper"),
+            "stream.max_age reuses old latents; patchgd.mode exact needs all of them fresh, and "
+            "patchgd.norm_policy paper takes batch statistics of all of them",
         )
         _require(
             not stream.enabled or self.data.bad_images == "raise",

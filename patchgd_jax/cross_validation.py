@@ -12,6 +12,7 @@ import numpy as np
 from patchgd_jax.auto_settings import is_settled, settled
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.channels import with_channels
+from patchgd_jax.distributed import several_asked_for
 from patchgd_jax.errors import ConfigError, DiskError
 from patchgd_jax.files import write_json
 from patchgd_jax.progress import Progress
@@ -76,6 +77,11 @@ def cross_validate(
     one = next(iter(fold_configs(config, folder).values()))
     channels = with_channels(one).data.channels
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, channels=channels))
+    if several_asked_for():
+        raise ConfigError(
+            "cross-validate trains in one process; for several, train each fold by itself with "
+            "--data.split.fold"
+        )
     configs = fold_configs(_settled(config, folder, budget, progress()), folder)
     for fold, wanted in configs.items():
         path = Path(wanted.run_dir or "")

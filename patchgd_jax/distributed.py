@@ -59,7 +59,7 @@ def initialize(
         heartbeat_seconds: after which the others of a process that has died are ended.
 
     Returns:
-        Whether there are several processes.
+        Whether the run is one of processes that join. None of jax's devices are started yet.
 
     Raises:
         ConfigError: if only some of the three are given, or they make no sense. If not all come up
@@ -112,7 +112,12 @@ def initialize(
             )
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"cannot join the other processes: {_first_line(error)}") from error
-    return jax.process_count() > 1
+    return True
+
+
+def several_asked_for() -> bool:
+    """Whether the environment says that this process is one of several, joined or not."""
+    return "PATCHGD_PROCESSES" in os.environ or _in_cluster()
 
 
 def _in_cluster() -> bool:
@@ -126,7 +131,7 @@ def _in_cluster() -> bool:
 
 
 def several() -> bool:
-    """Whether this process is one of several; asking does not start jax's devices."""
+    """Whether this process is one of several; asking a process alone does not start devices."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 

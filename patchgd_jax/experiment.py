@@ -176,7 +176,7 @@ def restore_params(
 
 
 def select_device(name: str, *, shared: bool = False) -> jax.Device:
-    """Makes the named platform JAX's only one, and returns its first device.
+    """Makes the named platform JAX's only one, and returns this process's first device of it.
 
     Must run before anything else touches JAX.
 
@@ -194,7 +194,7 @@ def select_device(name: str, *, shared: bool = False) -> jax.Device:
         # with as few threads as cores, virtual devices can wait for each other for good.
         os.environ.setdefault("NPROC", "32")
     try:
-        return jax.devices()[0]
+        return jax.local_devices()[0]
     except (RuntimeError, AssertionError) as error:
         # A missing CUDA plugin shows as an AssertionError without a message.
         install = {"gpu": "patchgd-jax[cuda13] or [cuda12]", "tpu": "patchgd-jax[tpu]"}.get(name)

@@ -77,6 +77,7 @@ class TrainedModel:
         }
         self.model_state: Parts = checkpoints.restore_part(self.step, "model_state", model_state)
         self._score = lru_cache(maxsize=None)(self._jitted_score)
+        self._streamed = lru_cache(maxsize=4)(self._streamed_step)
 
     def _grid_of(self, shape: tuple[int, int]) -> PatchGrid:
         return make_grid(self.config, *shape, self.preprocess.background)
@@ -128,7 +129,14 @@ class TrainedModel:
         """
         data = make_data(self.config)
         source = self._source(data, split)
-        execution = make_execution(make_setup(self.config, data, self.preprocess))
+        # On one device, whatever it was trained on.
+        config = dataclasses.replace(
+            self.config,
+            mesh=None,
+            param_rules=(),
+            stream=dataclasses.replace(self.config.stream, max_age=0),
+        )
+        execution = make_execution(make_setup(config, data, self.preprocess))
         progress = progress or Progress()
 
         def show(done: int) -> bool:
@@ -241,10 +249,15 @@ class TrainedModel:
         Raises:
             DataError: if a patch cannot be read.
         """
-        config = self.config
-        shape = source.level_shapes[config.data.level]
+        shape = source.level_shapes[self.config.data.level]
         grid = self._grid_of(self._at_least_a_patch(*shape))
-        step = StreamedStep(
+        batch = self._batch(grid, patches)
+        out = self._streamed(grid).evaluate(self.params, self.model_state, [source], batch, [name])
+        return self._answer(out)
+
+    def _streamed_step(self, grid: PatchGrid) -> StreamedStep:
+        config = self.config
+        return StreamedStep(
             make_model(config, grid, self.preprocess),
             optax.identity(),
             grid,
@@ -255,15 +268,13 @@ class TrainedModel:
             buffers=config.stream.buffers,
             readers=config.stream.readers,
         )
-        batch = self._batch(grid, patches)
-        return self._answer(step.evaluate(self.params, self.model_state, [source], batch, [name]))
 
     def patches(self, path: str | Path) -> np.ndarray | None:
         """The numbers of a file's patches that hold something, `int32 [m]`; None: all count."""
         if self.config.data.empty.method == "none":
             return None
         reader = FileReader(self.config.data, self.preprocess.background)
-        grid = self._grid_of(reader.shape(path))
+        grid = self._grid_of(self._at_least_a_patch(*reader.shape(path)))
         return np.flatnonzero(used_patches(path, reader, grid)).astype(np.int32)
 
     def predict(self, image: np.ndarray, patches: np.ndarray | None = None) -> dict[str, Any]:

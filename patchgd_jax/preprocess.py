@@ -38,6 +38,11 @@ def _example_moments(data: RunData, index: int) -> np.ndarray:
         height, width = example.get("size", example["image"].shape[:2])
         return _moments(example["image"][:height, :width])
     with closing(as_regions(source).open(index)) as image:
+        levels = len(image.level_shapes)
+        if data.regions_level >= levels:
+            raise DataError(
+                f"it has {levels} levels, but data.level is {data.regions_level} (counted from 0)"
+            )
         height, width = image.level_shapes[data.regions_level]
         rows, cols = min(_WINDOW, height), min(_WINDOW, width)
         windows = [

@@ -40,8 +40,8 @@ AXES = (DATA, PATCH)
 
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 """Regular expressions that are searched for in a parameter's path (`encoder/Conv_0/kernel`), each
-with the mesh axis that every dimension is divided along, or None. The first one found counts; a
-parameter that none fits is whole on every device."""
+with the mesh axis that every dimension is divided along, or None. The first one that is found in a
+path, and has as many dimensions, counts; a parameter that none fits is whole on every device."""
 
 
 def make_mesh(
@@ -149,12 +149,13 @@ def check_layout(data: int, patch: int, *, batch_size: int, strata: int) -> None
         )
 
 
-def check_rows(mesh: Mesh, grid: PatchGrid) -> None:
-    """Checks that a mesh divides the rows of a patch evenly.
+def check_grid(mesh: Mesh, grid: PatchGrid) -> None:
+    """Checks that a mesh divides a grid's patches, and the rows of one evenly.
 
     Raises:
         ConfigError: if it does not.
     """
+    Bands(grid, mesh.shape[PATCH])
     if grid.patch % mesh.shape[ROWS] != 0:
         raise ConfigError(
             f"the {grid.patch} rows of a patch cannot be divided among {mesh.shape[ROWS]} devices "
@@ -331,14 +332,21 @@ def param_specs(params: Tree, rules: Rules, mesh: Mesh) -> Tree:
     """
 
     def spec(path: Any, leaf: Any) -> P:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = _path_text(path)
         for pattern, axes in rules:
-            if leaf.ndim and re.search(pattern, name):
+            if leaf.ndim == len(axes) and re.search(pattern, name):
                 _check_rule(name, leaf.shape, axes, mesh)
                 return P(*axes)
         return P()
 
     return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def _path_text(path: Any) -> str:
+    """A leaf's path from its part on, also in an optimizer's state: `encoder/Conv_0/kernel`."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    found = re.search(r"(?:^|/)((?:encoder|head)/.*)", name)
+    return found[1] if found else name
 
 
 def check_rules(params: Tree, rules: Rules) -> None:
@@ -347,14 +355,15 @@ def check_rules(params: Tree, rules: Rules) -> None:
     Raises:
         ConfigError: if one is about none, with a few paths that there are.
     """
-    paths = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
-    ]
-    for pattern, _ in rules:
-        if not any(re.search(pattern, path) for path in paths):
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    for pattern, axes in rules:
+        if not any(
+            leaf.ndim == len(axes) and re.search(pattern, _path_text(path)) for path, leaf in leaves
+        ):
+            known = ", ".join(f"{_path_text(path)} {list(leaf.shape)}" for path, leaf in leaves[:6])
             raise ConfigError(
-                f"param_rules: {pattern!r} fits no parameter; there are {', '.join(paths[:6])}, ..."
+                f"param_rules: {pattern!r} fits no parameter of {len(axes)} dimensions; there are "
+                f"{known}, ..."
             )
 
 
@@ -365,7 +374,7 @@ def _check_rule(
     if not set(used) <= set(AXES) or len(set(used)) != len(used):
         raise ConfigError(f"{name} cannot be divided along {axes}; the axes are {DATA} and {PATCH}")
     sizes = [1 if axis is None else mesh.shape[axis] for axis in axes]
-    if len(axes) > len(shape) or any(n % d for n, d in zip(shape, sizes, strict=False)):
+    if any(n % d for n, d in zip(shape, sizes, strict=True)):
         raise ConfigError(
             f"{name} of shape {list(shape)} cannot be divided along {axes} on a mesh of "
             f"{dict(mesh.shape)}; change its rule"
@@ -421,7 +430,7 @@ def sharded_train_step(
     """
     data, patch = mesh.shape[DATA], mesh.shape[PATCH]
     check_layout(data, patch, batch_size=batch["label"].shape[0], strata=patchgd.strata)
-    check_rows(mesh, grid)
+    check_grid(mesh, grid)
     return train_step(
         state,
         batch,

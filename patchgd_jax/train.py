@@ -31,7 +31,7 @@ from patchgd_jax.distributed import (
 )
 from patchgd_jax.errors import CheckpointError, DataError, DiskError
 from patchgd_jax.evaluate import evaluate
-from patchgd_jax.execution import make_execution
+from patchgd_jax.execution import check_execution, make_execution
 from patchgd_jax.experiment import make_run_task, make_setup, select_device, training_grids
 from patchgd_jax.out_of_memory import out_of_memory_told
 from patchgd_jax.preprocess import Preprocess
@@ -59,6 +59,9 @@ _MAY_CHANGE = (
     "stream.store_dir",
 )
 """Settings that a resumed run may have different."""
+
+_OWN = ("run_dir", "reader_threads", "reader_workers", "reader_mib", "stream.store_dir")
+"""Settings that each process of a run may have its own of."""
 
 _EXAMPLE_PIXELS = 2**24
 """Pixels of generated images up to which some are written to the run folder."""
@@ -101,7 +104,7 @@ def train(
                 RunFolder.check_free(run_dir)
                 config = settled(with_channels(config), budget, progress)
                 run = Run(config, None, progress, optimizer)
-            check_same(flatten(run.identity))
+            check_same(run.shared)
             with out_of_memory_told(config, run_dir):
                 state = run.first_state()
             with all_or_none():
@@ -126,7 +129,8 @@ def resume(
     """Continues a run from its newest intact checkpoint, or from the start if it has none.
 
     On the CPU the run ends with the same parameters and metrics, bit for bit, as one that was
-    never interrupted. Other arguments, result and errors are those of `train`.
+    never interrupted, unless it reuses latents (`stream.max_age`) or the mesh is another. Other
+    arguments, result and errors are those of `train`.
 
     Args:
         run_dir: its folder.
@@ -145,7 +149,7 @@ def resume(
                 if mesh is not None:
                     config = dataclasses.replace(config, mesh=mesh)
                 run = Run(config, folder.preprocess(), progress, optimizer)
-            check_same(flatten(run.identity))
+            check_same(run.shared)
             checkpoints = Checkpoints(folder.checkpoints, progress.warn)
             if from_first(checkpoints.steps):
                 step = from_first(checkpoints.newest_intact)
@@ -178,7 +182,7 @@ class Run:
         for note in self.data.notes:
             progress.message(note)
         # What does not fit shows before any image is read.
-        training_grids(config, self.data)
+        check_execution(config, training_grids(config, self.data))
         make_run_task(config, self.data.num_classes)
         self.total_steps = config.total_steps(len(self.data.train))
         cache = use_compilation_cache()
@@ -212,7 +216,8 @@ class Run:
         if start is not None:
             params, model_state = start.into(state.params, state.model_state)
             state = state._replace(params=params, model_state=model_state)
-        return self.execution.place(state)
+        with watched():
+            return self.execution.place(state)
 
     def state_spec(self) -> TrainState:
         """Shapes, dtypes and, on several devices, shardings of the state."""
@@ -233,6 +238,14 @@ class Run:
                 "validation": self.data.validation.fingerprint,
             },
         }
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What must be the same for all processes of the run."""
+        settings = flatten(to_dict(self.config))
+        for name in _OWN:
+            del settings[name]
+        return {**flatten(self.identity), **flatten({"settings": settings})}
 
     def check_identity(
         self, meta: dict[str, Any], step: int, *, accept_changed_data: bool = False
@@ -389,9 +402,13 @@ class Run:
                 recorder.flush()
                 if step:
                     recorder.save(step, state)
+                otherwise = (
+                    ""
+                    if config.stream.enabled
+                    else f", or set data.bad_images to substitute in {folder.path / CONFIG}"
+                )
                 raise DataError(
-                    f"{error}\nThe run is saved after step {step}. Mend the image, or set "
-                    f"data.bad_images to substitute in {folder.path / CONFIG}; then: "
-                    f"patchgd-jax resume {folder.path} --accept-changed-data"
+                    f"{error}\nThe run is saved after step {step}. Mend the image{otherwise}; "
+                    f"then: patchgd-jax resume {folder.path} --accept-changed-data"
                 ) from error
         return recorder.finish(state, self.data.shortcuts)

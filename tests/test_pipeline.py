@@ -172,24 +172,22 @@ def test_buckets_take_turns_in_proportion_to_their_sizes(sizes, seed):
 
 
 @pytest.mark.parametrize("sizes", [(20,), (20, 9, 2)])
-@pytest.mark.parametrize("parts", [2, 4])
-def test_the_shards_of_a_batch_are_its_rows_in_order(sizes, parts):
+@pytest.mark.parametrize("cuts", [(0, 4, 8), (0, 2, 4, 6, 8), (0, 3, 8)])
+def test_the_rows_that_processes_read_make_the_batch(sizes, cuts):
     source = Numbers(*sizes, broken={3, 4})
     options = {"batch_size": 8, "bad_images": "substitute", "start": 2}
     whole = take(source, 9, **options)
-    shards = [take(source, 9, shard=(part, parts), **options) for part in range(parts)]
+    parts = [take(source, 9, rows=slice(*cut), **options) for cut in itertools.pairwise(cuts)]
     joined = [
         {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-        for pieces in zip(*shards, strict=True)
+        for pieces in zip(*parts, strict=True)
     ]
     same(joined, whole)
 
 
-def test_shards_must_divide_the_batch():
-    with pytest.raises(ConfigError, match="a batch of 6 cannot be shared by 4 processes"):
-        take(Numbers(20), 1, shard=(0, 4))
-    with pytest.raises(ConfigError, match="number 2"):
-        take(Numbers(20), 1, shard=(2, 2))
+def test_rows_that_a_batch_has_none_of_are_named():
+    with pytest.raises(ConfigError, match="rows 6 to 8 of a batch of 6 are none"):
+        take(Numbers(20), 1, rows=slice(6, 8))
 
 
 # Reading ahead.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from virtual_devices import several_devices
 
 from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, sample_groups
@@ -292,17 +293,22 @@ def test_rules_are_read():
     for text in ("kernel", "kernel=model", "=data", "(=data"):
         with pytest.raises(ConfigError, match="param_rules"):
             parse_rules([text])
-    with pytest.raises(ConfigError, match="fits no parameter; there are encoder/kernel"):
-        check_rules({"encoder": {"kernel": np.zeros(3)}}, parse_rules(["kernels=data"]))
+    with pytest.raises(
+        ConfigError, match="fits no parameter of 1 dimensions; there are encoder/kernel"
+    ):
+        check_rules({"encoder": {"kernel": np.zeros((3, 4))}}, parse_rules(["kernel=data"]))
 
 
 def test_rules_that_do_not_fit_are_named():
     mesh = make_mesh("auto", batch_size=1, devices=jax.devices()[:1])
     params = {"encoder": {"kernel": np.zeros((3, 4))}, "head": {}}
-    with pytest.raises(ConfigError, match=r"encoder/kernel of shape \[3, 4\] cannot be divided"):
-        param_specs(params, [("kernel", (None, None, "data"))], mesh)
+    # Rules are for parameters of as many dimensions as they have axes.
+    assert param_specs(params, [("kernel", (None, None, "data"))], mesh)["encoder"]["kernel"] == P()
+    divided = {"opt_state": {"mu": params}}
+    spec = param_specs(divided, [("^encoder/kernel$", (None, "data"))], mesh)
+    assert spec["opt_state"]["mu"]["encoder"]["kernel"] == P(None, "data")
     with pytest.raises(ConfigError, match="the axes are data and patch"):
-        param_specs(params, [("kernel", ("model",))], mesh)
+        param_specs(params, [("kernel", (None, "model"))], mesh)
 
 
 def test_images_of_another_size_are_named():

@@ -25,6 +25,7 @@ def patch_mask(
     stride: int,
     config: BackgroundConfig,
     background: int,
+    level: int = 0,
 ) -> np.ndarray:
     """Finds the patches that hold something.
 
@@ -33,13 +34,14 @@ def patch_mask(
     at most. What lies outside the image is background.
 
     Args:
-        source: the image; level 0 is what the grid lies on.
+        source: the image.
         rows: rows of patches.
         cols: columns of patches.
-        patch: side of a patch in pixels of level 0.
+        patch: side of a patch in pixels of that level.
         stride: pixels between neighbouring patches.
         config: how far is far enough, and how much of a patch must be content.
         background: uint8 value of the background.
+        level: what the grid lies on; smaller levels are looked at.
 
     Returns:
         `bool [rows, cols]`, True where a patch counts. At least one does: if none has content
@@ -51,10 +53,10 @@ def patch_mask(
     """
     if config.method == "none":
         return np.ones((rows, cols), bool)
-    distance = _distance(source, patch, background)
+    distance = _distance(source, patch, background, level)
     content = distance >= _limit(distance, config, background)
 
-    height, width = source.level_shapes[0]
+    height, width = source.level_shapes[level]
     scale = distance.shape[0] / height, distance.shape[1] / width
     tops = np.arange(rows) * stride * scale[0]
     lefts = np.arange(cols) * stride * scale[1]
@@ -67,12 +69,15 @@ def patch_mask(
     return mask
 
 
-def _distance(source: RegionSource, patch: int, background: int) -> np.ndarray:
+def _distance(source: RegionSource, patch: int, background: int, base: int) -> np.ndarray:
     """Grey values' distance from the background: `uint8 [h, w]`, the whole image made small."""
+    own = source.downsamples[base]
     enough = [
-        level for level, scale in enumerate(source.downsamples) if patch / scale >= _MIN_PATCH_SIDE
+        level
+        for level, scale in enumerate(source.downsamples)
+        if level >= base and patch * own / scale >= _MIN_PATCH_SIDE
     ]
-    level = max(enough, default=0)
+    level = max(enough, default=base)
     height, width = source.level_shapes[level]
     # A whole factor, so that each small pixel is the average of as many large ones.
     by = -(-max(height, width) // _MAX_SIDE)

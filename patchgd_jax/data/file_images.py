@@ -249,7 +249,7 @@ def plan_layout(table: ImageTable, reader: FileReader, patchgd: PatchGDConfig) -
             for i, (height, width) in enumerate(shapes)
         )
         notes.append(
-            f"Images of {len(set(sizes))} sizes are padded to {len(shapes)}: {listed}; "
+            f"Images of {len(set(sizes))} size(s) are padded to {len(shapes)}: {listed}; "
             f"{100 * chosen.padding:.0f}% is padding, which is not encoded. "
             f"{2 * len(shapes)} programs to compile."
         )
@@ -304,10 +304,10 @@ def used_patches(path: Any, reader: FileReader, grid: PatchGrid) -> np.ndarray:
         config=config.empty,
         background=reader.background,
     )
-    if config.fit == "native" and config.level == 0:
+    if config.fit == "native":
         # From the lowest level: the pixels themselves need not be read.
         with closing(reader.open(path)) as source:
-            return mask(source)
+            return mask(source, level=reader.level(source, path))
     if config.fit == "resize" and not config.panda_options.reference_level:
         # A smaller picture tells as well, and needs a smaller level only.
         by = math.gcd(grid.patch, grid.stride, *config.size)

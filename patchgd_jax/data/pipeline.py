@@ -43,7 +43,7 @@ class TrainBatches:
 
     Args:
         source: the examples.
-        batch_size: B of the whole batch, over all shards.
+        batch_size: B of the whole batch, over all processes.
         seed: of the shuffling.
         start: number of the first batch.
         threads: threads that read examples ahead of time, in each of the workers if there are any.
@@ -51,15 +51,14 @@ class TrainBatches:
             one do.
         buffer_bytes: upper bound of what waits for the next step, but for a single batch, which may
             be larger.
-        shard: index and number of the processes that share each batch: this one gets that part of
-            its rows.
+        rows: the rows of each batch that this process reads.
         bad_images: raise: an unreadable example ends the run. substitute: the next readable one of
             its bucket takes its place.
         bad_limit: different unreadable examples that `substitute` bears (in this process).
         on_bad: called in this process, once for each of them, before its batch is returned.
 
     Raises:
-        ConfigError: if the shards do not divide the batch.
+        ConfigError: if there are no such rows.
         RecordError: if nothing can be read.
     """
 
@@ -73,39 +72,38 @@ class TrainBatches:
         threads: int,
         workers: int = 0,
         buffer_bytes: int = BUFFER_BYTES,
-        shard: tuple[int, int] = (0, 1),
+        rows: slice = slice(None),
         bad_images: Policy = "raise",
         bad_limit: int = 10,
         on_bad: OnBad = _ignore,
     ) -> None:
         if workers:
             check_main()
-        part, parts = shard
-        if not 0 <= part < parts or batch_size % parts:
+        rows = slice(*rows.indices(batch_size))
+        size = rows.stop - rows.start
+        if size <= 0:
             raise ConfigError(
-                f"a batch of {batch_size} cannot be shared by {parts} processes (this is number "
-                f"{part}); choose a batch_size that {parts} divides"
+                f"rows {rows.start} to {rows.stop} of a batch of {batch_size} are none; use fewer "
+                "processes, or a larger batch_size"
             )
-        rows = batch_size // parts
         self._tally = BadTally(source, policy=bad_images, limit=bad_limit, on_bad=on_bad)
         reader = Reader(source, self._tally, threads=threads, substitute=True)
         order = TrainOrder(reader.buckets, seed=seed, batch_size=batch_size)
-        mine = slice(part * rows, (part + 1) * rows)
         self._closed = False
         self._reads: Generator[Read, None, None]
         if workers:
-            ahead = _ahead(reader, rows, workers * threads, 2 * workers, buffer_bytes)
+            ahead = _ahead(reader, size, workers * threads, 2 * workers, buffer_bytes)
             workers = min(workers, ahead)
             self._reads = read_in_workers(
-                reader, order, mine, start=start, workers=workers, ahead=ahead
+                reader, order, rows, start=start, workers=workers, ahead=ahead
             )
             # For a program that ends without closing; before multiprocessing would wait for them.
             atexit.register(self._reads.close)
         else:
-            ahead = _ahead(reader, rows, threads, 2 * threads, buffer_bytes)
+            ahead = _ahead(reader, size, threads, 2 * threads, buffer_bytes)
             numbers = itertools.count(start)
             self._reads = read_ahead(
-                reader, (order(k, mine) for k in numbers), size=rows, ahead=ahead
+                reader, (order(k, rows) for k in numbers), size=size, ahead=ahead
             )
 
     def __enter__(self) -> Self:

@@ -97,7 +97,7 @@ class Execution(abc.ABC):
             threads=config.reader_threads,
             workers=config.reader_workers,
             buffer_bytes=config.reader_mib * 2**20,
-            shard=(own.start // len(own), size // len(own)),
+            rows=slice(own.start, own.stop),
             bad_images=config.data.bad_images,
             bad_limit=config.data.bad_limit,
             on_bad=on_bad,
@@ -154,5 +154,5 @@ class Execution(abc.ABC):
 
         Returns:
             What `step.eval_step` does, and `label` and `weight`; of the whole batch, also where
-            this process read some of it.
+            this process read some of it. Rows that are padding may be left out.
         """

@@ -19,7 +19,6 @@ from patchgd_jax.sharding import (
     Bands,
     Rules,
     batch_shardings,
-    check_rows,
     check_rules,
     own_images,
     param_shardings,
@@ -40,16 +39,13 @@ class MeshExecution(ResidentExecution):
         rules: how parameters are divided.
 
     Raises:
-        ConfigError: if there are fewer patches than devices for an image, or the rows of a patch
-            cannot be divided, or for a rule that fits no parameter.
+        ConfigError: if the mesh does not fit a grid, or for a rule that fits no parameter.
     """
 
     def __init__(self, setup: Setup, mesh: Mesh, rules: Rules) -> None:
         super().__init__(setup)
         self._mesh, self._rules = mesh, rules
         self._bands = [Bands(grid, mesh.shape[PATCH]) for grid in setup.grids]
-        for grid in setup.grids:
-            check_rows(mesh, grid)
         params, _ = jax.eval_shape(setup.models[0].init, setup.key)
         check_rules(params, rules)
         # Virtual devices share the cores' threads: steps in flight would starve each other.

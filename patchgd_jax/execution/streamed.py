@@ -11,6 +11,7 @@ import numpy as np
 
 from patchgd_jax.data.regions import RegionSource
 from patchgd_jax.data.source import ExampleSource, RegionExamples, Unread, as_regions
+from patchgd_jax.errors import ConfigError
 from patchgd_jax.execution.base import Execution, HostBatch, Setup
 from patchgd_jax.latent_store import LatentStore
 from patchgd_jax.patch_model import Parts
@@ -29,6 +30,14 @@ class StreamedExecution(Execution):
         super().__init__(setup)
         config, stream = setup.config, setup.config.stream
         assert setup.data.regions_level is not None
+        # Each padded size has latents of its own form, and its share of the memory.
+        budget = stream.store_mib * 2**20 // len(setup.grids)
+        largest = max(grid.num_patches for grid in setup.grids) * (8 + 4 * config.model.latent_dim)
+        if stream.max_age and largest > budget:
+            raise ConfigError(
+                f"stream.store_mib {stream.store_mib} holds no image's latents, which take "
+                f"{largest / 2**20:.1f} MiB each (times {len(setup.grids)} padded sizes); raise it"
+            )
         self._steps = [
             StreamedStep(
                 model,
@@ -43,10 +52,7 @@ class StreamedExecution(Execution):
                 readers=stream.readers,
                 micro_batch=stream.micro_batch,
                 max_age=stream.max_age,
-                # Each padded size has latents of its own form, and its share of the memory.
-                store=LatentStore(stream.store_mib * 2**20 // len(setup.grids), stream.store_dir)
-                if stream.max_age
-                else None,
+                store=LatentStore(budget, stream.store_dir) if stream.max_age else None,
             )
             for grid, model in zip(setup.grids, setup.models, strict=True)
         ]
@@ -75,11 +81,17 @@ class StreamedExecution(Execution):
     ) -> dict[str, Any]:
         """See `Execution`."""
         regions = as_regions(source)
-        with _opened(regions, batch) as (images, names):
-            out = self._step_of(regions, batch).evaluate(
-                params, model_state, images, _labels(batch, "label", "patches", "weight"), names
+        # Rows that are padding are not read: an image may be a large one.
+        real = np.flatnonzero(batch["weight"] > 0)
+        micro = self.setup.config.stream.micro_batch or 1
+        rows = np.resize(real, -(-len(real) // micro) * micro)
+        part = {name: values[rows] for name, values in batch.items()}
+        with _opened(regions, part) as (images, names):
+            out = self._step_of(regions, part).evaluate(
+                params, model_state, images, _labels(part, "label", "patches"), names
             )
-        return {**out, "label": batch["label"], "weight": batch["weight"]}
+        out = {name: values[: len(real)] for name, values in out.items()}
+        return {**out, "label": batch["label"][real], "weight": batch["weight"][real]}
 
     def _step_of(self, source: RegionExamples, batch: HostBatch) -> StreamedStep:
         return self._steps[source.padded_size(int(batch["id"].max()))]
@@ -94,9 +106,7 @@ def _opened(
     source: RegionExamples, batch: HostBatch
 ) -> Iterator[tuple[list[RegionSource], list[str]]]:
     """The images of a batch, and what they are called."""
-    ids = batch["id"]
-    # Rows that are padding have no number; any image will do.
-    numbers = [int(i) if i >= 0 else int(ids.max()) for i in ids]
+    numbers = batch["id"].tolist()
     with ExitStack() as stack:
         images = [stack.enter_context(closing(source.open(number))) for number in numbers]
         yield images, [source.describe(number) for number in numbers]
