@@ -83,8 +83,8 @@ class TrainBatches:
         size = rows.stop - rows.start
         if size <= 0:
             raise ConfigError(
-                f"rows {rows.start} to {rows.stop} of a batch of {batch_size} are none; use fewer "
-                "processes, or a larger batch_size"
+                f"a batch of {batch_size} has no rows for this process; use fewer processes, or a "
+                "larger batch_size"
             )
         self._tally = BadTally(source, policy=bad_images, limit=bad_limit, on_bad=on_bad)
         reader = Reader(source, self._tally, threads=threads, substitute=True)
