@@ -184,7 +184,7 @@ SHARED = [
     *MICRO, "--patchgd.strata", 2, "--save-every", 4, "--optimizer.name", "sgd",
     "--optimizer.schedule", "constant", "--optimizer.warmup-epochs", 0,
 ]  # fmt: skip
-RULE = "encoder/Dense_0/kernel$=-,patch"
+RULE = "Conv.*kernel$=-,-,-,data"
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +233,25 @@ def test_processes_stop_together_and_one_goes_on(alone, tmp_path):
     assert codes == [0], texts
     steps = [line["step"] for line in map(json.loads, log.open()) if line["kind"] == "train"]
     assert steps == list(range(1, 321))
+
+
+@pytest.mark.slow
+def test_processes_whose_border_cuts_an_image(tmp_path):
+    """Three devices each: the second image's bands are on devices of two processes."""
+    six = [*SHARED, "--batch-size", 6, "--eval-batch-size", 6, "--data.train-size", 24]
+    port = free_port()
+    pair = [
+        start(
+            tmp_path, "pair", *six, "--mesh", "data=3,patch=2", devices=3, number=number, port=port
+        )
+        for number in range(2)
+    ]
+    codes, texts = ended(*pair)
+    assert codes == [0, 0], texts
+    codes, texts = ended(start(tmp_path, "one", *six))
+    assert codes == [0], texts
+    wanted = final(tmp_path / "one")
+    assert distance(final(tmp_path / "pair")["params"], wanted["params"]) < 1e-5
 
 
 def test_processes_that_do_not_agree_end_with_what_differs(tmp_path):
