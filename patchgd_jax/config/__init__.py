@@ -1,0 +1,36 @@
+"""Every setting of a run: frozen dataclasses, one field one default, checked when made.
+
+Nothing here imports a command-line library; `cli.py` turns the classes into flags and the text
+under each field into its help.
+"""
+
+from patchgd_jax.config.data import (
+    BackgroundConfig,
+    ColumnsConfig,
+    DataConfig,
+    PandaConfig,
+    SplitConfig,
+)
+from patchgd_jax.config.model import AugmentConfig, ModelConfig, TaskConfig
+from patchgd_jax.config.optimizer import OptimizerConfig
+from patchgd_jax.config.patchgd import PatchGDConfig
+from patchgd_jax.config.plain import flatten, from_dict, to_dict
+from patchgd_jax.config.run import StreamConfig, TrainConfig
+
+__all__ = [
+    "AugmentConfig",
+    "BackgroundConfig",
+    "ColumnsConfig",
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PandaConfig",
+    "PatchGDConfig",
+    "SplitConfig",
+    "StreamConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "flatten",
+    "from_dict",
+    "to_dict",
+]

@@ -1,0 +1,105 @@
+"""The settings of the method: the patch grid, and how the model is updated from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from patchgd_jax.config.checks import NOT_SETTLED, require
+from patchgd_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PatchGDConfig:
+    """The patch grid and how the model is updated from it."""
+
+    patch: int = 64
+    """Side p of a patch in pixels."""
+    stride: int | None = None
+    """Pixels between neighbouring patches; less than the patch side makes them overlap. None:
+    the patch side."""
+    fraction: float | Literal["auto"] = 0.25
+    """Sampling fraction: the share of an image's patches one inner step re-encodes. auto: the
+    largest that fits the memory; `train` makes it a number. --fraction for short."""
+    inner_steps: int | None = None
+    """Inner steps J per outer step. None: ceil(1 / fraction), so that each patch gets exactly
+    one gradient."""
+    mode: Literal["patchgd", "accumulate", "exact", "full"] = "accumulate"
+    """Gradient. patchgd: the paper's algorithm, an update every epsilon inner steps. accumulate:
+    one update per outer step (the papers' default setting). exact: the whole-image gradient at
+    the memory of one chunk. full: plain autodiff through all patches at once."""
+    epsilon: int = 1
+    """Inner steps per update in mode patchgd; must divide J."""
+    sampling: Literal["partition", "uniform"] = "partition"
+    """partition: each patch once per outer step (the paper). uniform: with replacement."""
+    sample_per: Literal["batch", "image"] = "batch"
+    """Whether all images of a batch share the sampled positions."""
+    strata: int = 1
+    """Parts of the grid, equal runs of patches, that each sample takes an equal share of. Devices
+    share an image by strata: their number along the mesh's patch axis must divide this."""
+    norm_policy: Literal["inner", "paper", "frozen"] = "inner"
+    """When the encoder's batch statistics move: in inner steps, in the fill as well, or never.
+    paper fills Z in train mode, in shuffled groups of the inner steps' size as the official code
+    does; frozen runs the encoder in eval mode, so its dropout is off, too."""
+    encoder_grad_scale: float | Literal["unbiased"] = 1.0
+    """Factor on the encoder's gradient. unbiased: one over the share of inner steps a patch is in,
+    which undoes the paper's 1 / J."""
+    fill_chunk: int = 4
+    """Grid positions encoded at a time where no gradient is kept (but for norm_policy paper), and
+    in mode exact."""
+    remat: bool = False
+    """Mode full: recompute activations chunk by chunk instead of keeping them."""
+
+    def __post_init__(self) -> None:
+        require(self.patch >= 1, f"patchgd.patch is {self.patch}; at least 1")
+        require(
+            self.stride is None or 1 <= self.stride <= self.patch,
+            f"patchgd.stride is {self.stride}; it must be in 1..{self.patch}, the patch side",
+        )
+        if isinstance(self.fraction, str):
+            require(
+                self.inner_steps is None,
+                f"patchgd.inner_steps {self.inner_steps} says how many patches are sampled, and so "
+                "does patchgd.fraction auto; give one of them",
+            )
+            require(
+                self.mode in ("patchgd", "accumulate"),
+                f"patchgd.mode {self.mode} samples no patches, so patchgd.fraction cannot be auto; "
+                "set batch_size auto",
+            )
+        else:
+            require(
+                0 < self.fraction <= 1,
+                f"patchgd.fraction is {self.fraction}; it must be in (0, 1]",
+            )
+        require(
+            self.inner_steps is None or self.inner_steps >= 1,
+            f"patchgd.inner_steps is {self.inner_steps}; at least 1",
+        )
+        require(self.strata >= 1, f"patchgd.strata is {self.strata}; at least 1")
+        require(self.fill_chunk >= 1, f"patchgd.fill_chunk is {self.fill_chunk}; at least 1")
+        require(self.epsilon >= 1, f"patchgd.epsilon is {self.epsilon}; at least 1")
+        if self.mode == "patchgd" and self.fraction != "auto":
+            require(
+                self.num_inner_steps % self.epsilon == 0,
+                f"patchgd.epsilon {self.epsilon} does not divide the {self.num_inner_steps} inner "
+                f"steps that fraction {self.fraction} gives",
+            )
+
+    @property
+    def num_inner_steps(self) -> int:
+        """J, the number of inner steps of one outer step.
+
+        Raises:
+            ConfigError: if the fraction is still auto.
+        """
+        if isinstance(self.fraction, str):
+            raise ConfigError(NOT_SETTLED.format("patchgd.fraction"))
+        # 1 / (1 / 49) is 49.00000000000001 in floating point; the ceiling must be 49.
+        return self.inner_steps or math.ceil(1 / self.fraction - 1e-9)
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates of one outer step."""
+        return self.num_inner_steps // self.epsilon if self.mode == "patchgd" else 1

@@ -1,0 +1,191 @@
+"""A run, with all of its settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from patchgd_jax.config.checks import NOT_SETTLED, require
+from patchgd_jax.config.data import DataConfig
+from patchgd_jax.config.model import AugmentConfig, ModelConfig, TaskConfig
+from patchgd_jax.config.optimizer import OptimizerConfig
+from patchgd_jax.config.patchgd import PatchGDConfig
+from patchgd_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Images that stay in their files, or are generated piece by piece: only chunks of patches come
+    to the device.
+    """
+
+    enabled: bool = False
+    """Read patches as they are needed, instead of whole images beforehand: for images that exceed
+    the device's memory, or the host's. Needs data.fit native, or generated images."""
+    buffers: int = 3
+    """Chunks of patches that are read, travel or are computed on at once."""
+    readers: int = 4
+    """Threads that read patches."""
+    micro_batch: int | None = None
+    """Images whose chunks travel together; it divides batch_size, and gradients are added up. None:
+    the whole batch."""
+    max_age: int = 0
+    """Outer steps for which an entry of Z is reused when its image comes again, instead of encoded
+    anew. A resumed run begins without such entries. 0: the fill encodes all."""
+    store_mib: int = 1024
+    """Most memory in MiB that the entries of Z between visits take (max_age)."""
+    store_dir: str | None = None
+    """Folder in which they are kept on disk. None: they are kept in memory."""
+
+    def __post_init__(self) -> None:
+        require(self.buffers >= 2, f"stream.buffers is {self.buffers}; at least 2")
+        for name in ("readers", "store_mib"):
+            value = getattr(self, name)
+            require(value >= 1, f"stream.{name} is {value}; at least 1")
+        require(
+            self.micro_batch is None or self.micro_batch >= 1,
+            f"stream.micro_batch is {self.micro_batch}; at least 1",
+        )
+        require(self.max_age >= 0, f"stream.max_age is {self.max_age}; it must not be negative")
+        require(
+            self.enabled or (self.micro_batch is None and self.max_age == 0),
+            "stream.micro_batch and stream.max_age are about streamed images; add --stream.enabled",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    patchgd: PatchGDConfig = field(default_factory=PatchGDConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    batch_size: int | Literal["auto"] = 16
+    """Images per outer step. auto: the most that fit the memory; `train` makes it a number, which
+    eval_batch_size does not exceed then. --batch for short."""
+    eval_batch_size: int = 16
+    """Images per evaluation step."""
+    epochs: int = 1
+    """Passes over the training images."""
+    eval_every: int | None = None
+    """Outer steps between evaluations. None: once an epoch."""
+    save_every: int | None = None
+    """Outer steps between checkpoints. None: with every evaluation."""
+    init_encoder: str | None = None
+    """Run folder whose best checkpoint's encoder this run starts from."""
+    seed: int = 0
+    """Seed of the parameters, the data and the sampling."""
+    run_dir: str | None = None
+    """Folder of the run; must not hold another. None: runs/<date>-<preset>."""
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """Device to train on; anything but auto is an error where it is missing."""
+    mesh: str | None = None
+    """How all devices share the work: data=2,patch=4 (images, and parts of each image; and rows=2
+    for parts of each patch), or auto. None: one device trains; in a run of several processes,
+    auto."""
+    param_rules: tuple[str, ...] = ()
+    """Parameters that the devices of a mesh divide among them, each a regular expression for their
+    paths and an axis for each dimension: kernel$=-,-,-,data (- leaves a dimension whole). The first
+    that is found in a path, and has as many dimensions, counts; the rest is whole on every
+    device."""
+    reader_threads: int = 1
+    """Threads that prepare images ahead of the training step."""
+    reader_workers: int = 0
+    """Processes that do so instead, for decoders that hold Python up."""
+    reader_mib: int = 256
+    """Most memory in MiB that prepared images may wait in."""
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.batch_size, str) or self.batch_size >= 1,
+            f"batch_size is {self.batch_size}; at least 1",
+        )
+        for name in ("eval_batch_size", "epochs", "reader_threads"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is {value}; at least 1")
+        for name in ("eval_every", "save_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} is {value}; at least 1")
+        require(
+            self.seed >= 0 and self.seed < 2**31, f"seed is {self.seed}; it must be in [0, 2^31)"
+        )
+        require(self.reader_workers >= 0, f"reader_workers is {self.reader_workers}; at least 0")
+        require(self.reader_mib >= 1, f"reader_mib is {self.reader_mib}; at least 1")
+        stream, micro = self.stream, self.stream.micro_batch or 1
+        auto = "auto" in (self.batch_size, self.patchgd.fraction)
+        require(
+            not auto or (self.mesh is None and not stream.enabled),
+            "batch_size auto and patchgd.fraction auto are for one device that holds whole images; "
+            "with mesh or stream.enabled, give numbers",
+        )
+        for name in ("batch_size", "eval_batch_size"):
+            require(
+                auto or getattr(self, name) % micro == 0,
+                f"stream.micro_batch {micro} does not divide {name} {getattr(self, name)}",
+            )
+        require(
+            not stream.enabled or (self.data.tfds is None and self.data.panda is None),
+            "stream.enabled needs image files or generated images, not data.tfds or data.panda",
+        )
+        require(
+            not stream.enabled or self.data.generated or self.data.fit == "native",
+            "stream.enabled reads parts of images as they are in their files; add --data.fit "
+            "native (and --data.level for a smaller level)",
+        )
+        require(
+            not stream.enabled or self.patchgd.mode != "full",
+            "patchgd.mode full keeps all patches on the device at once, so images cannot be "
+            "streamed; mode exact has the same gradient",
+        )
+        require(
+            stream.max_age == 0
+            or (self.patchgd.mode != "exact" and self.patchgd.norm_policy != "paper"),
+            "stream.max_age reuses old latents; patchgd.mode exact needs all of them fresh, and "
+            "patchgd.norm_policy paper takes batch statistics of all of them",
+        )
+        require(
+            not stream.enabled or self.data.bad_images == "raise",
+            "stream.enabled meets unreadable patches in the middle of a step, where no other image "
+            "can take their place; use --data.bad-images raise",
+        )
+        require(
+            not stream.enabled or self.mesh is None,
+            "stream.enabled is for one device; leave mesh out, or keep the images on the devices "
+            "of the mesh (patch=N divides each image)",
+        )
+        require(
+            self.init_encoder is None or self.model.weights is None,
+            "init_encoder and model.weights both say what the encoder starts from; name one",
+        )
+        require(
+            self.task.name not in ("multi-label", "regression") or self.data.csv is not None,
+            f"task.name is {self.task.name}, but these images have one class each; use "
+            "single-label or ordinal, or name a CSV file with data.csv",
+        )
+        require(
+            self.augment.saturation == 0 or self.data.declared_channels != 1,
+            "augment.saturation needs data.channels 3: grey images have no colours",
+        )
+
+    @property
+    def images_per_step(self) -> int:
+        """The batch size as a number.
+
+        Raises:
+            ConfigError: if it is still auto.
+        """
+        if isinstance(self.batch_size, str):
+            raise ConfigError(NOT_SETTLED.format("batch_size"))
+        return self.batch_size
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Whole batches in an epoch of so many training images; a batch may straddle two."""
+        return max(1, examples // self.images_per_step)
+
+    def total_steps(self, examples: int) -> int:
+        """Outer steps of the whole run."""
+        return examples * self.epochs // self.images_per_step
