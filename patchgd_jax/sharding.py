@@ -230,10 +230,16 @@ class Bands:
         """The grid of a band, whose patch 0 is the first of its first row."""
         return dataclasses.replace(self.grid, height=self.height)
 
-    def cut(self, image: np.ndarray, number: int) -> np.ndarray:
-        """A band of images `[B, H, W, C]` on the host, continued with the background."""
+    def cut(self, image: np.ndarray, number: int, top: int = 0) -> np.ndarray:
+        """A band of images `[B, H, W, C]` on the host, continued with the background.
+
+        Args:
+            image: of rows from `top` on.
+            number: of the band.
+            top: the first row that is there.
+        """
         rows = self.pixels(number)
-        band = image[:, rows]
+        band = image[:, rows.start - top : rows.stop - top]
         missing = self.height - band.shape[1]
         if missing == 0:
             return band
@@ -245,7 +251,13 @@ class Bands:
 
 
 def shard_images(
-    image: np.ndarray, grid: PatchGrid, mesh: Mesh, *, first: int = 0, total: int | None = None
+    image: np.ndarray,
+    grid: PatchGrid,
+    mesh: Mesh,
+    *,
+    first: int = 0,
+    total: int | None = None,
+    rows: slice | None = None,
 ) -> jax.Array:
     """Lays images over the mesh; each device is given its band of its images, and nothing else.
 
@@ -256,6 +268,7 @@ def shard_images(
         first: the place of the first of them in the batch, if other processes have others; see
             `own_images`.
         total: images of the whole batch. None: these.
+        rows: the pixel rows that `image` has, from `own_pixels`. None: all.
 
     Returns:
         `[total, D * band height, W, C]`, the bands one after the other, divided along both axes.
@@ -263,10 +276,11 @@ def shard_images(
     Raises:
         ConfigError: if they are not of the grid's size, or the mesh does not divide them.
     """
-    if image.shape[1:3] != (grid.height, grid.width):
+    rows = slice(0, grid.height) if rows is None else rows
+    if image.shape[1:3] != (rows.stop - rows.start, grid.width):
         raise ConfigError(
             f"the images are {image.shape[1]} x {image.shape[2]} px, but the grid is for "
-            f"{grid.height} x {grid.width} px"
+            f"{rows.stop - rows.start} x {grid.width} px"
         )
     bands = Bands(grid, mesh.shape[PATCH])
     total = len(image) if total is None else total
@@ -276,7 +290,7 @@ def shard_images(
     def part(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(total)
         number = (index[1].start or 0) // bands.height
-        return bands.cut(image[start - first : stop - first], number)
+        return bands.cut(image[start - first : stop - first], number, rows.start)
 
     return jax.make_array_from_callback(shape, batch_shardings(["image"], mesh)["image"], part)
 
@@ -288,6 +302,7 @@ def shard_batch(
     *,
     first: int = 0,
     total: int | None = None,
+    rows: slice | None = None,
 ) -> dict[str, jax.Array]:
     """Lays a batch over the mesh: the images as `shard_images`, the rest by image."""
     total = len(batch["image"]) if total is None else total
@@ -303,7 +318,7 @@ def shard_batch(
         return jax.make_array_from_callback((total, *values.shape[1:]), shardings[name], part)
 
     arrays = {name: by_image(name) for name in batch if name != "image"}
-    image = shard_images(batch["image"], grid, mesh, first=first, total=total)
+    image = shard_images(batch["image"], grid, mesh, first=first, total=total, rows=rows)
     return {"image": image, **arrays}
 
 
@@ -322,6 +337,14 @@ def own_images(mesh: Mesh, total: int) -> range:
     rows = NamedSharding(mesh, P(DATA)).addressable_devices_indices_map((total,)).values()
     places = [index[0].indices(total) for index in rows if index is not None]
     return range(min(p[0] for p in places), max(p[1] for p in places))
+
+
+def own_pixels(mesh: Mesh, grid: PatchGrid) -> slice:
+    """The pixel rows that this process's devices have of images; maybe beyond them, by padding."""
+    bands = Bands(grid, mesh.shape[PATCH])
+    own = [d.process_index == jax.process_index() for d in mesh.devices.flat]
+    numbers = np.argwhere(np.reshape(own, mesh.devices.shape))[:, 1]
+    return slice(bands.pixels(int(numbers.min())).start, bands.pixels(int(numbers.max())).stop)
 
 
 def param_specs(params: Tree, rules: Rules, mesh: Mesh) -> Tree:

@@ -24,6 +24,9 @@ from patchgd_jax import ConfigError
 from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.config import DataConfig, StreamConfig
 from patchgd_jax.data import regions
+from patchgd_jax.data.bands import Band, BandExamples
+from patchgd_jax.data.source import as_regions
+from patchgd_jax.data.sources import make_data
 from patchgd_jax.predict import TrainedModel
 from patchgd_jax.train import resume, train
 
@@ -135,6 +138,22 @@ def test_stream_settings_are_checked():
         StreamConfig(max_age=3)
 
 
+def test_bands_of_images_are_those_of_the_whole_ones(folders):
+    """Of files of several sizes, and of generated images; beyond an image is its background."""
+    for config in (folders, changed({"size": (40, 57)})):
+        data = make_data(config)
+        whole = as_regions(data.train)
+        bands = [Band(8, height - 4, width) for height, width in data.shapes]
+        for index in range(len(whole)):
+            wanted, got = whole[index], BandExamples(whole, bands, 0)[index]
+            height = wanted["image"].shape[0]
+            padded = np.pad(wanted.pop("image"), ((0, 4), (0, 0), (0, 0)))
+            np.testing.assert_array_equal(got.pop("image"), padded[8 : height + 4])
+            wanted.pop("size", None)
+            assert wanted.keys() == got.keys()
+            assert all(np.array_equal(wanted[name], got[name]) for name in got)
+
+
 def start(folder, run, *arguments, devices=1, number=None, port=0, processes=2, what="train"):
     """A process of the command; one of several if it has a number."""
     environment = {
@@ -211,9 +230,13 @@ def test_a_mesh_trains_as_one_device_and_goes_on_as_one(alone, tmp_path):
 
 
 def test_processes_stop_together_and_one_goes_on(alone, tmp_path):
-    """A signal to one of two processes saves and stops both; one process ends the run."""
+    """A signal to one of two processes saves and stops both; one process ends the run.
+
+    Each has half of every image, and reads no more of it.
+    """
     port = free_port()
     long = [*SHARED, "--epochs", 40, "--save-every", 10_000, "--eval-every", 10_000]
+    long += ["--mesh", "patch=2"]
     pair = [start(tmp_path, "run", *long, number=number, port=port) for number in range(2)]
     log = tmp_path / "run" / "metrics.jsonl"
     until = time.monotonic() + 200
@@ -229,7 +252,7 @@ def test_processes_stop_together_and_one_goes_on(alone, tmp_path):
     first = [json.loads(line) for line in (alone / "metrics.jsonl").open()][:7]
     for one, other in zip(first, map(json.loads, log.open()), strict=False):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-    codes, texts = ended(start(tmp_path, "run", what="resume"))
+    codes, texts = ended(start(tmp_path, "run", "--mesh", "auto", what="resume"))
     assert codes == [0], texts
     steps = [line["step"] for line in map(json.loads, log.open()) if line["kind"] == "train"]
     assert steps == list(range(1, 321))

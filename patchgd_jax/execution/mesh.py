@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from patchgd_jax.compiling import compiler_options
-from patchgd_jax.data.source import ExampleSource
+from patchgd_jax.data.bands import Band, BandExamples
+from patchgd_jax.data.source import ExampleSource, as_regions
 from patchgd_jax.execution.base import HostBatch, Setup
 from patchgd_jax.execution.resident import ResidentExecution
 from patchgd_jax.patch_model import Parts
@@ -21,6 +22,7 @@ from patchgd_jax.sharding import (
     batch_shardings,
     check_rules,
     own_images,
+    own_pixels,
     param_shardings,
     replicated,
     shard_batch,
@@ -48,8 +50,24 @@ class MeshExecution(ResidentExecution):
         self._bands = [Bands(grid, mesh.shape[PATCH]) for grid in setup.grids]
         params, _ = jax.eval_shape(setup.models[0].init, setup.key)
         check_rules(params, rules)
+        self._rows, self._shapes = self._own_parts()
         # Virtual devices share the cores' threads: steps in flight would starve each other.
         self._one_by_one = mesh.devices.flat[0].platform == "cpu"
+
+    def _own_parts(self) -> tuple[list[slice] | None, list[tuple[int, int]]]:
+        """The pixel rows that are read of images of each padded size, and the shapes read.
+
+        The rows are None if images are read whole: if this process has a part of all rows, if
+        the images cannot be read by parts, or if their sizes could not be told apart by parts.
+        """
+        grids = self.setup.grids
+        whole = [(grid.height, grid.width) for grid in grids]
+        rows = [own_pixels(self._mesh, grid) for grid in grids]
+        shapes = [(own.stop - own.start, grid.width) for own, grid in zip(rows, grids, strict=True)]
+        parts = any(shape[0] < grid.height for shape, grid in zip(shapes, grids, strict=True))
+        if not parts or self.setup.data.regions_level is None or len(set(shapes)) < len(shapes):
+            return None, whole
+        return rows, shapes
 
     def layout(self, like: TrainState) -> TrainState:
         """See `Execution`."""
@@ -65,6 +83,20 @@ class MeshExecution(ResidentExecution):
         shardings = param_shardings(state, self._rules, self._mesh)
         placed: TrainState = jax.device_put(jax.tree.map(np.asarray, state), shardings)
         return placed
+
+    def _examples(self, source: ExampleSource) -> ExampleSource:
+        """The source, or this process's bands of its images, where they can be read by regions."""
+        level = self.setup.data.regions_level
+        if self._rows is None or level is None:
+            return source
+        bands = [
+            Band(rows.start, rows.stop - rows.start, grid.width)
+            for rows, grid in zip(self._rows, self.setup.grids, strict=True)
+        ]
+        return BandExamples(as_regions(source), bands, level)
+
+    def _number(self, batch: HostBatch) -> int:
+        return self._shapes.index(batch["image"].shape[1:3])
 
     def own_rows(self, size: int) -> range:
         """See `Execution`."""
@@ -97,7 +129,9 @@ class MeshExecution(ResidentExecution):
 
     def _put(self, arrays: HostBatch, number: int, size: int) -> dict[str, jax.Array]:
         first = self.own_rows(size).start
-        return shard_batch(arrays, self.setup.grids[number], self._mesh, first=first, total=size)
+        rows = None if self._rows is None else self._rows[number]
+        grid = self.setup.grids[number]
+        return shard_batch(arrays, grid, self._mesh, first=first, total=size, rows=rows)
 
     def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         """See `Execution`."""
