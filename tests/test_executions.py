@@ -222,6 +222,9 @@ def test_a_mesh_trains_as_one_device_and_goes_on_as_one(alone, tmp_path):
     assert codes == [0], texts
     wanted = final(alone)["params"]
     assert distance(final(tmp_path / "run")["params"], wanted) < 1e-5
+    # Scored again on one device, whatever it was trained on.
+    scored = TrainedModel(tmp_path / "run").evaluate()
+    assert scored["loss"] == pytest.approx(scored["recorded"]["loss"], rel=1e-4)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000008")
     with pytest.raises(ConfigError, match="mesh data=2,patch=2 is of 4 devices, but there are 1"):
         resume(tmp_path / "run")
