@@ -295,7 +295,7 @@ class _StoppedError(Exception):
 
 
 def test_an_averaged_run_is_evaluated_by_its_average_and_resumes_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr("patchgd_jax.train.compiler_options", lambda: UNOPTIMISED)
+    monkeypatch.setattr("patchgd_jax.execution.resident.compiler_options", lambda: UNOPTIMISED)
     config = tune(freeze_stages=1, ema_decay=0.8, learning_rate=3e-3)
     # Less to compile.
     model = ModelConfig(latent_dim=8, remat="none")

@@ -51,7 +51,7 @@ def model_of(config, mean=0.0, std=1.0):
     return build_model(
         config.model,
         grid=PatchGrid(64, 64, 32),
-        channels=config.data.channels,
+        channels=config.data.num_channels,
         classes=config.data.classes,
         mean=mean,
         std=std,

@@ -244,12 +244,14 @@ def plan_layout(table: ImageTable, reader: FileReader, patchgd: PatchGDConfig) -
             ((rows - 1) * stride + patch, (cols - 1) * stride + patch)
             for rows, cols in chosen.boxes
         )
+        different = len(set(sizes))
         listed = ", ".join(
             f"{height} x {width} px ({int((member == i).sum())} images)"
             for i, (height, width) in enumerate(shapes)
         )
         notes.append(
-            f"Images of {len(set(sizes))} size(s) are padded to {len(shapes)}: {listed}; "
+            f"Images of {different} size{'s' if different > 1 else ''} are padded to "
+            f"{len(shapes)}: {listed}; "
             f"{100 * chosen.padding:.0f}% is padding, which is not encoded. "
             f"{2 * len(shapes)} programs to compile."
         )
