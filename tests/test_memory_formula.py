@@ -24,7 +24,7 @@ from patchgd_jax.memory import (
 from patchgd_jax.memory.formula import profile_encoder
 from patchgd_jax.memory.liveness import TracedProgram
 from patchgd_jax.memory.request import tree_bytes
-from patchgd_jax.models import build_model
+from patchgd_jax.models import build_model, cpu_conv
 
 MIB = 2**20
 
@@ -154,6 +154,18 @@ def test_what_is_fused_has_no_buffer_and_what_is_kept_has():
 
     # Both y and z, y's transpose, and the result.
     assert TracedProgram(jax.make_jaxpr(kept)(x, x), platform="cpu").peak_bytes() >= 12 * MIB
+
+
+@pytest.mark.parametrize("side", [3, 7])
+def test_slices_that_a_sum_reads_are_written_as_xla_does(side):
+    x = jax.ShapeDtypeStruct((2, 16, 16, 32), jnp.float32)
+
+    def gradient(x, dy):
+        return cpu_conv.depthwise_weight_gradient(jnp.clip(x, 0, 6), dy, side, 1, side // 2)
+
+    compiled = jax.jit(gradient).lower(x, x).compile().memory_analysis().temp_size_in_bytes
+    traced = TracedProgram(jax.make_jaxpr(gradient)(x, x), platform="cpu")
+    assert traced.peak_bytes() == pytest.approx(compiled, rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["gd", "patch-wise", "accumulate", "exact"])

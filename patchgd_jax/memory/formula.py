@@ -34,7 +34,9 @@ from patchgd_jax.memory.methods import (
     z_bytes,
 )
 from patchgd_jax.memory.request import PlanRequest, leaf_bytes, tree_bytes, with_sampled
+from patchgd_jax.memory.shared_blocks import shared_blocks
 from patchgd_jax.models import build_encoder, build_model, encoder_entry, head_entry
+from patchgd_jax.models.conv import traced_for
 from patchgd_jax.patch_model import Parts, PatchModel
 
 # Prime, so that what grows with the number of inputs can be told from what does not.
@@ -116,7 +118,8 @@ def profile_encoder(
         residuals[:] = [leaf for leaf in jax.tree.leaves(pull_back) if id(leaf) not in given]
         return pull_back(jnp.ones_like(latents))
 
-    traced = jax.make_jaxpr(gradient)(params, model_state, images, _key())
+    with traced_for(platform), shared_blocks(platform):
+        traced = jax.make_jaxpr(gradient)(params, model_state, images, _key())
     sizes = [(leaf_bytes(leaf), leaf.size % batch == 0) for leaf in residuals]
     return Profile(
         fixed=sum(size for size, grows in sizes if not grows),
@@ -163,6 +166,7 @@ class Formula:
         self._head_peak = cache(self._trace_head)
         self._shapes = cache(self._trace_shapes)
         self._encoder_shapes = cache(self._trace_encoder)
+        self._optimizer = cache(self._optimizer_bytes)
 
     @_without_collections()
     def row(self, method: Method, side: int | None = None) -> Row:
@@ -177,7 +181,7 @@ class Formula:
                 be together.
         """
         request = self.request
-        require_supported(request, method)
+        require_supported(request, method, self._variables(request.model, request.patchgd.patch))
         count, size = encoder_inputs(request, method)
         if method == "downscaled":
             size = downscaled_size(request.image, side or request.patchgd.patch)
@@ -185,8 +189,7 @@ class Formula:
         if method == "gd-remat":
             config = dataclasses.replace(config, remat="blocks")
         _, params, model_state = self._shapes(config, min(size), method in PATCHGD)
-        optimizer = optimizer_of(request, patchgd=method in PATCHGD)
-        opt_state = jax.eval_shape(optimizer.init, params)
+        optimizer = self._optimizer(config.head, config.dropout, min(size), method in PATCHGD)
         profile = self._profile_of(config, size, count)
         gradients, z = tree_bytes(params), z_bytes(request, method)
         inputs = count * self._share(size)
@@ -201,12 +204,12 @@ class Formula:
         else:
             peak += tree_bytes(params["head"])
         parameters = tree_bytes((params, model_state))
-        total = parameters + tree_bytes(opt_state) + given + peak
+        total = parameters + optimizer + given + peak
         return Row(
             method=method,
             parameters=parameters,
             gradients=gradients,
-            optimizer=tree_bytes(opt_state),
+            optimizer=optimizer,
             activations=kept,
             input=given,
             z=z,
@@ -231,8 +234,7 @@ class Formula:
         # The kernels of a convolution are the same for every size; a table of positions is not.
         if encoder_entry(config.encoder).side_multiple == 1:
             side = self.request.patchgd.patch
-        plain = dataclasses.replace(config, remat="none", head=ModelConfig.head)
-        encoder = self._encoder_shapes(plain, side)
+        encoder = self._variables(config, side)
         dropout = {} if config.dropout is None else {"dropout": config.dropout}
         head = head_entry(config.head).build(classes=classes, **dropout)
         z = jax.ShapeDtypeStruct((1, grid.rows, grid.cols, config.latent_dim), config.dtype)
@@ -240,6 +242,18 @@ class Formula:
         variables = {"encoder": dict(encoder), "head": dict(jax.eval_shape(init, _key(), z, None))}
         params = {part: tree.pop("params", {}) for part, tree in variables.items()}
         return model, params, variables
+
+    def _optimizer_bytes(self, head: str, dropout: float | None, side: int, patches: bool) -> int:
+        """Bytes of the optimizer's state."""
+        config = dataclasses.replace(self.request.model, head=head, dropout=dropout)
+        _, params, _ = self._shapes(config, side, patches)
+        optimizer = optimizer_of(self.request, patchgd=patches)
+        return tree_bytes(jax.eval_shape(optimizer.init, params))
+
+    def _variables(self, config: ModelConfig, side: int) -> Parts:
+        """Shapes of the encoder's variables, which what is kept or read of it does not change."""
+        plain = dataclasses.replace(config, remat="none", head=ModelConfig.head, dropout=None)
+        return self._encoder_shapes(plain, side)
 
     def _trace_encoder(self, config: ModelConfig, side: int) -> Parts:
         """Shapes of the encoder's variables."""
@@ -312,6 +326,7 @@ class Formula:
         resized = dataclasses.replace(self.request, image=image, slots=None)
         other.request = with_sampled(resized, self.request.sampled)
         other._shapes = cache(other._trace_shapes)
+        other._optimizer = cache(other._optimizer_bytes)
         other._head_peak = cache(other._trace_head)
         return other
 

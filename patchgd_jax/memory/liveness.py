@@ -35,8 +35,9 @@ _REDUCES = {
 _IN_PLACE = {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add"}
 _BARRED = {"checkpoint", "remat", "remat2"}
 _BARRIERS = {"optimization_barrier"}
-# XLA:CPU sums some shifted slices of a map as it reads them; if there are more, it writes those.
-_MOST_FUSED_SLICES = 16
+# XLA:CPU gives a sum to a library, with the product that it is of, or, along the last axis, with up
+# to so many arrays that are added up for it. A slice, which reads by an index, is written before.
+_MOST_ADDED = 16
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -54,7 +55,8 @@ class _Value:
     virtual: bool = False
     """It is fused away."""
     summed: bool = False
-    """A sum reads it, directly or through what is fused."""
+    """A sum along the last axis reads it, directly or through what is fused; for a slice, a sum
+    that it is written for."""
     last: int = -1
 
     def bytes(self, scale: float) -> int:
@@ -68,6 +70,8 @@ class _Op:
     writes: list[_Value]
     inner: list[tuple[_Program, list[Any], set[int], list[_Value]]] = field(default_factory=list)
     """Bodies: their outputs, which of them are written in place, and what is counted outside."""
+    sums_rows: bool = False
+    """It is a sum along the last axis."""
 
     def workspace(self, scale: float) -> int:
         """What its bodies need beside its inputs and outputs."""
@@ -168,7 +172,10 @@ class _Program:
                 read_values = [v for v in values if v is not None]
                 if name == "select_and_scatter_add" and self.platform == "cpu":
                     read_values.append(self._pixel_numbers(outs[0]))
-                self._append(_Op(name, read_values, outs))
+                rows = name == "reduce_sum" and (
+                    tuple(eqn.params["axes"]) == (len(eqn.invars[0].aval.shape) - 1,)
+                )
+                self._append(_Op(name, read_values, outs, sums_rows=rows))
                 env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -329,13 +336,24 @@ class _Program:
                 fused = all(r.fusible or r.name in _REDUCES for r in readers)
                 cheap = op.name not in _COSTLY or len(readers) <= 1
                 value.summed = any(
-                    r.name == "reduce_sum" or any(w.virtual and w.summed for w in r.writes)
-                    for r in readers
+                    r.sums_rows or any(w.virtual and w.summed for w in r.writes) for r in readers
                 )
-                if self.platform == "cpu" and op.name == "slice" and value.summed:
-                    before = [use for use in op.reads[0].uses if use < number]
-                    if sum(self.ops[use].name == "slice" for use in before) >= _MOST_FUSED_SLICES:
+                if self.platform == "cpu" and op.name == "slice":
+                    value.summed = self._is_written(number, readers, needed)
+                    if value.summed:
                         continue
                 value.virtual = op.name in _BARRIERS or (
                     op.fusible and id(value) not in wanted and fused and cheap
                 )
+
+    def _is_written(self, number: int, readers: list[_Op], needed: list[bool]) -> bool:
+        """Whether a slice is written for a sum that would otherwise read it as it is fused."""
+        op = self.ops[number]
+        products = [r.writes[0] for r in readers if r.name == "mul"]
+        sums = [self.ops[use] for w in products for use in w.uses if needed[use]]
+        if any(r.name == "reduce_sum" for r in (*readers, *sums)):
+            return True
+        # Of many slices that are added up first, the last are.
+        after = [self.ops[use] for use in op.reads[0].uses if use > number]
+        last = sum(other.name == "slice" for other in after) < _MOST_ADDED - 1
+        return op.writes[0].summed and last

@@ -142,8 +142,13 @@ def z_bytes(request: PlanRequest, method: Method) -> int:
     return request.batch * request.grid.num_patches * request.model.latent_dim * itemsize
 
 
-def require_supported(request: PlanRequest, method: Method) -> None:
+def require_supported(request: PlanRequest, method: Method, variables: Any = None) -> None:
     """Checks that there is a method of that name, and that it goes with the encoder.
+
+    Args:
+        request: what is planned.
+        method: one of METHODS.
+        variables: shapes of the encoder's, for a patch; None: they are traced here if needed.
 
     Raises:
         ConfigError: if not.
@@ -162,7 +167,7 @@ def require_supported(request: PlanRequest, method: Method) -> None:
     convolutional = method == "fully-convolutional"
     if convolutional or (method in WHOLE_IMAGE and height != width):
         what = "fully-convolutional training" if convolutional else "an image that is not square"
-        _require_convolutional(build_encoder(model, patch), channels, patch, what)
+        _require_convolutional(build_encoder(model, patch), channels, patch, what, variables)
 
 
 def downscaled_size(image: tuple[int, int, int], side: int) -> tuple[int, int]:
@@ -412,13 +417,13 @@ def feature_map(
     return features, changed
 
 
-def _require_convolutional(encoder: nn.Module, channels: int, side: int, why: str) -> None:
-    def features(key: jax.Array) -> jax.Array:
-        patches = jnp.zeros((1, side, side, channels))
-        variables = encoder.init(key, patches, train=False)
-        return feature_map(encoder, variables, patches, False)[0]
-
+def _require_convolutional(
+    encoder: nn.Module, channels: int, side: int, why: str, variables: Any
+) -> None:
+    patches = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    if variables is None:
+        variables = jax.eval_shape(partial(encoder.init, train=False), _key(), patches)
     try:
-        jax.eval_shape(features, _key())
+        jax.eval_shape(lambda v, x: feature_map(encoder, v, x, False)[0], variables, patches)
     except ConfigError as error:
         raise ConfigError(f"{why}: {error}") from error

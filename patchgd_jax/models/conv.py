@@ -7,7 +7,7 @@ products of `cpu_conv`, in both directions. `depthwise_conv2d` has a kernel for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -34,8 +34,9 @@ _LARGE_BYTES = 2**24
 _STRIP_BYTES = 2**21
 # A network has many convolutions of the same shapes. Each is traced once, and the operations are
 # then copied: of stride, padding, and arrays.
-_traced_once = partial(jax.jit, static_argnums=(0, 1), inline=True)
+_traced_once = partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 _DIVIDED: ContextVar[bool] = ContextVar("rows_divided", default=False)
+_PLATFORM: ContextVar[str | None] = ContextVar("traced_for", default=None)
 
 
 def _native(x: jax.Array, w: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:
@@ -125,6 +126,27 @@ def rows_divided() -> Iterator[None]:
         _DIVIDED.reset(token)
 
 
+@contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """Layers applied herein are traced for one platform: cpu, cuda, rocm or tpu.
+
+    Else a trace has the kernels of all platforms, and the one to take is found by the compiler.
+    """
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def _by_platform(
+    platform: str | None, *args: jax.Array, cpu: Callable[..., Any], default: Callable[..., Any]
+) -> Any:
+    if platform is None:
+        return lax.platform_dependent(*args, cpu=cpu, default=default)
+    return cpu(*args) if platform == "cpu" else default(*args)
+
+
 def conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int = 0) -> jax.Array:
     """Convolves with zero padding on every side, as torch.nn.Conv2d does.
 
@@ -139,17 +161,22 @@ def conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int = 0) -> jax
     """
     if _DIVIDED.get():
         return _native(x, w, stride, padding)
-    return _chosen(x, w, stride, padding)
+    return _chosen(x, w, stride, padding, _PLATFORM.get())
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _chosen(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
-    return _conv2d(stride, padding, x, w)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _chosen(
+    x: jax.Array, w: jax.Array, stride: int, padding: int, platform: str | None
+) -> jax.Array:
+    return _conv2d(stride, padding, platform, x, w)
 
 
 @_traced_once
-def _conv2d(stride: int, padding: int, x: jax.Array, w: jax.Array) -> jax.Array:
-    return lax.platform_dependent(
+def _conv2d(
+    stride: int, padding: int, platform: str | None, x: jax.Array, w: jax.Array
+) -> jax.Array:
+    return _by_platform(
+        platform,
         x,
         w,
         cpu=lambda x, w: _forward_cpu(x, w, stride, padding),
@@ -158,14 +185,18 @@ def _conv2d(stride: int, padding: int, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _forward(
-    x: jax.Array, w: jax.Array, stride: int, padding: int
+    x: jax.Array, w: jax.Array, stride: int, padding: int, platform: str | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _conv2d(stride, padding, x, w), (x, w)
+    return _conv2d(stride, padding, platform, x, w), (x, w)
 
 
 @_traced_once
 def _backward(
-    stride: int, padding: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+    stride: int,
+    padding: int,
+    platform: str | None,
+    saved: tuple[jax.Array, jax.Array],
+    dy: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     def on_cpu(x: jax.Array, w: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (
@@ -176,7 +207,7 @@ def _backward(
     def elsewhere(x: jax.Array, w: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.vjp(lambda x, w: _native(x, w, stride, padding), x, w)[1](dy)
 
-    return lax.platform_dependent(*saved, dy, cpu=on_cpu, default=elsewhere)
+    return _by_platform(platform, *saved, dy, cpu=on_cpu, default=elsewhere)
 
 
 _chosen.defvjp(_forward, _backward)
@@ -198,17 +229,22 @@ def depthwise_conv2d(x: jax.Array, w: jax.Array, stride: int = 1, padding: int =
     """
     if _DIVIDED.get():
         return _native(x, w, stride, padding, x.shape[3])
-    return _depthwise_chosen(x, w, stride, padding)
+    return _depthwise_chosen(x, w, stride, padding, _PLATFORM.get())
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _depthwise_chosen(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
-    return _depthwise(stride, padding, x, w)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _depthwise_chosen(
+    x: jax.Array, w: jax.Array, stride: int, padding: int, platform: str | None
+) -> jax.Array:
+    return _depthwise(stride, padding, platform, x, w)
 
 
 @_traced_once
-def _depthwise(stride: int, padding: int, x: jax.Array, w: jax.Array) -> jax.Array:
-    return lax.platform_dependent(
+def _depthwise(
+    stride: int, padding: int, platform: str | None, x: jax.Array, w: jax.Array
+) -> jax.Array:
+    return _by_platform(
+        platform,
         x,
         w,
         cpu=lambda x, w: cpu_conv.depthwise_taps(x, w, stride, padding),
@@ -217,14 +253,18 @@ def _depthwise(stride: int, padding: int, x: jax.Array, w: jax.Array) -> jax.Arr
 
 
 def _depthwise_forward(
-    x: jax.Array, w: jax.Array, stride: int, padding: int
+    x: jax.Array, w: jax.Array, stride: int, padding: int, platform: str | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _depthwise(stride, padding, x, w), (x, w)
+    return _depthwise(stride, padding, platform, x, w), (x, w)
 
 
 @_traced_once
 def _depthwise_backward(
-    stride: int, padding: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+    stride: int,
+    padding: int,
+    platform: str | None,
+    saved: tuple[jax.Array, jax.Array],
+    dy: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     def on_cpu(x: jax.Array, w: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (
@@ -236,7 +276,7 @@ def _depthwise_backward(
         native = partial(_native, stride=stride, padding=padding, groups=x.shape[3])
         return jax.vjp(native, x, w)[1](dy)
 
-    return lax.platform_dependent(*saved, dy, cpu=on_cpu, default=elsewhere)
+    return _by_platform(platform, *saved, dy, cpu=on_cpu, default=elsewhere)
 
 
 _depthwise_chosen.defvjp(_depthwise_forward, _depthwise_backward)

@@ -224,7 +224,10 @@ Tiles = list[list[jax.Array]]
 
 
 def _combine(matrix: np.ndarray, parts: list[jax.Array]) -> list[jax.Array]:
-    """`matrix @ parts`, written out so that zeros and ones cost nothing."""
+    """`matrix @ parts`, written out so that zeros and ones cost nothing.
+
+    By `lax`, because tracing thousands of operators of arrays takes most of a trace's time.
+    """
     combined = []
     for row in matrix:
         total: jax.Array | None = None
@@ -233,9 +236,9 @@ def _combine(matrix: np.ndarray, parts: list[jax.Array]) -> list[jax.Array]:
                 continue
             term = part if abs(factor) == 1 else part * float(abs(factor))
             if total is None:
-                total = term if factor > 0 else -term
+                total = term if factor > 0 else lax.neg(term)
             else:
-                total = total + term if factor > 0 else total - term
+                total = (lax.add if factor > 0 else lax.sub)(total, term)
         assert total is not None
         combined.append(total)
     return combined
