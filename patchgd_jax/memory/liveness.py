@@ -230,7 +230,13 @@ class _Program:
         """A loop is one operation whose workspace is the peak of its body."""
         params = eqn.params
         if eqn.primitive.name == "scan":
-            body, consts, carried = params["jaxpr"], params["num_consts"], params["num_carry"]
+            body = params["jaxpr"]
+            # By shapes: jax names the counts differently from version to version.
+            outer, inside = eqn.outvars, body.jaxpr.outvars
+            carried = sum(o.aval.shape == i.aval.shape for o, i in zip(outer, inside, strict=True))
+            outer, inside = eqn.invars, body.jaxpr.invars
+            sliced = sum(o.aval.shape != i.aval.shape for o, i in zip(outer, inside, strict=True))
+            consts = len(inside) - carried - sliced
         else:
             body = params["body_jaxpr"]
             values = values[params["cond_nconsts"] :]

@@ -87,7 +87,6 @@ def batch_norm(
     return _batch_norm_forward(x, scale, bias, counts, axes)[0]
 
 
-@partial(jax.jit, static_argnums=4, inline=True)
 def _batch_norm_forward(
     x: jax.Array,
     scale: jax.Array,
@@ -95,6 +94,19 @@ def _batch_norm_forward(
     counts: jax.Array | None,
     axes: tuple[str, ...],
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
+    out, (mean, inverse, number) = _normalised(x, scale, bias, counts, axes)
+    # What was given is saved as it is: handed through what is traced once, it would be a new value.
+    return out, (x, scale, mean, inverse, counts, number)
+
+
+@partial(jax.jit, static_argnums=4, inline=True)
+def _normalised(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    counts: jax.Array | None,
+    axes: tuple[str, ...],
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean, variance, number = _statistics(wide, counts, axes)
     mean, variance = keep(mean), keep(variance)
@@ -102,7 +114,7 @@ def _batch_norm_forward(
     factor = inverse * scale
     y = wide * factor + (bias - mean * factor)
     unbiased = variance * (number / jnp.maximum(number - 1, 1))
-    return (y.astype(x.dtype), mean, unbiased), (x, scale, mean, inverse, counts, number)
+    return (y.astype(x.dtype), mean, unbiased), (mean, inverse, number)
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
