@@ -1,7 +1,7 @@
 """Whether what the planner suggests trains inside a real limit, and the next larger does not.
 
 Command:   python benchmarks/plan_budgets.py
-Time:      about fifteen minutes on two CPU cores; it needs Linux, and root to make a control group
+Time:      about half an hour on two CPU cores; it needs Linux, and root to make a control group
 Expected:  the suggested setting trains 50 steps with evaluation in 10 of 10 budgets; one step above
            it is killed, or its peak is above the budget, in at least 8 of 10
 
@@ -45,7 +45,7 @@ READER_MIB = 8
 FILES_MIB = 32
 SETTINGS = [
     *(("batch", budget) for budget in ("210MiB", "225MiB", "240MiB", "305MiB", "320MiB")),
-    *(("fraction", budget) for budget in ("210MiB", "218MiB", "225MiB", "232MiB", "240MiB")),
+    *(("fraction", budget) for budget in ("130MiB", "138MiB", "145MiB", "152MiB", "160MiB")),
 ]
 # By version of the control groups: their folder, and the files of the limit and the usage.
 _GROUPS = (
