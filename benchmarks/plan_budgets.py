@@ -12,7 +12,7 @@ used once, to what the process then has, its state left out, plus the budget, wh
 in, and pages of files on their way to the disk, which count as well. Whether a run kept to its
 budget is told by its own peak.
 
-The steps between settings are coarse: from one image to two, from two to three, or from half of the
+The steps between settings are coarse: from one image to two or three to four, or from half of the
 patches to all. The planner leaves a margin, about the calibration factor less one, and a step that
 is smaller than the margin, from 81 images to 82 say, fits in it.
 """

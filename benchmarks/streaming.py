@@ -130,14 +130,14 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def overlap() -> dict[str, Any]:
     """The same work with readers that take no time, by the readers alone, and by both."""
-    grid = pgd.PatchGrid(1024, 1024, 64)
+    grid = pgd.PatchGrid(2048, 2048, 64)
     model, optimizer = small_cnn(grid), optax.sgd(1e-3)
     config = pgd.PatchGDConfig(
         patch=64, mode="accumulate", inner_steps=grid.num_patches // 16, fill_chunk=16
     )
     readers = 4
     step = StreamedStep(model, optimizer, grid, config, readers=readers)
-    state, image = initial(model, optimizer), VirtualImage(1024)
+    state, image = initial(model, optimizer), VirtualImage(2048)
     labels = {"label": np.zeros(1, np.int32)}
 
     def train() -> Any:
