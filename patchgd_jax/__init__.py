@@ -7,6 +7,7 @@ optax, but no command line, data pipeline or plotting.
 from patchgd_jax._version import __version__ as __version__
 from patchgd_jax.compiling import compiler_options as compiler_options
 from patchgd_jax.config import AugmentConfig as AugmentConfig
+from patchgd_jax.config import BaselineConfig as BaselineConfig
 from patchgd_jax.config import DataConfig as DataConfig
 from patchgd_jax.config import ModelConfig as ModelConfig
 from patchgd_jax.config import OptimizerConfig as OptimizerConfig
@@ -21,7 +22,9 @@ from patchgd_jax.errors import DiskError as DiskError
 from patchgd_jax.errors import DivergedError as DivergedError
 from patchgd_jax.errors import Interrupted as Interrupted
 from patchgd_jax.errors import PatchGDError as PatchGDError
+from patchgd_jax.grid import Grid as Grid
 from patchgd_jax.grid import PatchGrid as PatchGrid
+from patchgd_jax.grid import WholeImage as WholeImage
 from patchgd_jax.latents import fill as fill
 from patchgd_jax.models import ENCODERS as ENCODERS
 from patchgd_jax.models import HEADS as HEADS

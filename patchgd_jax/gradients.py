@@ -12,7 +12,7 @@ from jax import lax
 
 from patchgd_jax.augment import Augment
 from patchgd_jax.errors import ConfigError
-from patchgd_jax.grid import PatchGrid
+from patchgd_jax.grid import Grid
 from patchgd_jax.latents import (
     chunked_ids,
     chunked_list,
@@ -52,7 +52,7 @@ def stream(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
-def listed_patches(batch: Batch, grid: PatchGrid) -> jax.Array | None:
+def listed_patches(batch: Batch, grid: Grid) -> jax.Array | None:
     """The numbers of the patches that count, in order: `int32 [B, M]`, or None for all of them.
 
     Slots without a patch are at the end, N or more and different from each other.
@@ -68,7 +68,7 @@ def listed_patches(batch: Batch, grid: PatchGrid) -> jax.Array | None:
     return without_repeats(ids, grid.num_patches)
 
 
-def chunks(batch: Batch, grid: PatchGrid, chunk: int, strata: int = 1) -> tuple[jax.Array, bool]:
+def chunks(batch: Batch, grid: Grid, chunk: int, strata: int = 1) -> tuple[jax.Array, bool]:
     """The patches that count, some at a time, for `latents.fill`.
 
     Returns:
@@ -89,7 +89,7 @@ def chunks(batch: Batch, grid: PatchGrid, chunk: int, strata: int = 1) -> tuple[
     return ids, has_spare(ids, grid)
 
 
-def patch_mask(batch: Batch, grid: PatchGrid) -> jax.Array | None:
+def patch_mask(batch: Batch, grid: Grid) -> jax.Array | None:
     """Which patches count, for the head: `bool [B, rows, cols]`, or None for all."""
     if "patches" not in batch:
         return grid.mask(batch["size"]) if "size" in batch else None
@@ -99,7 +99,7 @@ def patch_mask(batch: Batch, grid: PatchGrid) -> jax.Array | None:
     return used.reshape(-1, grid.rows, grid.cols)
 
 
-def real_patches(batch: Batch, grid: PatchGrid) -> jax.Array | None:
+def real_patches(batch: Batch, grid: Grid) -> jax.Array | None:
     """Which patches count and are of a real example: `bool [B, N]`, or None for all."""
     real = patch_mask(batch, grid)
     if real is not None:
@@ -118,7 +118,7 @@ def read_z(
     key: jax.Array,
     *,
     model: PatchModel,
-    grid: PatchGrid,
+    grid: Grid,
     train: bool,
     task: Task,
     placement: Placement = ALONE,
@@ -144,7 +144,7 @@ def head_loss(
     key: jax.Array,
     *,
     model: PatchModel,
-    grid: PatchGrid,
+    grid: Grid,
     task: Task,
     placement: Placement = ALONE,
 ) -> tuple[jax.Array, tuple[jax.Array, Parts]]:
@@ -179,7 +179,7 @@ def inner_gradient(
     key: jax.Array,
     *,
     model: PatchModel,
-    grid: PatchGrid,
+    grid: Grid,
     train_encoder: bool,
     spare: bool = True,
     task: Task = SINGLE_LABEL,
@@ -236,7 +236,7 @@ def exact_gradient(
     key: jax.Array,
     *,
     model: PatchModel,
-    grid: PatchGrid,
+    grid: Grid,
     chunk: int,
     strata: int = 1,
     train_encoder: bool,
@@ -324,7 +324,7 @@ def chunk_gradient(
     key: jax.Array,
     *,
     model: PatchModel,
-    grid: PatchGrid,
+    grid: Grid,
     train_encoder: bool,
     spare: bool,
     augment: Augment | None = None,
@@ -363,7 +363,7 @@ def full_gradient(
     key: jax.Array,
     *,
     model: PatchModel,
-    grid: PatchGrid,
+    grid: Grid,
     chunk: int,
     strata: int = 1,
     train_encoder: bool,

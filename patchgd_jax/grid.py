@@ -1,14 +1,91 @@
-"""PatchGrid: which pixels belong to which patch, and where a patch's latent stands in Z."""
+"""Grids: which pixels belong to which patch, and where a patch's latent stands in Z."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from patchgd_jax.errors import ConfigError
+
+
+class Grid(Protocol):
+    """All that a step needs to know of patches; nothing of it depends on the data's dimension.
+
+    A grid is hashable and holds no arrays: it is a static argument of the jitted step.
+    """
+
+    @property
+    def rows(self) -> int:
+        """Rows of Z."""
+        ...
+
+    @property
+    def cols(self) -> int:
+        """Columns of Z."""
+        ...
+
+    @property
+    def num_patches(self) -> int:
+        """N = rows * cols."""
+        ...
+
+    @property
+    def patch_shape(self) -> tuple[int, ...]:
+        """Shape of a patch without its channels."""
+        ...
+
+    def mask(self, sizes: jax.Array) -> jax.Array:
+        """Which patches examples of true sizes `int [B, dims]` have: `bool [B, rows, cols]`."""
+        ...
+
+    def take(self, images: jax.Array, ids: jax.Array) -> jax.Array:
+        """The patches `ids int [B, k]` of a batch, `[B, k, *patch_shape, C]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeImage:
+    """The grid of one patch that is the whole image, of any shape: how a plain network sees it.
+
+    Args:
+        height: image height in pixels.
+        width: image width in pixels.
+    """
+
+    height: int
+    width: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of Z: 1."""
+        return 1
+
+    @property
+    def cols(self) -> int:
+        """Columns of Z: 1."""
+        return 1
+
+    @property
+    def num_patches(self) -> int:
+        """N = 1."""
+        return 1
+
+    @property
+    def patch_shape(self) -> tuple[int, ...]:
+        """Height and width in pixels."""
+        return self.height, self.width
+
+    def mask(self, sizes: jax.Array) -> jax.Array:
+        """True for every image: `bool [B, 1, 1]`."""
+        return jnp.ones((sizes.shape[0], 1, 1), bool)
+
+    def take(self, images: jax.Array, ids: jax.Array) -> jax.Array:
+        """The images `[B, H, W, C]` themselves, as `[B, k, H, W, C]` for `ids int [B, k]`."""
+        return jnp.repeat(images[:, None], ids.shape[1], axis=1)
 
 
 @dataclass(frozen=True)
@@ -71,6 +148,11 @@ class PatchGrid:
     def num_patches(self) -> int:
         """N = rows * cols."""
         return self.rows * self.cols
+
+    @property
+    def patch_shape(self) -> tuple[int, ...]:
+        """Height and width of a patch in pixels."""
+        return self.patch, self.patch
 
     @property
     def padded_height(self) -> int:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from patchgd_jax.augment import Augment
-from patchgd_jax.grid import PatchGrid
+from patchgd_jax.grid import Grid
 from patchgd_jax.patch_model import Parts, PatchModel
 from patchgd_jax.placement import ALONE, Placement
 from patchgd_jax.sampling import without_repeats
@@ -23,7 +23,7 @@ def encode_patches(
     key: jax.Array,
     *,
     model: PatchModel,
-    grid: PatchGrid,
+    grid: Grid,
     train: bool,
     real: jax.Array | None = None,
     spare: bool = True,
@@ -69,7 +69,7 @@ def encode_patches(
     return latents.reshape(batch, count, -1), model_state
 
 
-def chunked_ids(grid: PatchGrid, chunk: int, batch: int) -> jax.Array:
+def chunked_ids(grid: Grid, chunk: int, batch: int) -> jax.Array:
     """All patch numbers in order, some at a time.
 
     Returns:
@@ -119,7 +119,7 @@ def chunked_strata(strata: jax.Array, chunk: int, num_patches: int) -> jax.Array
     return without_repeats(ids.transpose(2, 1, 0, 3).reshape(-1, batch, count * share), num_patches)
 
 
-def has_spare(ids: jax.Array, grid: PatchGrid) -> bool:
+def has_spare(ids: jax.Array, grid: Grid) -> bool:
     """Whether chunks `[n, B, k]` that hold each patch once have slots without a patch."""
     return ids.shape[0] * ids.shape[2] != grid.num_patches
 
@@ -131,7 +131,7 @@ def fill(
     key: jax.Array,
     *,
     model: PatchModel,
-    grid: PatchGrid,
+    grid: Grid,
     ids: jax.Array,
     train: bool = False,
     remat: bool = False,

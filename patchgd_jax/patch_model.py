@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import nnx
 
 from patchgd_jax.errors import ConfigError
-from patchgd_jax.grid import PatchGrid
+from patchgd_jax.grid import Grid
 
 Tree = Any
 """A pytree of arrays."""
@@ -49,7 +49,7 @@ class Encode(Protocol):
         Args:
             params: of both parts.
             model_state: of both parts.
-            patches: `[M, p, p, C]`, as the images come (uint8); normalised here.
+            patches: `[M, *grid.patch_shape, C]`, as the images come (uint8); normalised here.
             train: whether dropout is on and batch statistics are taken from this batch.
             rng: PRNG key for dropout.
             mask: `bool [M]`, False for patches that batch statistics must leave out.
@@ -114,9 +114,7 @@ def _normalizer(
     mean: float | tuple[float, ...], std: float | tuple[float, ...], dtype: Any
 ) -> Callable[[jax.Array], jax.Array]:
     def normalize(patches: jax.Array) -> jax.Array:
-        shape = (1, 1, 1, -1)
-        center = jnp.asarray(mean, dtype).reshape(shape)
-        spread = jnp.asarray(std, dtype).reshape(shape)
+        center, spread = jnp.asarray(mean, dtype), jnp.asarray(std, dtype)
         if jnp.issubdtype(patches.dtype, jnp.integer):
             patches = patches.astype(dtype) / 255
         return (patches.astype(dtype) - center) / spread
@@ -128,7 +126,7 @@ def from_linen(
     encoder: nn.Module,
     head: nn.Module,
     *,
-    grid: PatchGrid,
+    grid: Grid,
     channels: int,
     mean: float | tuple[float, ...] = 0.0,
     std: float | tuple[float, ...] = 1.0,
@@ -166,7 +164,7 @@ def from_linen(
 
     def init(key: jax.Array) -> tuple[Parts, Parts]:
         encoder_key, head_key = jax.random.split(key)
-        patches = jnp.zeros((1, grid.patch, grid.patch, channels), dtype)
+        patches = jnp.zeros((1, *grid.patch_shape, channels), dtype)
         latents, encoder_vars = encoder.init_with_output(encoder_key, patches, train=False)
         z = jnp.zeros((1, grid.rows, grid.cols, latents.shape[-1]), latents.dtype)
         head_vars = head.init(head_key, z, None, train=False)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 
-from patchgd_jax.grid import PatchGrid
+from patchgd_jax.grid import Grid
 from patchgd_jax.patch_model import Tree
 
 Kind = Literal["params", "same", "batch", "images", "groups", "gradient", "sum"]
@@ -41,7 +41,7 @@ class Placement:
         """Constant parameters, for use beside those that a local function was given."""
         return params
 
-    def take(self, grid: PatchGrid, images: jax.Array, ids: jax.Array) -> jax.Array:
+    def take(self, grid: Grid, images: jax.Array, ids: jax.Array) -> jax.Array:
         """`grid.take` of this device's part of the images; `ids` are from `own_slots`."""
         return grid.take(images, ids)
 

@@ -30,7 +30,7 @@ from patchgd_jax.gradients import (
     real_patches,
     stream,
 )
-from patchgd_jax.grid import PatchGrid
+from patchgd_jax.grid import Grid
 from patchgd_jax.latents import fill, has_spare
 from patchgd_jax.optimizer import AverageState
 from patchgd_jax.patch_model import (
@@ -87,7 +87,7 @@ def train_step(
     *,
     model: PatchModel,
     optimizer: optax.GradientTransformation,
-    grid: PatchGrid,
+    grid: Grid,
     patchgd: PatchGDConfig,
     task: Task = SINGLE_LABEL,
     augment: AugmentConfig | None = None,
@@ -227,7 +227,7 @@ def _whole_gradient(
     key: jax.Array,
     *,
     model: PatchModel,
-    grid: PatchGrid,
+    grid: Grid,
     patchgd: PatchGDConfig,
     task: Task,
     augment: AugmentConfig | None,
@@ -271,7 +271,7 @@ def _inner_steps(
     *,
     model: PatchModel,
     optimizer: optax.GradientTransformation,
-    grid: PatchGrid,
+    grid: Grid,
     patchgd: PatchGDConfig,
     task: Task,
     augment: AugmentConfig | None,
@@ -410,7 +410,7 @@ def eval_step(
     batch: Batch,
     *,
     model: PatchModel,
-    grid: PatchGrid,
+    grid: Grid,
     fill_chunk: int,
     strata: int = 1,
     task: Task = SINGLE_LABEL,
@@ -460,7 +460,7 @@ def attention_map(
     batch: Batch,
     *,
     model: PatchModel,
-    grid: PatchGrid,
+    grid: Grid,
     fill_chunk: int,
 ) -> jax.Array:
     """How much the head looks at each patch, for a heatmap of an image.
@@ -494,7 +494,7 @@ def _fill_to_read(
     batch: Batch,
     *,
     model: PatchModel,
-    grid: PatchGrid,
+    grid: Grid,
     fill_chunk: int,
     strata: int = 1,
     placement: Placement = ALONE,

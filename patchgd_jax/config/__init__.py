@@ -4,6 +4,7 @@ Nothing here imports a command-line library; `cli.py` turns the classes into fla
 under each field into its help.
 """
 
+from patchgd_jax.config.baseline import METHODS, BaselineConfig, MethodName
 from patchgd_jax.config.data import (
     BackgroundConfig,
     ColumnsConfig,
@@ -18,10 +19,13 @@ from patchgd_jax.config.plain import flatten, from_dict, to_dict
 from patchgd_jax.config.run import StreamConfig, TrainConfig
 
 __all__ = [
+    "METHODS",
     "AugmentConfig",
     "BackgroundConfig",
+    "BaselineConfig",
     "ColumnsConfig",
     "DataConfig",
+    "MethodName",
     "ModelConfig",
     "OptimizerConfig",
     "PandaConfig",

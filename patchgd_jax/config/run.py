@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from patchgd_jax.config.baseline import BaselineConfig, MethodName
 from patchgd_jax.config.checks import NOT_SETTLED, require
 from patchgd_jax.config.data import DataConfig
 from patchgd_jax.config.model import AugmentConfig, ModelConfig, TaskConfig
@@ -57,6 +58,13 @@ class StreamConfig:
 class TrainConfig:
     """A training run."""
 
+    method: MethodName = "patchgd"
+    """How the model is trained. patchgd: see patchgd.mode. gd: the encoder sees the whole image,
+    and a dense layer its latent. gd-extended: the same with PatchGD's head. downscale: gd on the
+    image shrunk to baseline.side. patchwise: every patch is told its image's label. fully-conv: one
+    pass over the whole image, a loss at every position of the encoder's map. mil: the encoder stays
+    as it is, and the head learns from features that are kept. ips: only the patches with the most
+    attention are trained."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     patchgd: PatchGDConfig = field(default_factory=PatchGDConfig)
@@ -64,6 +72,7 @@ class TrainConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     batch_size: int | Literal["auto"] = 16
     """Images per outer step. auto: the most that fit the memory; `train` makes it a number, which
     eval_batch_size does not exceed then. --batch for short."""
