@@ -14,6 +14,7 @@ from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.channels import with_channels
 from patchgd_jax.errors import CheckpointError, ConfigError
 from patchgd_jax.memory import PeakMeter, show_size
+from patchgd_jax.methods import settled_method
 from patchgd_jax.out_of_memory import out_of_memory_told
 from patchgd_jax.progress import Progress
 from patchgd_jax.run_plan import plan_of
@@ -44,7 +45,7 @@ def dry_run(
     """
     progress = progress or Progress()
     with StopRequest() as stop, stop.immediate(), tempfile.TemporaryDirectory() as folder:
-        config = settled(with_channels(config), budget, progress)
+        config = settled(settled_method(with_channels(config)), budget, progress)
         with out_of_memory_told(config, folder):
             return _rehearse(config, progress, Path(folder))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import partial
 
 import jax
 import optax
@@ -13,7 +14,8 @@ from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.sources import RunData
 from patchgd_jax.errors import ConfigError, DeviceError
 from patchgd_jax.execution import Setup
-from patchgd_jax.grid import PatchGrid
+from patchgd_jax.grid import Grid, PatchGrid, WholeImage
+from patchgd_jax.methods import WHOLE_IMAGE, make_method, method_model
 from patchgd_jax.models import build_encoder, build_model, encoder_norm, head_entry
 from patchgd_jax.models.depth import Layers, encoder_layers
 from patchgd_jax.optimizer import make_optimizer, with_average
@@ -32,30 +34,59 @@ def make_grid(config: TrainConfig, height: int, width: int, background: int = 0)
     return PatchGrid(height, width, config.patchgd.patch, config.patchgd.stride or 0, background)
 
 
-def training_grids(config: TrainConfig, data: RunData) -> tuple[PatchGrid, ...]:
-    """The patch grid of each padded size, checked against the sampling and the head.
+def method_grid(config: TrainConfig, height: int, width: int, background: int = 0) -> Grid:
+    """The grid that the method sees an image of one size by.
+
+    Raises:
+        ConfigError: if the patch is larger than the image, or the method cannot take its shape.
+    """
+    if config.method not in WHOLE_IMAGE:
+        return make_grid(config, height, width, background)
+    if config.augment.turns and height != width:
+        raise ConfigError(
+            f"augment.turns with method {config.method}: an image of {height} x {width} px cannot "
+            "be turned by 90 degrees and keep its shape; leave it out"
+        )
+    if config.method == "fully-conv":
+        # Its windows are as large as patches.
+        make_grid(config, height, width)
+    return WholeImage(height, width)
+
+
+def training_grids(config: TrainConfig, data: RunData) -> tuple[Grid, ...]:
+    """The grid of each padded size, checked against the sampling and the head.
 
     Raises:
         ConfigError: if the patch is larger than the image, there are more inner steps than patches,
-            or there are several grids for a head that takes one.
+            there are several grids for a head that takes one, or patches are to be left out by a
+            method that has none.
     """
-    grids = tuple(make_grid(config, *shape, data.background) for shape in data.shapes)
-    for grid, slots in zip(grids, data.slots, strict=True):
-        if config.patchgd.mode in ("patchgd", "accumulate"):
-            group_size(slots or grid.num_patches, config.patchgd.num_inner_steps)
-    if len(grids) > 1 and head_entry(config.model.head).fixed_grid:
+    if config.method in WHOLE_IMAGE and config.data.empty.method != "none":
         raise ConfigError(
-            f"the head {config.model.head} takes one grid of patches, but these images have "
+            f"data.empty leaves patches out, but method {config.method} sees the whole image; set "
+            "data.empty.method none"
+        )
+    grids = tuple(method_grid(config, *shape, data.background) for shape in data.shapes)
+    samples = config.patchgd.mode in ("patchgd", "accumulate") or (
+        config.method == "ips" and config.baseline.top_patches is None
+    )
+    for grid, slots in zip(grids, data.slots, strict=True):
+        if samples:
+            group_size(slots or grid.num_patches, config.patchgd.num_inner_steps)
+    head = method_model(config).head
+    if len({(grid.rows, grid.cols) for grid in grids}) > 1 and head_entry(head).fixed_grid:
+        raise ConfigError(
+            f"the head {head} takes one grid of patches, but these images have "
             f"{len(grids)} sizes; use --data.fit resize, or --model.head attention"
         )
     return grids
 
 
-def make_model(config: TrainConfig, grid: PatchGrid, preprocess: Preprocess) -> PatchModel:
+def make_model(config: TrainConfig, grid: Grid, preprocess: Preprocess) -> PatchModel:
     """The model for one grid.
 
     Raises:
-        ConfigError: for an unknown encoder or head.
+        ConfigError: for an unknown encoder or head, or one that the method cannot train.
     """
     if (
         config.patchgd.mode == "exact"
@@ -66,8 +97,8 @@ def make_model(config: TrainConfig, grid: PatchGrid, preprocess: Preprocess) -> 
             "patchgd.mode exact needs model.norm group, or patchgd.norm_policy frozen: batch "
             "statistics taken chunk by chunk are not those of the whole image"
         )
-    return build_model(
-        config.model,
+    model = build_model(
+        method_model(config),
         grid=grid,
         channels=config.data.num_channels,
         classes=make_run_task(config, len(preprocess.class_names)).num_outputs(
@@ -75,7 +106,41 @@ def make_model(config: TrainConfig, grid: PatchGrid, preprocess: Preprocess) -> 
         ),
         mean=preprocess.mean,
         std=preprocess.std,
+        window=_window(config) if config.method == "fully-conv" else None,
     )
+    if config.method == "ips":
+        _require_attention(model, grid, config.model.latent_dim)
+    return model
+
+
+def _window(config: TrainConfig) -> int:
+    """The side of what the encoder's last map has of a patch.
+
+    Raises:
+        ConfigError: if the encoder is not convolutional.
+    """
+    patch = config.patchgd.patch
+    encoder = build_encoder(config.model, patch, window=1)
+    patches = jax.ShapeDtypeStruct((1, patch, patch, config.data.num_channels), "float32")
+    latents, _ = jax.eval_shape(
+        partial(encoder.init_with_output, train=False), jax.random.key(0), patches
+    )
+    return int(latents.shape[1])
+
+
+def _require_attention(model: PatchModel, grid: Grid, width: int) -> None:
+    """Refuses a head without attention before anything is compiled.
+
+    Raises:
+        ConfigError: if it has none.
+    """
+
+    def attention(key: jax.Array, z: jax.Array) -> jax.Array:
+        assert model.attend is not None
+        return model.attend(*model.init(key), z, None)
+
+    z = jax.ShapeDtypeStruct((1, grid.rows, grid.cols, width), "float32")
+    jax.eval_shape(attention, jax.random.key(0), z)
 
 
 def make_run_task(config: TrainConfig, classes: int) -> Task:
@@ -100,11 +165,17 @@ def _layers(config: TrainConfig) -> Layers:
 
 
 def frozen_entries(config: TrainConfig) -> frozenset[str]:
-    """The encoder's top-level entries that are not trained.
+    """The encoder's top-level entries that are not trained: for method mil, all of them.
 
     Raises:
         ConfigError: if the encoder has fewer stages than are to be frozen.
     """
+    if config.method == "mil":
+        patch = config.patchgd.patch
+        encoder = build_encoder(config.model, patch)
+        patches = jax.ShapeDtypeStruct((1, patch, patch, config.data.num_channels), "float32")
+        variables = jax.eval_shape(partial(encoder.init, train=False), jax.random.key(0), patches)
+        return frozenset(variables["params"])
     stages = config.optimizer.freeze_stages
     return _layers(config).until(stages) if stages else frozenset()
 
@@ -138,9 +209,13 @@ def make_setup(
         ConfigError: for settings that do not fit together, or the data.
     """
     grids = training_grids(config, data)
+    if config.method in WHOLE_IMAGE:
+        # Patches that are nothing but padding are part of the image for it.
+        data = dataclasses.replace(data, slots=(None,) * len(grids))
     return Setup(
         config=config,
         data=data,
+        method=make_method(config),
         grids=grids,
         models=tuple(make_model(config, grid, preprocess) for grid in grids),
         optimizer=make_run_optimizer(config, len(data.train))

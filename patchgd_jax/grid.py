@@ -18,6 +18,8 @@ class Grid(Protocol):
     A grid is hashable and holds no arrays: it is a static argument of the jitted step.
     """
 
+    def __hash__(self) -> int: ...
+
     @property
     def rows(self) -> int:
         """Rows of Z."""
@@ -85,7 +87,7 @@ class WholeImage:
 
     def take(self, images: jax.Array, ids: jax.Array) -> jax.Array:
         """The images `[B, H, W, C]` themselves, as `[B, k, H, W, C]` for `ids int [B, k]`."""
-        return jnp.repeat(images[:, None], ids.shape[1], axis=1)
+        return jnp.broadcast_to(images[:, None], (*ids.shape, *images.shape[1:]))
 
 
 @dataclass(frozen=True)

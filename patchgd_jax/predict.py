@@ -29,15 +29,16 @@ from patchgd_jax.experiment import (
     make_model,
     make_run_task,
     make_setup,
+    method_grid,
     restore_params,
 )
-from patchgd_jax.grid import PatchGrid
+from patchgd_jax.grid import Grid, PatchGrid
+from patchgd_jax.methods import make_method, method_model
 from patchgd_jax.metrics_log import read_metrics
 from patchgd_jax.models import head_entry
 from patchgd_jax.patch_model import Parts
 from patchgd_jax.progress import Progress
 from patchgd_jax.run_folder import METRICS, RunFolder
-from patchgd_jax.step import eval_step
 from patchgd_jax.streaming import StreamedStep
 
 Which = Literal["best", "last"]
@@ -79,14 +80,14 @@ class TrainedModel:
         self._score = lru_cache(maxsize=None)(self._jitted_score)
         self._streamed = lru_cache(maxsize=4)(self._streamed_step)
 
-    def _grid_of(self, shape: tuple[int, int]) -> PatchGrid:
-        return make_grid(self.config, *shape, self.preprocess.background)
+    def _grid_of(self, shape: tuple[int, int]) -> Grid:
+        return method_grid(self.config, *shape, self.preprocess.background)
 
-    def _jitted_score(self, grid: PatchGrid) -> Any:
+    def _jitted_score(self, grid: Grid) -> Any:
         model = make_model(self.config, grid, self.preprocess)
         return jax.jit(
             partial(
-                eval_step,
+                make_method(self.config).eval_step,
                 model=model,
                 grid=grid,
                 fill_chunk=self.config.patchgd.fill_chunk,
@@ -184,17 +185,18 @@ class TrainedModel:
         self._check_shape(path, image.shape[:2])
         return image
 
-    def _check_shape(self, path: str | Path, shape: tuple[int, int]) -> PatchGrid:
+    def _check_shape(self, path: str | Path, shape: tuple[int, int]) -> Grid:
         """The grid of an image; the head must take it."""
         try:
             grid = self._grid_of(shape)
         except ConfigError as error:
             raise DataError(f"image {path}: {error}") from error
         trained = (self._grid.rows, self._grid.cols)
-        if head_entry(self.config.model.head).fixed_grid and (grid.rows, grid.cols) != trained:
+        head = method_model(self.config).head
+        if head_entry(head).fixed_grid and (grid.rows, grid.cols) != trained:
             raise ConfigError(
                 f"image {path} gives a grid of {grid.rows} x {grid.cols} patches, but the head "
-                f"{self.config.model.head} works only on the {trained[0]} x {trained[1]} it was "
+                f"{head} works only on the {trained[0]} x {trained[1]} it was "
                 "trained on; resize the image, or train with --model.head attention"
             )
         return grid
@@ -204,13 +206,15 @@ class TrainedModel:
 
         Returns:
             The image; or None if it is to be read whole: if it is small and the run read its own
-            images whole, or if the model sees all images resized.
+            images whole, if the model sees all images resized, or its method images whole.
 
         Raises:
             DataError: if it cannot be opened, or is smaller than a patch.
             ConfigError: if the model's head cannot take an image of that size.
         """
         data = self.config.data
+        if self.config.method not in ("patchgd", "mil"):
+            return None
         if data.downscale > 1 or (data.fit != "native" and not data.generated):
             return None
         reader = FileReader(data, self.preprocess.background)
@@ -250,7 +254,7 @@ class TrainedModel:
             DataError: if a patch cannot be read.
         """
         shape = source.level_shapes[self.config.data.level]
-        grid = self._grid_of(self._at_least_a_patch(*shape))
+        grid = make_grid(self.config, *self._at_least_a_patch(*shape), self.preprocess.background)
         batch = self._batch(grid, patches)
         out = self._streamed(grid).evaluate(self.params, self.model_state, [source], batch, [name])
         return self._answer(out)
@@ -274,7 +278,8 @@ class TrainedModel:
         if self.config.data.empty.method == "none":
             return None
         reader = FileReader(self.config.data, self.preprocess.background)
-        grid = self._grid_of(self._at_least_a_patch(*reader.shape(path)))
+        shape = self._at_least_a_patch(*reader.shape(path))
+        grid = make_grid(self.config, *shape, self.preprocess.background)
         return np.flatnonzero(used_patches(path, reader, grid)).astype(np.int32)
 
     def predict(self, image: np.ndarray, patches: np.ndarray | None = None) -> dict[str, Any]:
@@ -292,7 +297,7 @@ class TrainedModel:
         batch = {"image": image[None], **self._batch(grid, patches)}
         return self._answer(self._score(grid)(self.params, self.model_state, jax.device_put(batch)))
 
-    def _batch(self, grid: PatchGrid, patches: np.ndarray | None) -> dict[str, np.ndarray]:
+    def _batch(self, grid: Grid, patches: np.ndarray | None) -> dict[str, np.ndarray]:
         """A batch of one image, without its pixels."""
         spec = self.task.label_spec(1, len(self.preprocess.class_names))
         batch = {"label": np.zeros(spec.shape, spec.dtype)}

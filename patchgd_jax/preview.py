@@ -14,6 +14,8 @@ from patchgd_jax.data.sources import make_data
 from patchgd_jax.errors import DataError
 from patchgd_jax.experiment import training_grids
 from patchgd_jax.gradients import listed_patches, stream
+from patchgd_jax.grid import PatchGrid
+from patchgd_jax.methods import settled_method
 from patchgd_jax.sampling import sample_groups
 
 
@@ -31,7 +33,7 @@ def preview(
         ConfigError: for settings that do not fit together.
         DataError: for images or labels that cannot be used.
     """
-    config = with_channels(config)
+    config = settled_method(with_channels(config))
     data = make_data(config)
     grids = dict(zip(data.shapes, training_grids(config, data), strict=True))
     source = data.train if split == "train" else data.validation
@@ -77,7 +79,7 @@ def preview(
             SheetEntry(
                 image,
                 f"{index}: label {name}",
-                grid,
+                grid if isinstance(grid, PatchGrid) else None,
                 tuple(sorted(sampled)),
                 tuple(sorted(set(every) - used)),
             )

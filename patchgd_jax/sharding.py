@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from patchgd_jax.config import PatchGDConfig
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.gradients import Batch
-from patchgd_jax.grid import PatchGrid
+from patchgd_jax.grid import Grid, PatchGrid
 from patchgd_jax.models.conv import rows_divided
 from patchgd_jax.models.norm import statistics_over
 from patchgd_jax.patch_model import Parts, PatchModel, Tree
@@ -655,10 +655,10 @@ class MeshPlacement(Placement):
         start = lax.axis_index(axis) * size
         return lax.dynamic_slice_in_dim(x, start, size, axis=dimension)
 
-    def take(self, grid: PatchGrid, images: jax.Array, ids: jax.Array) -> jax.Array:
+    def take(self, grid: Grid, images: jax.Array, ids: jax.Array) -> jax.Array:
         """See `Placement`."""
         first = jnp.asarray(self.bands.first_rows, ids.dtype)[lax.axis_index(PATCH)]
-        return self.bands.of_band().take(images, ids - first * grid.cols)
+        return self.bands.of_band().take(images, ids - first * self.bands.grid.cols)
 
     def own_slots(self, ids: jax.Array) -> jax.Array:
         """See `Placement`."""

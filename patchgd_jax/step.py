@@ -6,8 +6,9 @@ here is jitted; the caller adds jit, donation and shardings once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,12 +123,13 @@ def train_step(
             asked for where images have different numbers of patches that are drawn uniformly.
     """
     if frozen:
-        trained, fixed = split_frozen(state.params, frozen)
-        new_state, metrics = train_step(
-            state._replace(params=trained),
+        return step_beside_frozen(
+            train_step,
+            state,
             batch,
             key,
-            model=with_fixed(model, lambda: placement.vary(fixed)),
+            frozen,
+            model=model,
             optimizer=optimizer,
             grid=grid,
             patchgd=patchgd,
@@ -135,8 +137,6 @@ def train_step(
             augment=augment,
             placement=placement,
         )
-        params = join_frozen(new_state.params, fixed)
-        return new_state._replace(params=params), {**metrics, "param_norm": global_norm(params)}
     key = jax.random.fold_in(key, state.step)
     if patchgd.mode in ("patchgd", "accumulate"):
         new_state, metrics = _inner_steps(
@@ -171,6 +171,42 @@ def train_step(
     # The other metrics are of the parameters before the last update; this one is of those after.
     metrics["param_norm"] = global_norm(new_state.params)
     return new_state._replace(step=state.step + 1), metrics
+
+
+def step_beside_frozen(
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    frozen: frozenset[str],
+    *,
+    model: PatchModel,
+    placement: Placement = ALONE,
+    **arguments: Any,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """A step that sees only the parameters that are trained; `param_norm` is that of all.
+
+    Args:
+        step: of `train_step`'s arguments, but for `frozen`.
+        state: with all parameters.
+        batch: as `step`'s.
+        key: as `step`'s.
+        frozen: the encoder's entries that stay as they are.
+        model: of all parameters.
+        placement: as `step`'s.
+        **arguments: the others of `step`.
+    """
+    trained, fixed = split_frozen(state.params, frozen)
+    new_state, metrics = step(
+        state._replace(params=trained),
+        batch,
+        key,
+        model=with_fixed(model, lambda: placement.vary(fixed)),
+        placement=placement,
+        **arguments,
+    )
+    params = join_frozen(new_state.params, fixed)
+    return new_state._replace(params=params), {**metrics, "param_norm": global_norm(params)}
 
 
 def global_norm(tree: Tree) -> jax.Array:
@@ -425,7 +461,7 @@ def eval_step(
     """
 
     def local(params: Parts, model_state: Parts, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        z = _fill_to_read(
+        z = eval_fill(
             params,
             model_state,
             batch,
@@ -482,13 +518,13 @@ def attention_map(
     """
     if model.attend is None:
         raise ConfigError("the model has no attention to show: its `attend` is None")
-    z = _fill_to_read(params, model_state, batch, model=model, grid=grid, fill_chunk=fill_chunk)
+    z = eval_fill(params, model_state, batch, model=model, grid=grid, fill_chunk=fill_chunk)
     mask = patch_mask(batch, grid)
     z = z.reshape(z.shape[0], grid.rows, grid.cols, z.shape[-1])
     return model.attend(params, model_state, z, mask)
 
 
-def _fill_to_read(
+def eval_fill(
     params: Parts,
     model_state: Parts,
     batch: Batch,
@@ -499,7 +535,7 @@ def _fill_to_read(
     strata: int = 1,
     placement: Placement = ALONE,
 ) -> jax.Array:
-    """All of Z in eval mode, `[B, N, D]`."""
+    """All of Z in eval mode, `[B, N, D]`; arguments as `eval_step`'s."""
     ids, spare = chunks(batch, grid, fill_chunk, strata)
     z, _ = fill(
         params,

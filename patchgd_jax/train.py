@@ -33,6 +33,7 @@ from patchgd_jax.errors import CheckpointError, DataError, DiskError
 from patchgd_jax.evaluate import evaluate
 from patchgd_jax.execution import check_execution, make_execution
 from patchgd_jax.experiment import make_run_task, make_setup, select_device, training_grids
+from patchgd_jax.methods import settled_method
 from patchgd_jax.out_of_memory import out_of_memory_told
 from patchgd_jax.preprocess import Preprocess
 from patchgd_jax.pretrained import starting_point
@@ -102,7 +103,7 @@ def train(
             # Whatever is wrong with the config shows before the folder is made.
             with all_or_none():
                 RunFolder.check_free(run_dir)
-                config = settled(with_channels(config), budget, progress)
+                config = settled(settled_method(with_channels(config)), budget, progress)
                 run = Run(config, None, progress, optimizer)
             check_same(run.shared)
             with out_of_memory_told(config, run_dir):

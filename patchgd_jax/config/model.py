@@ -22,10 +22,14 @@ class ModelConfig:
     statistics do is `patchgd.norm_policy`."""
     latent_dim: int = 128
     """Length D of a patch's latent vector."""
+    stem_stride: int | None = None
+    """Pixels between the windows of the encoder's first convolution: a larger stride makes all maps
+    smaller, and loses detail. None: its architecture's own (2, or 4 for small-cnn and
+    ConvNeXt-V2)."""
     head: str = "attention"
-    """Network that reads Z: attention, transformer, adaptive-cnn or linear (for any grid), or one
-    of the paper's, for the grid it was trained on: cnn-original, cnn-smaller, cnn-larger,
-    cnn-smaller-feat, cnn-larger-feat."""
+    """Network that reads Z: attention, transformer, adaptive-cnn, conv (no dense layer) or linear
+    (for any grid), or one of the paper's, for the grid it was trained on: cnn-original,
+    cnn-smaller, cnn-larger, cnn-smaller-feat, cnn-larger-feat."""
     dropout: float | None = None
     """Dropout rate inside the head. None: the head's own (0.2 for the paper's, else 0)."""
     drop_path: float = 0.0
@@ -47,6 +51,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(self.latent_dim >= 1, f"model.latent_dim is {self.latent_dim}; at least 1")
+        require(
+            self.stem_stride is None or self.stem_stride >= 1,
+            f"model.stem_stride is {self.stem_stride}; at least 1",
+        )
         require(
             self.dropout is None or 0 <= self.dropout < 1,
             f"model.dropout is {self.dropout}; it must be in [0, 1)",

@@ -137,6 +137,21 @@ class TrainConfig:
                 f"stream.micro_batch {micro} does not divide {name} {getattr(self, name)}",
             )
         require(
+            self.method == "patchgd" or (not stream.enabled and self.mesh is None),
+            f"method {self.method} keeps whole images on one device; leave stream.enabled and mesh "
+            "out, which are of method patchgd",
+        )
+        require(
+            self.method == "patchgd" or not auto,
+            f"batch_size auto and patchgd.fraction auto are of method patchgd; for {self.method}, "
+            "give numbers (patchgd-jax plan says what each method takes)",
+        )
+        require(
+            self.method != "mil" or not self.augment.active,
+            "method mil keeps the features of each image, so augment.* would change nothing; leave "
+            "it out",
+        )
+        require(
             not stream.enabled or (self.data.tfds is None and self.data.panda is None),
             "stream.enabled needs image files or generated images, not data.tfds or data.panda",
         )
@@ -169,6 +184,10 @@ class TrainConfig:
         require(
             self.init_encoder is None or self.model.weights is None,
             "init_encoder and model.weights both say what the encoder starts from; name one",
+        )
+        require(
+            self.baseline.pooling == "mean" or self.task.name == "single-label",
+            f"baseline.pooling vote is for task.name single-label, not {self.task.name}; use mean",
         )
         require(
             self.task.name not in ("multi-label", "regression") or self.data.csv is not None,

@@ -18,7 +18,7 @@ from patchgd_jax.data.splits import Split, absent_labels, split_table
 from patchgd_jax.data.table import ImageTable
 from patchgd_jax.data.ultramnist import UltraMnist
 from patchgd_jax.errors import ConfigError, DataError
-from patchgd_jax.grid import PatchGrid
+from patchgd_jax.grid import Grid
 
 WHITE_SUFFIXES = frozenset({".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm"})
 """Files of slide scanners, whose background is white."""
@@ -55,7 +55,7 @@ class RunData:
         """Number of labels."""
         return self.train.num_classes
 
-    def mean_patches(self, grids: Sequence[PatchGrid]) -> float:
+    def mean_patches(self, grids: Sequence[Grid]) -> float:
         """Patches of an image that are encoded, on average."""
         return self.mean_slots or grids[0].num_patches
 

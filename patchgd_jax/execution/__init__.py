@@ -2,6 +2,7 @@
 
 `ResidentExecution` sends whole images to one device, `MeshExecution` lays them over several;
 `StreamedExecution` leaves them where they are, and reads patches as they are needed.
+`FeatureExecution` encodes each image once.
 """
 
 from collections.abc import Sequence
@@ -13,14 +14,16 @@ from patchgd_jax.config import TrainConfig
 from patchgd_jax.distributed import several
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.execution.base import Execution, HostBatch, Setup
+from patchgd_jax.execution.features import FeatureExecution
 from patchgd_jax.execution.mesh import MeshExecution
 from patchgd_jax.execution.resident import ResidentExecution
 from patchgd_jax.execution.streamed import StreamedExecution
-from patchgd_jax.grid import PatchGrid
+from patchgd_jax.grid import Grid, PatchGrid
 from patchgd_jax.sharding import check_grid, make_mesh, own_images, parse_rules
 
 __all__ = [
     "Execution",
+    "FeatureExecution",
     "HostBatch",
     "MeshExecution",
     "ResidentExecution",
@@ -30,7 +33,7 @@ __all__ = [
 ]
 
 
-def check_execution(config: TrainConfig, grids: Sequence[PatchGrid]) -> None:
+def check_execution(config: TrainConfig, grids: Sequence[Grid]) -> None:
     """Checks that there is a way to carry out a run's steps, before anything is read.
 
     Args:
@@ -45,7 +48,12 @@ def check_execution(config: TrainConfig, grids: Sequence[PatchGrid]) -> None:
     rules = parse_rules(config.param_rules)
     mesh = _mesh(config)
     if mesh is not None:
+        if config.method != "patchgd":
+            raise ConfigError(
+                f"method {config.method} trains on one device; only patchgd does on several"
+            )
         for grid in grids:
+            assert isinstance(grid, PatchGrid)
             check_grid(mesh, grid)
         own = len(own_images(mesh, config.images_per_step))
         if own * jax.process_count() > config.images_per_step:
@@ -83,6 +91,8 @@ def make_execution(setup: Setup) -> Execution:
     config = setup.config
     if config.stream.enabled:
         return StreamedExecution(setup)
+    if config.method == "mil":
+        return FeatureExecution(setup)
     mesh = _mesh(config)
     if mesh is None:
         return ResidentExecution(setup)

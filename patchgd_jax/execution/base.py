@@ -15,7 +15,8 @@ from patchgd_jax.data.bad_records import OnBad
 from patchgd_jax.data.pipeline import TrainBatches, eval_batches
 from patchgd_jax.data.source import ExampleSource
 from patchgd_jax.data.sources import RunData
-from patchgd_jax.grid import PatchGrid
+from patchgd_jax.grid import Grid, PatchGrid
+from patchgd_jax.methods import Method
 from patchgd_jax.patch_model import Parts, PatchModel
 from patchgd_jax.step import TrainState
 from patchgd_jax.tasks import Task
@@ -28,7 +29,9 @@ class Setup(NamedTuple):
 
     config: TrainConfig
     data: RunData
-    grids: tuple[PatchGrid, ...]
+    method: Method
+    """Its steps; a mesh and streaming have those of PatchGD."""
+    grids: tuple[Grid, ...]
     """By padded size, as `data.shapes`."""
     models: tuple[PatchModel, ...]
     """The model for each grid."""
@@ -38,6 +41,13 @@ class Setup(NamedTuple):
     """The encoder's entries that are not trained."""
     key: jax.Array
     """The run's."""
+
+    @property
+    def patch_grids(self) -> tuple[PatchGrid, ...]:
+        """The grids of a method that cuts images into patches."""
+        grids = tuple(grid for grid in self.grids if isinstance(grid, PatchGrid))
+        assert len(grids) == len(self.grids)
+        return grids
 
     def batch_spec(self, number: int, size: int, *, weight: bool) -> dict[str, Any]:
         """Shapes and dtypes of the arrays that a step takes of a batch.

@@ -47,7 +47,7 @@ class MeshExecution(ResidentExecution):
     def __init__(self, setup: Setup, mesh: Mesh, rules: Rules) -> None:
         super().__init__(setup)
         self._mesh, self._rules = mesh, rules
-        self._bands = [Bands(grid, mesh.shape[PATCH]) for grid in setup.grids]
+        self._bands = [Bands(grid, mesh.shape[PATCH]) for grid in setup.patch_grids]
         params, _ = jax.eval_shape(setup.models[0].init, setup.key)
         check_rules(params, rules)
         self._rows, self._shapes = self._own_parts()
@@ -60,7 +60,7 @@ class MeshExecution(ResidentExecution):
         The rows are None if images are read whole: if this process has a part of all rows, if
         the images cannot be read by parts, or if their sizes could not be told apart by parts.
         """
-        grids = self.setup.grids
+        grids = self.setup.patch_grids
         whole = [(grid.height, grid.width) for grid in grids]
         rows = [own_pixels(self._mesh, grid) for grid in grids]
         shapes = [(own.stop - own.start, grid.width) for own, grid in zip(rows, grids, strict=True)]
@@ -91,7 +91,7 @@ class MeshExecution(ResidentExecution):
             return source
         bands = [
             Band(rows.start, rows.stop - rows.start, grid.width)
-            for rows, grid in zip(self._rows, self.setup.grids, strict=True)
+            for rows, grid in zip(self._rows, self.setup.patch_grids, strict=True)
         ]
         return BandExamples(as_regions(source), bands, level)
 
@@ -130,7 +130,7 @@ class MeshExecution(ResidentExecution):
     def _put(self, arrays: HostBatch, number: int, size: int) -> dict[str, jax.Array]:
         first = self.own_rows(size).start
         rows = None if self._rows is None else self._rows[number]
-        grid = self.setup.grids[number]
+        grid = self.setup.patch_grids[number]
         return shard_batch(arrays, grid, self._mesh, first=first, total=size, rows=rows)
 
     def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -14,10 +14,10 @@ from patchgd_jax.data.source import ExampleSource
 from patchgd_jax.execution.base import Execution, HostBatch, Setup
 from patchgd_jax.memory.compiled import allotted
 from patchgd_jax.patch_model import Parts
-from patchgd_jax.step import TrainState, eval_step, train_step
+from patchgd_jax.step import TrainState
 
 
-class _Program(NamedTuple):
+class Program(NamedTuple):
     """A compiled step for one padded size, and the arrays of a batch that it takes."""
 
     run: Any
@@ -33,8 +33,8 @@ class ResidentExecution(Execution):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self._train: dict[int, _Program] = {}
-        self._score: dict[int, _Program] = {}
+        self._train: dict[int, Program] = {}
+        self._score: dict[int, Program] = {}
 
     def compile(self, state: TrainState) -> str:
         """Compiles training and evaluation for each padded size; see `Execution`."""
@@ -50,7 +50,13 @@ class ResidentExecution(Execution):
         totals = [allotted(program.run).total for program in self._train.values()]
         return max(totals, default=None)
 
-    def _compile_train(self, state: TrainState, number: int) -> _Program:
+    def _compile_train(self, state: TrainState, number: int) -> Program:
+        setup = self.setup
+        size, weighted = setup.config.images_per_step, setup.data.weighted
+        return self._compile_step(state, number, setup.batch_spec(number, size, weight=weighted))
+
+    def _compile_step(self, state: TrainState, number: int, batch: dict[str, Any]) -> Program:
+        """The training step of one padded size on the arrays of `batch`."""
         setup, config = self.setup, self.setup.config
         step = self._train_step(
             model=setup.models[number],
@@ -61,11 +67,10 @@ class ResidentExecution(Execution):
             augment=config.augment,
             frozen=setup.frozen,
         )
-        batch = setup.batch_spec(number, config.images_per_step, weight=setup.data.weighted)
         lowered = step.lower(state, self._laid_out(batch, number), setup.key)
-        return _Program(lowered.compile(), tuple(batch))
+        return Program(lowered.compile(), tuple(batch))
 
-    def _compile_score(self, params: Parts, model_state: Parts, number: int) -> _Program:
+    def _compile_score(self, params: Parts, model_state: Parts, number: int) -> Program:
         setup, config = self.setup, self.setup.config
         step = self._score_step(
             model=setup.models[number],
@@ -75,14 +80,14 @@ class ResidentExecution(Execution):
         )
         batch = setup.batch_spec(number, config.eval_batch_size, weight=True)
         lowered = step.lower(params, model_state, self._laid_out(batch, number))
-        return _Program(lowered.compile(), tuple(batch))
+        return Program(lowered.compile(), tuple(batch))
 
     def _train_step(self, **arguments: Any) -> jax.stages.Wrapped:
-        step = partial(train_step, **arguments)
+        step = partial(self.setup.method.train_step, **arguments)
         return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
     def _score_step(self, **arguments: Any) -> jax.stages.Wrapped:
-        return jax.jit(partial(eval_step, **arguments))
+        return jax.jit(partial(self.setup.method.eval_step, **arguments))
 
     def _laid_out(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
         """The shapes of a batch of one padded size as they are on the devices."""

@@ -32,7 +32,8 @@ class StreamedExecution(Execution):
         assert setup.data.regions_level is not None
         # Each padded size has latents of its own form, and its share of the memory.
         budget = stream.store_mib * 2**20 // len(setup.grids)
-        largest = max(grid.num_patches for grid in setup.grids) * (8 + 4 * config.model.latent_dim)
+        entry = 8 + 4 * config.model.latent_dim
+        largest = max(grid.num_patches for grid in setup.grids) * entry
         if stream.max_age and largest > budget:
             raise ConfigError(
                 f"stream.store_mib {stream.store_mib} holds no image's latents, which take "
@@ -54,7 +55,7 @@ class StreamedExecution(Execution):
                 max_age=stream.max_age,
                 store=LatentStore(budget, stream.store_dir) if stream.max_age else None,
             )
-            for grid, model in zip(setup.grids, setup.models, strict=True)
+            for grid, model in zip(setup.patch_grids, setup.models, strict=True)
         ]
 
     def _examples(self, source: ExampleSource) -> ExampleSource:

@@ -12,11 +12,11 @@ from flax import linen as nn
 
 from patchgd_jax.config import ModelConfig
 from patchgd_jax.errors import ConfigError, unknown_name
-from patchgd_jax.grid import PatchGrid
+from patchgd_jax.grid import Grid
 from patchgd_jax.models.adaptive_head import AdaptiveCNNHead
 from patchgd_jax.models.convnext_v2 import ConvNeXtV2
 from patchgd_jax.models.efficientnet import EfficientNet
-from patchgd_jax.models.heads import AttentionHead, CNNHead, LinearHead
+from patchgd_jax.models.heads import AttentionHead, CNNHead, ConvHead, LinearHead
 from patchgd_jax.models.mobilenet_v2 import MobileNetV2
 from patchgd_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from patchgd_jax.models.small_cnn import SmallCNN
@@ -90,6 +90,7 @@ ENCODERS: dict[str, EncoderEntry] = {
 HEADS: dict[str, HeadEntry] = {
     "attention": HeadEntry(AttentionHead, fixed_grid=False),
     "linear": HeadEntry(LinearHead, fixed_grid=False),
+    "conv": HeadEntry(ConvHead, fixed_grid=False),
     "transformer": HeadEntry(TransformerHead, fixed_grid=False),
     "adaptive-cnn": HeadEntry(AdaptiveCNNHead, fixed_grid=False),
     "cnn-original": HeadEntry(CNNHead, fixed_grid=True),
@@ -114,7 +115,8 @@ def register_encoder(
     Args:
         name: for `ModelConfig.encoder`; must be new.
         constructor: of a Flax Linen module `[M, p, p, C] -> [M, latent_dim]`. It is called with
-            `latent_dim`, and with those of `norm`, `dtype`, `remat` and `drop_path` that it takes.
+            `latent_dim`, and with those of `norm`, `dtype`, `remat`, `drop_path`, `stem_stride` and
+            `window` (see `build_encoder`) that it takes.
         norms: what its `norm` can be, of group, batch and layer, the default first.
         features: width of the features that the latent vector is made of.
         smallest_side: the smallest patch side in pixels that it can take.
@@ -175,16 +177,18 @@ def encoder_norm(config: ModelConfig) -> str | None:
     return config.norm
 
 
-def build_encoder(config: ModelConfig, patch: int) -> nn.Module:
+def build_encoder(config: ModelConfig, patch: int, window: int | None = None) -> nn.Module:
     """Builds an encoder for one patch side.
 
     Args:
         config: names and sizes.
         patch: side of a patch in pixels.
+        window: pool windows of so many entries of the last map, at every position, instead of the
+            whole map: `[M, H, W, C]` then becomes `[M, h, w, latent_dim]`.
 
     Raises:
-        ConfigError: for an unknown name, a norm or stochastic depth that the encoder cannot have,
-            or a patch side that it cannot take.
+        ConfigError: for an unknown name, a norm, stochastic depth, stride of the stem or window
+            that the encoder cannot have, or a patch side that it cannot take.
     """
     name, entry = config.encoder, encoder_entry(config.encoder)
     norm = encoder_norm(config)
@@ -208,6 +212,17 @@ def build_encoder(config: ModelConfig, patch: int) -> nn.Module:
         if "drop_path" not in taken:
             raise ConfigError(f"{name} has no stochastic depth; leave model.drop_path at 0")
         options["drop_path"] = config.drop_path
+    if config.stem_stride is not None:
+        if "stem_stride" not in taken:
+            raise ConfigError(f"{name} has no stem with a stride; leave model.stem_stride out")
+        options["stem_stride"] = config.stem_stride
+    if window is not None:
+        if "window" not in taken:
+            raise ConfigError(
+                f"{name} is not convolutional: it gives no map of an image of another size; take a "
+                "convolutional encoder, resnet18 say, or --method patchwise"
+            )
+        options["window"] = window
     return entry.build(latent_dim=config.latent_dim, **options)
 
 
@@ -225,11 +240,12 @@ def head_entry(name: str) -> HeadEntry:
 def build_model(
     config: ModelConfig,
     *,
-    grid: PatchGrid,
+    grid: Grid,
     channels: int,
     classes: int,
     mean: float | tuple[float, ...],
     std: float | tuple[float, ...],
+    window: int | None = None,
 ) -> PatchModel:
     """Builds a model for one grid.
 
@@ -240,11 +256,13 @@ def build_model(
         classes: number of logits: `Task.num_outputs`.
         mean: per-channel mean that is taken from pixels in [0, 1].
         std: per-channel standard deviation that they are divided by.
+        window: see `build_encoder`.
 
     Raises:
         ConfigError: for an unknown name, or what `build_encoder` refuses.
     """
-    encoder = build_encoder(config, grid.patch)
+    # Every side of a patch must be one that the encoder can take.
+    encoder, *_ = (build_encoder(config, side, window) for side in grid.patch_shape)
     head = head_entry(config.head)
     # Only an explicit rate overrides the dropout that a published head comes with.
     dropout = {"dropout": config.dropout} if config.dropout is not None else {}

@@ -282,6 +282,11 @@ def _depthwise_backward(
 _depthwise_chosen.defvjp(_depthwise_forward, _depthwise_backward)
 
 
+def stem_side(side: int, stride: int) -> int:
+    """The side of a stem's kernel: its own, or the next odd one that passes over no pixel."""
+    return max(side, stride + 1 - stride % 2)
+
+
 class Conv(nn.Module):
     """A square convolution layer over `conv2d`.
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 from patchgd_jax.models.conv import DepthwiseConv, Patchify
 from patchgd_jax.models.drop_path import drop_path, drop_rates
 from patchgd_jax.models.norm import layer_norm
+from patchgd_jax.models.pool import mean_pool
 from patchgd_jax.models.remat import Remat, keep, rematerialise
 
 _SMALL = nn.initializers.truncated_normal(0.02)
@@ -62,7 +63,8 @@ class ConvNeXtV2(nn.Module):
     """The network up to the norm of the pooled features, then a dense layer to the latent vector.
 
     Patches must have 32 px at least; pixels beyond the last multiple of four are not seen.
-    `drop_path` is the rate of stochastic depth in the last block.
+    `drop_path` is the rate of stochastic depth in the last block; `window` and `stem_stride` (4 if
+    None) are as `models.build_encoder` has them.
     """
 
     latent_dim: int
@@ -73,6 +75,8 @@ class ConvNeXtV2(nn.Module):
     dtype: Any = jnp.float32
     remat: Remat = "none"
     drop_path: float = 0.0
+    window: int | None = None
+    stem_stride: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
@@ -81,12 +85,12 @@ class ConvNeXtV2(nn.Module):
         layers = iter(enumerate(drop_rates(self.drop_path, sum(self.blocks))))
         for stage, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True)):
             if stage == 0:
-                x = layer_norm(self.dtype)(Patchify(width, 4, self.dtype)(x))
+                x = layer_norm(self.dtype)(Patchify(width, self.stem_stride or 4, self.dtype)(x))
             else:
                 x = Patchify(width, 2, self.dtype)(layer_norm(self.dtype)(x))
             for index, rate in islice(layers, count):
                 # Named here, so that the tree is the same under every policy.
                 x = block(self.dtype, rate, name=f"Block_{index}")(x, train, mask)
-        x = layer_norm(self.dtype)(x.mean((1, 2)))
+        x = layer_norm(self.dtype)(mean_pool(x, self.window))
         param_dtype = jnp.promote_types(jnp.float32, self.dtype)
         return nn.Dense(self.latent_dim, dtype=self.dtype, param_dtype=param_dtype)(x)

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from patchgd_jax.models.conv import Conv
+from patchgd_jax.models.conv import Conv, stem_side
 from patchgd_jax.models.conv_norm import ConvNorm
 from patchgd_jax.models.drop_path import drop_path
 from patchgd_jax.models.norm import Norm
+from patchgd_jax.models.pool import mean_pool
 from patchgd_jax.models.remat import Remat, rematerialise
 
 # Table 1 of the paper: expansion factor, side of the kernel, output channels, blocks, stride.
@@ -73,7 +74,8 @@ class EfficientNet(nn.Module):
     """The network up to global average pooling, then a dense layer to the latent vector.
 
     `drop_path` is the rate of stochastic depth that a block after the last would have (0.2 in
-    torchvision), and `dropout` the published one of the pooled features (0.2 as well).
+    torchvision), and `dropout` the published one of the pooled features (0.2 as well). `window` and
+    `stem_stride` (2 if None) are as `models.build_encoder` has them.
     """
 
     latent_dim: int
@@ -82,6 +84,8 @@ class EfficientNet(nn.Module):
     remat: Remat = "none"
     drop_path: float = 0.0
     dropout: float = 0.0
+    window: int | None = None
+    stem_stride: int | None = None
 
     # Of each stage, as other encoders have it as a field.
     blocks = tuple(count for _, _, _, count, _ in _STAGES)
@@ -89,7 +93,8 @@ class EfficientNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Encodes `x float [M, p, p, C]` to `float [M, latent_dim]`."""
-        stem = ConvNorm(32, 3, self.norm, self.dtype, 2, name="stem")
+        stride = self.stem_stride or 2
+        stem = ConvNorm(32, stem_side(3, stride), self.norm, self.dtype, stride, name="stem")
         x = nn.silu(stem(x.astype(self.dtype), train, mask))
         block = rematerialise(MBConv, self.remat)
         total = sum(self.blocks)
@@ -110,6 +115,6 @@ class EfficientNet(nn.Module):
                 x = layer(x, train, mask)
                 number += 1
         x = nn.silu(ConvNorm(1280, 1, self.norm, self.dtype, name="last")(x, train, mask))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
+        x = nn.Dropout(self.dropout, deterministic=not train)(mean_pool(x, self.window))
         param_dtype = jnp.promote_types(jnp.float32, self.dtype)
         return nn.Dense(self.latent_dim, dtype=self.dtype, param_dtype=param_dtype)(x)

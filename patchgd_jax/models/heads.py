@@ -101,3 +101,26 @@ class AttentionHead(nn.Module):
         pooled = (weights * x).sum(1)
         pooled = nn.Dropout(self.dropout, deterministic=not train)(pooled)
         return dense(self.classes, pooled)
+
+
+class ConvHead(nn.Module):
+    """Convolutions only: 3x3, ReLU, 1x1 to a map of each class, and the mean of each map.
+
+    Source: Lin et al., Network in Network, arXiv 1312.4400, section 3.2.
+    """
+
+    classes: int
+    features: int = 128
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
+        """Classifies `z float [B, rows, cols, D]`; entries where `mask` is False do not count."""
+        where = None if mask is None else mask[..., None]
+        if where is not None:
+            z = jnp.where(where, z, 0)
+        z = nn.relu(Conv(self.features, use_bias=True, dtype=self.dtype)(z))
+        z = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(z)
+        z = Conv(self.classes, 1, use_bias=True, dtype=self.dtype)(z)
+        return z.mean((1, 2), where=where)

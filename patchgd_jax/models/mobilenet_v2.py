@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from patchgd_jax.models.conv import stem_side
 from patchgd_jax.models.conv_norm import ConvNorm
 from patchgd_jax.models.norm import Norm
+from patchgd_jax.models.pool import mean_pool
 from patchgd_jax.models.remat import Remat, rematerialise
 
 # Table 2 of the paper: expansion factor, output channels, blocks, stride of the first.
@@ -52,7 +54,8 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """The network up to global average pooling, then a dense layer to the latent vector.
 
-    `dropout` is the published one of the pooled features (0.2 there).
+    `dropout` is the published one of the pooled features (0.2 there). `window` and
+    `stem_stride` (2 if None) are as `models.build_encoder` has them.
     """
 
     latent_dim: int
@@ -60,6 +63,8 @@ class MobileNetV2(nn.Module):
     dtype: Any = jnp.float32
     remat: Remat = "none"
     dropout: float = 0.0
+    window: int | None = None
+    stem_stride: int | None = None
 
     # Of each stage, as other encoders have it as a field.
     blocks = tuple(count for _, _, count, _ in _STAGES)
@@ -67,7 +72,8 @@ class MobileNetV2(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Encodes `x float [M, p, p, C]` to `float [M, latent_dim]`."""
-        stem = ConvNorm(32, 3, self.norm, self.dtype, 2, name="stem")
+        stride = self.stem_stride or 2
+        stem = ConvNorm(32, stem_side(3, stride), self.norm, self.dtype, stride, name="stem")
         x = nn.relu6(stem(x.astype(self.dtype), train, mask))
         block = rematerialise(InvertedResidual, self.remat)
         number = 0
@@ -85,6 +91,6 @@ class MobileNetV2(nn.Module):
                 x = layer(x, train, mask)
                 number += 1
         x = nn.relu6(ConvNorm(1280, 1, self.norm, self.dtype, name="last")(x, train, mask))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
+        x = nn.Dropout(self.dropout, deterministic=not train)(mean_pool(x, self.window))
         param_dtype = jnp.promote_types(jnp.float32, self.dtype)
         return nn.Dense(self.latent_dim, dtype=self.dtype, param_dtype=param_dtype)(x)

@@ -1,9 +1,10 @@
-"""Max pooling whose gradient remembers where the maximum was."""
+"""Pooling: whole maps or windows of them, and maxima whose gradient remembers where they were."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import lax
 
 
@@ -108,3 +109,21 @@ def _global_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple
 
 
 global_max_pool.defvjp(_global_forward, _global_backward)
+
+
+def mean_pool(x: jax.Array, window: int | None = None) -> jax.Array:
+    """The mean over each map, or over every square window of it.
+
+    Args:
+        x: `float [M, H, W, C]`.
+        window: side of the windows, which stand at every position. None: the whole map is one.
+
+    Returns:
+        `float [M, C]`, or with a window `[M, H - window + 1, W - window + 1, C]`.
+    """
+    return x.mean((1, 2)) if window is None else nn.avg_pool(x, (window, window))
+
+
+def max_pool(x: jax.Array, window: int | None = None) -> jax.Array:
+    """As `mean_pool`, the maximum."""
+    return global_max_pool(x) if window is None else nn.max_pool(x, (window, window))

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from patchgd_jax.models.conv import Conv
+from patchgd_jax.models.conv import Conv, stem_side
 from patchgd_jax.models.drop_path import drop_path, drop_rates
 from patchgd_jax.models.norm import Norm, Normalize
-from patchgd_jax.models.pool import max_pool_3x3
+from patchgd_jax.models.pool import max_pool_3x3, mean_pool
 from patchgd_jax.models.remat import Remat, rematerialise
 
 
@@ -76,7 +76,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """The network up to global average pooling, then a dense layer to the latent vector.
 
-    `drop_path` is the rate of stochastic depth in the last block (arXiv 1603.09382).
+    `drop_path` is the rate of stochastic depth in the last block (arXiv 1603.09382); `window` and
+    `stem_stride` (2 if None) are as `models.build_encoder` has them.
     """
 
     latent_dim: int
@@ -86,11 +87,14 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
     remat: Remat = "none"
     drop_path: float = 0.0
+    window: int | None = None
+    stem_stride: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Encodes `x float [M, p, p, C]` to `float [M, latent_dim]`."""
-        x = Conv(64, side=7, stride=2, dtype=self.dtype)(x.astype(self.dtype))
+        stride = self.stem_stride or 2
+        x = Conv(64, stem_side(7, stride), stride, dtype=self.dtype)(x.astype(self.dtype))
         x = nn.relu(Normalize(self.norm, self.dtype)(x, train=train, mask=mask))
         x = max_pool_3x3(x)
         block = rematerialise(self.block, self.remat)
@@ -106,4 +110,5 @@ class ResNet(nn.Module):
                 )
                 x = layer(x, train, mask)
         param_dtype = jnp.promote_types(jnp.float32, self.dtype)
-        return nn.Dense(self.latent_dim, dtype=self.dtype, param_dtype=param_dtype)(x.mean((1, 2)))
+        x = mean_pool(x, self.window)
+        return nn.Dense(self.latent_dim, dtype=self.dtype, param_dtype=param_dtype)(x)

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from patchgd_jax.models.conv import Conv
 from patchgd_jax.models.norm import Norm, Normalize
-from patchgd_jax.models.pool import global_max_pool
+from patchgd_jax.models.pool import max_pool, mean_pool
 from patchgd_jax.models.remat import Remat, rematerialise
 
 
@@ -35,6 +35,7 @@ class SmallCNN(nn.Module):
     alike: a 64 px patch costs about 25 MFLOP. BatchNorm is the default because GroupNorm scales
     every patch alike: a corner of a stroke then weighs as much as a whole digit. Trained from image
     labels, GroupNorm had 14 to 16 % after 6,000 images and BatchNorm 94 % (with other heads).
+    `window` and `stem_stride` (4 if None) are as `models.build_encoder` has them.
     """
 
     latent_dim: int
@@ -42,6 +43,8 @@ class SmallCNN(nn.Module):
     dtype: Any = jnp.float32
     remat: Remat = "none"
     widths: tuple[int, ...] = (32, 64, 128, 128)
+    window: int | None = None
+    stem_stride: int | None = None
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -53,16 +56,17 @@ class SmallCNN(nn.Module):
         """Encodes `x float [M, p, p, C]` to `float [M, latent_dim]`."""
         x = x.astype(self.dtype)
         count, height, width, channels = x.shape
-        x = jnp.pad(x, ((0, 0), (0, -height % 4), (0, -width % 4), (0, 0)))
-        rows, cols = x.shape[1] // 4, x.shape[2] // 4
-        x = x.reshape(count, rows, 4, cols, 4, channels).transpose(0, 1, 3, 2, 4, 5)
-        x = x.reshape(count, rows, cols, 16 * channels)
+        side = self.stem_stride or 4
+        x = jnp.pad(x, ((0, 0), (0, -height % side), (0, -width % side), (0, 0)))
+        rows, cols = x.shape[1] // side, x.shape[2] // side
+        x = x.reshape(count, rows, side, cols, side, channels).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(count, rows, cols, side**2 * channels)
         block = rematerialise(Stage, self.remat)
         for stage, features in enumerate(self.widths):
             if stage >= 2 and min(x.shape[1:3]) >= 2:
                 x = nn.max_pool(x, (2, 2), (2, 2))
             # Named here, so that the tree is the same under every policy.
             x = block(features, self.norm, self.dtype, name=f"Stage_{stage}")(x, train, mask)
-        x = jnp.concatenate([x.mean((1, 2)), global_max_pool(x)], axis=-1)
+        x = jnp.concatenate([mean_pool(x, self.window), max_pool(x, self.window)], axis=-1)
         param_dtype = jnp.promote_types(jnp.float32, self.dtype)
         return nn.Dense(self.latent_dim, dtype=self.dtype, param_dtype=param_dtype)(x)
