@@ -58,14 +58,8 @@ def training_grids(config: TrainConfig, data: RunData) -> tuple[Grid, ...]:
 
     Raises:
         ConfigError: if the patch is larger than the image, there are more inner steps than patches,
-            there are several grids for a head that takes one, or patches are to be left out by a
-            method that has none.
+            or there are several grids for a head that takes one.
     """
-    if config.method in WHOLE_IMAGE and config.data.empty.method != "none":
-        raise ConfigError(
-            f"data.empty leaves patches out, but method {config.method} sees the whole image; set "
-            "data.empty.method none"
-        )
     grids = tuple(method_grid(config, *shape, data.background) for shape in data.shapes)
     samples = config.patchgd.mode in ("patchgd", "accumulate") or (
         config.method == "ips" and config.baseline.top_patches is None

@@ -46,6 +46,11 @@ def settled_method(config: TrainConfig) -> TrainConfig:
                 "each other, so the gradient of all is that of mode accumulate; use that"
             )
         return config
+    if method in WHOLE_IMAGE and config.data.empty.method != "none":
+        raise ConfigError(
+            f"data.empty leaves patches out, but method {method} sees the whole image; set "
+            "data.empty.method none"
+        )
     config = dataclasses.replace(
         config, patchgd=dataclasses.replace(patchgd, mode="full", remat=False)
     )

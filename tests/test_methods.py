@@ -1,0 +1,622 @@
+"""The methods that PatchGD is compared with: against mathematics, and through the training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from toy import max_relative, recording_sgd, toy_batch, toy_model, toy_params
+
+from patchgd_jax import (
+    AugmentConfig,
+    BaselineConfig,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    PatchGDConfig,
+    PatchGrid,
+    TaskConfig,
+    TrainConfig,
+    WholeImage,
+    build_encoder,
+    build_model,
+    fill,
+    from_linen,
+    init_state,
+    train_step,
+)
+from patchgd_jax.checkpoint import Checkpoints
+from patchgd_jax.config import METHODS, BackgroundConfig
+from patchgd_jax.gradients import full_gradient, stream
+from patchgd_jax.latents import chunked_ids
+from patchgd_jax.methods import make_method, settled_method
+from patchgd_jax.methods.answers import answers_loss, pooled
+from patchgd_jax.methods.base import one_update
+from patchgd_jax.methods.fully_conv import fully_conv_gradient
+from patchgd_jax.methods.ips import only, select_patches
+from patchgd_jax.methods.patchwise import patchwise_eval, patchwise_gradient
+from patchgd_jax.models.pool import max_pool, mean_pool
+from patchgd_jax.predict import TrainedModel
+from patchgd_jax.tasks import SINGLE_LABEL
+from patchgd_jax.train import resume, train
+
+KEY = jax.random.key(3)
+BASELINES = [name for name in METHODS if name != "patchgd"]
+
+
+# Mathematics
+
+
+def toy_parts(grid, seed=0):
+    params = jax.tree.map(jnp.asarray, toy_params(seed, pixels=grid.patch**2 * 2))
+    return params, toy_model(params), toy_batch(seed, grid)
+
+
+def cross_entropy(logits, labels):
+    logits = logits - logits.max(-1, keepdims=True)
+    log_p = logits - jnp.log(jnp.exp(logits).sum(-1, keepdims=True))
+    return -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+
+
+def every_patch_loss(params, batch, grid):
+    """Written out: each patch through both nets alone, and its image's label."""
+    losses = []
+    for image, label in zip(batch["image"], batch["label"], strict=True):
+        for number in range(grid.num_patches):
+            y, x = divmod(number, grid.cols)
+            y, x = y * grid.stride, x * grid.stride
+            patch = jnp.zeros((grid.patch, grid.patch, image.shape[-1]))
+            piece = image[y : y + grid.patch, x : x + grid.patch]
+            patch = patch.at[: piece.shape[0], : piece.shape[1]].set(piece)
+            p, q = params["encoder"], params["head"]
+            z = jnp.tanh(patch.reshape(-1) @ p["w1"] + p["b1"]) @ p["w2"]
+            logits = jax.nn.relu(z @ q["v1"] + q["c1"]) @ q["v2"] + q["c2"]
+            losses.append(cross_entropy(logits, jnp.asarray(label)))
+    return jnp.stack(losses).mean()
+
+
+@pytest.mark.parametrize("grid", [PatchGrid(12, 20, 4), PatchGrid(11, 14, 5, 3)])
+def test_patchwise_is_the_loss_of_every_patch(float64, grid):
+    params, model, batch = toy_parts(grid)
+    ids = jnp.broadcast_to(jnp.arange(grid.num_patches), (2, grid.num_patches))
+    got = patchwise_gradient(
+        params, {"encoder": {}, "head": {}}, ids, batch, KEY, model=model, grid=grid,
+        train_encoder=True, task=SINGLE_LABEL, augment=None, pooling="mean",
+    )  # fmt: skip
+    loss, grads = jax.value_and_grad(every_patch_loss)(params, batch, grid)
+    np.testing.assert_allclose(got.loss, loss, rtol=1e-12)
+    assert max_relative(got.grads, grads) < 1e-12
+
+
+def test_a_patchwise_step_sums_its_groups(float64):
+    """15 patches in 5 equal groups: the mean gradient of the groups is that of all patches."""
+    grid = PatchGrid(12, 20, 4)
+    params, model, batch = toy_parts(grid)
+    config = TrainConfig(method="patchwise", patchgd=PatchGDConfig(patch=4, inner_steps=5))
+    optimizer = recording_sgd(0.1)
+    state = init_state(KEY, model=model, optimizer=optimizer)
+    step = partial(
+        make_method(config).train_step,
+        model=model, optimizer=optimizer, grid=grid, patchgd=config.patchgd,
+    )  # fmt: skip
+    new, metrics = jax.jit(step)(state, batch, KEY)
+    loss, grads = jax.value_and_grad(every_patch_loss)(params, batch, grid)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-12)
+    assert max_relative(new.opt_state, grads) < 1e-12
+    assert int(new.step) == 1
+
+
+def test_patches_that_are_padding_have_no_loss(float64):
+    """An image of 2 of 4 patches beside a whole one: as if it were alone."""
+    grid = PatchGrid(4, 16, 4)
+    params, model, batch = toy_parts(grid)
+    batch["patches"] = np.array([[0, 1, 2, 3], [0, 1, 4, 5]], np.int32)
+    got = patchwise_gradient(
+        params, {"encoder": {}, "head": {}}, jnp.asarray(batch["patches"]), batch, KEY,
+        model=model, grid=grid, train_encoder=True, task=SINGLE_LABEL, augment=None, pooling="mean",
+    )  # fmt: skip
+    small = PatchGrid(4, 8, 4)
+    first = {"image": batch["image"][:1], "label": batch["label"][:1]}
+    second = {"image": batch["image"][1:, :, :8], "label": batch["label"][1:]}
+
+    def loss(params):
+        first_loss = every_patch_loss(params, first, grid)
+        return (4 * first_loss + 2 * every_patch_loss(params, second, small)) / 6
+
+    assert max_relative(got.grads, jax.grad(loss)(params)) < 1e-12
+    scored = patchwise_eval(
+        params, {"encoder": {}, "head": {}}, batch, model=model, grid=grid, fill_chunk=2
+    )
+    alone = patchwise_eval(
+        params, {"encoder": {}, "head": {}}, second, model=model, grid=small, fill_chunk=2
+    )
+    np.testing.assert_allclose(scored["logits"][1], alone["logits"][0], rtol=1e-12)
+
+
+def test_whole_image_is_plain_training(float64):
+    """Method gd on an image that is not square: encoder, dense layer, cross-entropy."""
+    model_config = ModelConfig(latent_dim=3, norm="group", head="linear", remat="none")
+    grid = WholeImage(16, 24)
+    model = build_model(model_config, grid=grid, channels=1, classes=3, mean=0.0, std=1.0)
+    params, model_state = jax.tree.map(lambda x: x.astype(float), model.init(KEY))
+    batch = {"image": np.random.default_rng(0).random((2, 16, 24, 1)), "label": np.array([0, 2])}
+    config = settled_method(TrainConfig(method="gd"))
+    optimizer = recording_sgd(0.1)
+    state = init_state(KEY, model=model, optimizer=optimizer)._replace(params=params)
+    new, _ = make_method(config).train_step(
+        state, batch, KEY, model=model, optimizer=optimizer, grid=grid, patchgd=config.patchgd
+    )
+    encoder = build_encoder(model_config, 16)
+
+    def loss(params):
+        z = encoder.apply({"params": params["encoder"]}, batch["image"], train=True)
+        dense = params["head"]["Dense_0"]
+        logits = z @ dense["kernel"] + dense["bias"]
+        return cross_entropy(logits, jnp.asarray(batch["label"])).mean()
+
+    # The network computes in float32.
+    assert max_relative(new.opt_state, jax.grad(loss)(params)) < 1e-5
+    del model_state
+
+
+class Valid(nn.Module):
+    """Convolutions without padding, so that no position reaches beyond its patch."""
+
+    latent_dim: int
+    window: int | None = None
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        for features, stride in ((4, 2), (5, 1)):
+            x = nn.Conv(features, (2, 2), (stride, stride), "VALID", param_dtype=float)(x)
+            x = nn.tanh(x)
+        x = jnp.concatenate([mean_pool(x, self.window), max_pool(x, self.window)], -1)
+        return nn.Dense(self.latent_dim, param_dtype=float)(x)
+
+
+class Linear(nn.Module):
+    """A dense layer on the mean of Z."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, z, mask, *, train):
+        return nn.Dense(self.classes, param_dtype=float)(z.mean((1, 2)))
+
+
+def valid_models():
+    """One network on patches of 6 px and on whole images; its last map has 2 x 2 of a patch."""
+    patches = PatchGrid(14, 18, 6, 2)
+    whole = WholeImage(14, 18)
+    make = partial(from_linen, head=Linear(3), channels=2, dtype=float)
+    by_patch = make(Valid(4), grid=patches)
+    at_once = make(Valid(4, window=2), grid=whole)
+    params, model_state = by_patch.init(KEY)
+    assert jax.tree.structure(at_once.init(KEY)[0]) == jax.tree.structure(params)
+    return patches, whole, by_patch, at_once, params, model_state
+
+
+def test_fully_conv_is_patchwise_where_no_field_reaches_out(float64):
+    """Positions 2 px apart are the patches of stride 2: the same latents, loss and gradient."""
+    grid, whole, by_patch, at_once, params, model_state = valid_models()
+    rng = np.random.default_rng(1)
+    batch = {"image": rng.random((2, 14, 18, 2)), "label": np.array([2, 0], np.int32)}
+    z, _ = fill(
+        params, model_state, batch["image"], KEY, model=by_patch, grid=grid,
+        ids=chunked_ids(grid, 5, 2),
+    )  # fmt: skip
+    latents, _ = at_once.encode(params, model_state, batch["image"], train=False, rng=KEY)
+    assert latents.shape == (2, grid.rows, grid.cols, 4)
+    np.testing.assert_allclose(latents.reshape(z.shape), z, rtol=1e-12, atol=1e-14)
+
+    ids = jnp.broadcast_to(jnp.arange(grid.num_patches), (2, grid.num_patches))
+    each = patchwise_gradient(
+        params, model_state, ids, batch, KEY, model=by_patch, grid=grid,
+        train_encoder=True, task=SINGLE_LABEL, augment=None, pooling="mean",
+    )  # fmt: skip
+    once = fully_conv_gradient(
+        params, model_state, batch, KEY, model=at_once, grid=whole, patchgd=PatchGDConfig(),
+        task=SINGLE_LABEL, augment=None, positions=1.0, pooling="mean",
+    )  # fmt: skip
+    np.testing.assert_allclose(once.loss, each.loss, rtol=1e-12)
+    np.testing.assert_allclose(once.logits, each.logits, rtol=1e-12)
+    assert max_relative(once.grads, each.grads) < 1e-11
+
+
+def test_sampled_positions_are_patchwise_on_those_patches(float64):
+    """With a share of the positions, the same ones are drawn as patches: half-way between."""
+    grid, whole, by_patch, at_once, params, model_state = valid_models()
+    rng = np.random.default_rng(2)
+    batch = {"image": rng.random((2, 14, 18, 2)), "label": np.array([1, 0], np.int32)}
+    order = jax.random.permutation(stream(KEY, "sampling"), grid.num_patches)
+    count = -(-grid.num_patches // 4)
+    ids = jnp.broadcast_to(order[:count], (2, count))
+    each = patchwise_gradient(
+        params, model_state, ids, batch, KEY, model=by_patch, grid=grid,
+        train_encoder=True, task=SINGLE_LABEL, augment=None, pooling="mean",
+    )  # fmt: skip
+    once = fully_conv_gradient(
+        params, model_state, batch, KEY, model=at_once, grid=whole, patchgd=PatchGDConfig(),
+        task=SINGLE_LABEL, augment=None, positions=0.25, pooling="mean",
+    )  # fmt: skip
+    np.testing.assert_allclose(once.loss, each.loss, rtol=1e-12)
+    assert max_relative(once.grads, each.grads) < 1e-11
+
+
+@pytest.mark.parametrize("encoder", ["small-cnn", "resnet18", "convnext-v2-atto"])
+def test_shipped_encoders_as_fully_convolutional_networks(encoder):
+    """On an image that is one patch there is one position, and its latent is the patch's."""
+    config = ModelConfig(encoder=encoder, latent_dim=3)
+    patch = build_encoder(config, 32)
+    image = jax.random.uniform(KEY, (1, 32, 32, 1))
+    variables = patch.init(KEY, image, train=False)
+    entries = build_encoder(config, 32, window=1).apply(variables, image, train=False)
+    window = entries.shape[1]
+    positions = build_encoder(config, 32, window=window).apply(variables, image, train=False)
+    assert positions.shape == (1, 1, 1, 3)
+    wanted = patch.apply(variables, image, train=False)
+    np.testing.assert_allclose(positions[0, 0], wanted, rtol=1e-4, atol=1e-5)
+    wide = jnp.zeros((1, 64, 96, 1))
+    many = build_encoder(config, 32, window=window).apply(variables, wide, train=False)
+    assert many.shape[1] > 1
+    assert many.shape[2] > many.shape[1]
+
+
+def test_answers_of_an_image(float64):
+    """Mean and vote, and their loss, against loops."""
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(3, 5, 4))
+    counts = rng.random((3, 5)) < 0.7
+    counts[:, 0] = True
+    mean = np.stack([row[used].mean(0) for row, used in zip(logits, counts, strict=True)])
+    np.testing.assert_allclose(pooled(jnp.asarray(logits), counts, "mean"), mean, rtol=1e-12)
+    shares = [
+        np.bincount(row[used].argmax(-1), minlength=4) / used.sum()
+        for row, used in zip(logits, counts, strict=True)
+    ]
+    votes = np.exp(pooled(jnp.asarray(logits), counts, "vote"))
+    np.testing.assert_allclose(votes, shares, atol=2e-6)
+    tied = jnp.asarray([[[3.0, 0, 0], [0, 0, 1]]])
+    assert int(pooled(tied, None, "vote").argmax()) == 0
+
+    batch = {"label": np.array([0, 3, 1]), "weight": np.array([1.0, 2.0, 0.0])}
+    total = number = 0.0
+    for row, used, label, weight in zip(
+        logits, counts, batch["label"], batch["weight"], strict=True
+    ):
+        for answer in row[used]:
+            total += weight * float(cross_entropy(jnp.asarray(answer), jnp.asarray(label)))
+            number += weight > 0
+    got = answers_loss(jnp.asarray(logits), batch, jnp.asarray(counts), task=SINGLE_LABEL)
+    np.testing.assert_allclose(got, total / number, rtol=1e-12)
+
+
+def attention_parts():
+    grid = PatchGrid(8, 12, 4)
+    config = ModelConfig(latent_dim=6, norm="group")
+    model = build_model(config, grid=grid, channels=1, classes=3, mean=0.0, std=1.0)
+    params, model_state = model.init(KEY)
+    # The shipped head's attention starts uniform.
+    params["head"] = jax.tree.map(
+        lambda x: x + 0.5 * jax.random.normal(KEY, x.shape), params["head"]
+    )
+    batch = {
+        "image": np.random.default_rng(5).integers(0, 255, (2, 8, 12, 1), np.uint8),
+        "label": np.array([0, 2]),
+        "patches": np.array([[0, 1, 2, 3, 4, 5], [5, 1, 6, 7, 8, 9]], np.int32),
+    }
+    z, _ = fill(
+        params, model_state, batch["image"], KEY, model=model, grid=grid,
+        ids=chunked_ids(grid, 2, 2),
+    )  # fmt: skip
+    return grid, model, params, model_state, batch, z
+
+
+def test_ips_selects_by_attention_and_trains_nothing_else():
+    grid, model, params, model_state, batch, z = attention_parts()
+    mask = jnp.asarray([[1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 1]], bool).reshape(2, 2, 3)
+    attention = np.asarray(model.attend(params, model_state, z.reshape(2, 2, 3, -1), mask))
+    best = np.sort(np.argsort(-attention[0].reshape(-1))[:3])
+    ids = select_patches(params, model_state, z, batch, model=model, grid=grid, count=3)
+    np.testing.assert_array_equal(ids[0], best)
+    assert ids[1].tolist()[:2] == [1, 5]
+    assert int(ids[1, 2]) >= grid.num_patches
+    drawn = select_patches(params, model_state, z, batch, model=model, grid=grid, count=3, key=KEY)
+    np.testing.assert_array_equal(drawn, ids)
+
+    config = settled_method(TrainConfig(method="ips", baseline=BaselineConfig(top_patches=3)))
+    optimizer = recording_sgd(0.1)
+    state = init_state(KEY, model=model, optimizer=optimizer)._replace(params=params)
+    method = make_method(config)
+    new, _ = method.train_step(
+        state, batch, KEY, model=model, optimizer=optimizer, grid=grid, patchgd=config.patchgd
+    )
+    wanted = full_gradient(
+        params, model_state, only(batch, ids), jax.random.fold_in(KEY, 0), model=model, grid=grid,
+        chunk=3, train_encoder=True, remat=False,
+    )  # fmt: skip
+    assert max_relative(new.opt_state, wanted.grads) < 1e-5
+    every = full_gradient(
+        params, model_state, batch, jax.random.fold_in(KEY, 0), model=model, grid=grid,
+        chunk=3, train_encoder=True, remat=False,
+    )  # fmt: skip
+    assert max_relative(new.opt_state, every.grads) > 1e-2
+    scored = method.eval_step(params, model_state, batch, model=model, grid=grid, fill_chunk=4)
+    seen = jnp.zeros((2, 6), bool).at[jnp.arange(2)[:, None], ids].set(True, mode="drop")
+    logits, _ = model.classify(
+        params, model_state, z.reshape(2, 2, 3, -1), seen.reshape(2, 2, 3), train=False, rng=KEY
+    )
+    np.testing.assert_allclose(scored["logits"], logits, rtol=1e-5)
+
+
+def test_equal_patches_are_drawn_at_random():
+    """The shipped head's attention starts uniform: not always the top left corner."""
+    grid = PatchGrid(8, 12, 4)
+    config = ModelConfig(latent_dim=6, norm="group")
+    model = build_model(config, grid=grid, channels=1, classes=3, mean=0.0, std=1.0)
+    params, model_state = model.init(KEY)
+    z = jax.random.normal(KEY, (1, 6, 6))
+    draw = partial(
+        select_patches, params, model_state, z, {"label": np.zeros(1, int)}, model=model, grid=grid,
+        count=2,
+    )  # fmt: skip
+    seen = {int(i) for seed in range(12) for i in draw(key=jax.random.key(seed))[0]}
+    assert seen == set(range(6))
+    assert draw()[0].tolist() == [0, 1]
+
+
+def test_mil_is_the_heads_part_of_the_gradient(float64):
+    grid = PatchGrid(12, 20, 4)
+    params, model, batch = toy_parts(grid)
+    config = settled_method(TrainConfig(method="mil", patchgd=PatchGDConfig(patch=4)))
+    optimizer = recording_sgd(0.1)
+    entries = frozenset(params["encoder"])
+    state = init_state(KEY, model=model, optimizer=optimizer, frozen=entries)
+    new, _ = make_method(config).train_step(
+        state, batch, KEY, model=model, optimizer=optimizer, grid=grid, patchgd=config.patchgd,
+        frozen=entries,
+    )  # fmt: skip
+    whole = full_gradient(
+        params, {"encoder": {}, "head": {}}, batch, KEY, model=model, grid=grid, chunk=4,
+        train_encoder=True, remat=False,
+    )  # fmt: skip
+    assert new.opt_state["encoder"] == {}
+    assert max_relative(new.opt_state["head"], whole.grads["head"]) < 1e-12
+    assert max_relative(new.params["encoder"], params["encoder"]) == 0
+    stored = one_update_on_features(config, model, grid, state, batch, params)
+    assert max_relative(stored.params, new.params) < 1e-12
+
+
+def one_update_on_features(config, model, grid, state, batch, params):
+    """The same step on latents that were kept, without images."""
+    z, _ = fill(
+        params, {"encoder": {}, "head": {}}, batch["image"], KEY, model=model, grid=grid,
+        ids=chunked_ids(grid, 4, 2),
+    )  # fmt: skip
+    new, _ = make_method(config).train_step(
+        state, {"z": z, "label": batch["label"]}, KEY, model=model, optimizer=recording_sgd(0.1),
+        grid=grid, patchgd=config.patchgd, frozen=frozenset(params["encoder"]),
+    )  # fmt: skip
+    return new
+
+
+def test_one_update_is_the_steps_own(float64):
+    """What `one_update` makes of the full gradient is the training step of mode full."""
+    grid = PatchGrid(12, 20, 4)
+    _, model, batch = toy_parts(grid)
+
+    def gradient(params, model_state, batch, key, *, model, grid, patchgd, task, augment):
+        return full_gradient(
+            params, model_state, batch, key, model=model, grid=grid, chunk=4, train_encoder=True,
+            remat=False, task=task, augment=augment,
+        )  # fmt: skip
+
+    optimizer = optax.adam(1e-2)
+    arguments = {
+        "model": model, "optimizer": optimizer, "grid": grid,
+        "patchgd": PatchGDConfig(patch=4, mode="full"), "frozen": frozenset({"w1"}),
+    }  # fmt: skip
+    state = init_state(KEY, model=model, optimizer=optimizer, frozen=frozenset({"w1"}))
+    got, got_metrics = one_update(gradient)(state, batch, KEY, **arguments)
+    wanted, metrics = train_step(state, batch, KEY, **arguments)
+    assert max_relative(got.params, wanted.params) < 1e-12
+    assert max_relative(got_metrics, metrics) < 1e-12
+
+
+# Model options
+
+
+@pytest.mark.parametrize(
+    ("encoder", "stride"),
+    [("small-cnn", 8), ("resnet18", 8), ("mobilenet-v2", 4), ("convnext-v2-atto", 8)],
+)
+def test_a_large_stride_makes_the_map_smaller_and_sees_every_pixel(encoder, stride):
+    # Wide enough that a coarse map still has a pixel for each of the later strides.
+    side = 16 * stride
+    image = jax.random.uniform(KEY, (1, side, side, 1))
+
+    def network(**options):
+        return build_encoder(ModelConfig(encoder=encoder, latent_dim=2, **options), side, 1)
+
+    def entries(encoder):
+        latents, _ = jax.eval_shape(partial(encoder.init_with_output, train=False), KEY, image)
+        return latents.shape[1]
+
+    usual = 4 if encoder in ("small-cnn", "convnext-v2-atto") else 2
+    coarse = network(stem_stride=stride)
+    assert entries(coarse) == entries(network()) * usual // stride
+    variables = coarse.init(KEY, image, train=False)
+    slope = jax.grad(lambda image: coarse.apply(variables, image, train=False).std())(image)
+    assert (np.asarray(slope) != 0).mean() > 0.95
+
+
+def test_a_stem_that_is_none():
+    with pytest.raises(ConfigError, match="deit-tiny has no stem with a stride"):
+        build_encoder(ModelConfig(encoder="deit-tiny", stem_stride=8), 32)
+
+
+# The training loop
+
+BASE = TrainConfig(
+    data=DataConfig(
+        digits="font", size=(32, 32), digit_count=1, label_share=1.0, object_ratio=(0.8, 1.0),
+        train_size=16, val_size=5,
+    ),
+    model=ModelConfig(latent_dim=8, norm="group"),
+    patchgd=PatchGDConfig(patch=16, fraction=0.5),
+    batch_size=8,
+    eval_batch_size=4,
+    epochs=8,
+    save_every=8,
+)  # fmt: skip
+
+
+def run_of(method):
+    return dataclasses.replace(BASE, method=method)
+
+
+class KilledError(Exception):
+    """Ends a run as a crash does."""
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_loss_falls_and_a_resumed_run_is_the_same(method, tmp_path):
+    config = run_of(method)
+    summary = train(config, tmp_path / "straight")
+    lines = [json.loads(li) for li in (tmp_path / "straight/metrics.jsonl").open()]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+
+    def kill(step):
+        if step == 10:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(config, tmp_path / "killed", on_step=kill)
+    again = resume(tmp_path / "killed")
+    assert again["best"] == summary["best"]
+    last = [Checkpoints(tmp_path / name / "checkpoints") for name in ("straight", "killed")]
+    assert last[0].steps()[-1] == last[1].steps()[-1] == 16
+    a, b = (TrainedModel(tmp_path / name, "last") for name in ("straight", "killed"))
+    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+    # What is trained is scored again as in training, and labels image files.
+    scored = a.evaluate()
+    assert scored["recorded"]["loss"] == scored["loss"]
+    image = sorted((tmp_path / "straight/examples").glob("*.png"))[0]
+    assert sum(a.predict_files([image])[0]["probabilities"].values()) == pytest.approx(1)
+
+
+def test_mil_keeps_features_and_the_encoder(tmp_path, monkeypatch):
+    """From the second visit on nothing is encoded; the encoder is what it was."""
+    from patchgd_jax.execution import FeatureExecution
+
+    runs = []
+    compile_train = FeatureExecution._compile_train
+
+    def counted(self, state, number):
+        program = compile_train(self, state, number)
+        encode = self._encode[number]
+        self._encode[number] = encode._replace(run=lambda *a: runs.append(1) or encode.run(*a))
+        return program
+
+    monkeypatch.setattr(FeatureExecution, "_compile_train", counted)
+    train(run_of("mil"), tmp_path / "run")
+    assert len(runs) == BASE.data.train_size // BASE.images_per_step
+    first = TrainedModel(tmp_path / "run", "last").params["encoder"]
+    train(dataclasses.replace(run_of("mil"), epochs=1), tmp_path / "short")
+    short = TrainedModel(tmp_path / "short", "last").params["encoder"]
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(short), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_method_on_the_command_line(command, tmp_path):
+    options = [
+        "--data.digits", "font", "--data.size", "32", "32", "--data.train-size", "8",
+        "--data.val-size", "2", "--batch-size", "4", "--eval-batch-size", "2", "--patchgd.patch",
+        "16", "--model.latent-dim", "4", "--run-dir", "run",
+    ]  # fmt: skip
+    done = command("train", "tiny", "--method", "downscale", "--baseline.side", "16", *options)
+    assert done.returncode == 0, done.stderr
+    settled = json.loads((tmp_path / "run/config.json").read_text())
+    assert settled["data"]["downscale"] == 2
+    assert settled["patchgd"]["mode"] == "full"
+    image = sorted((tmp_path / "run/examples").glob("*.png"))[0]
+    assert command("predict", "run", image).returncode == 0
+    unknown = command("train", "tiny", "--method", "pathwise", *options)
+    assert unknown.returncode == 2
+    assert "pathwise" in unknown.stderr
+    options = [*options[:-1], "vit", "--method", "fully-conv", "--model.encoder", "vit-tiny"]
+    vit = command("train", "tiny", *options)
+    assert vit.returncode == 2
+    assert "vit-tiny is not convolutional" in vit.stderr
+    assert not (tmp_path / "vit").exists()
+
+
+BAD = {
+    "patchwise full": (
+        {"method": "patchwise", "patchgd": PatchGDConfig(mode="full")},
+        "patchgd.mode full with method patchwise",
+    ),
+    "side that does not divide": (
+        {"method": "downscale", "baseline": BaselineConfig(side=48)},
+        "baseline.side 48: generated images of 256 x 256 px",
+    ),
+    "shrunk twice": (
+        {"method": "downscale", "data": DataConfig(downscale=2)},
+        "data.downscale 2 and baseline.side 64 both shrink",
+    ),
+    "native": (
+        {"method": "downscale", "data": DataConfig(root="x", fit="native", channels=1)},
+        "method downscale shrinks all images to one size",
+    ),
+    "patches left out": (
+        {
+            "method": "gd",
+            "data": DataConfig(root="x", channels=1, empty=BackgroundConfig(method="otsu")),
+        },
+        "data.empty leaves patches out, but method gd sees the whole image",
+    ),
+    "mesh": ({"method": "gd", "mesh": "auto"}, "method gd keeps whole images on one device"),
+    "auto": ({"method": "gd", "batch_size": "auto"}, "auto are of method patchgd"),
+    "augmented features": (
+        {"method": "mil", "augment": AugmentConfig(flips=True)},
+        "method mil keeps the features",
+    ),
+    "votes of numbers": (
+        {
+            "method": "patchwise", "baseline": BaselineConfig(pooling="vote"),
+            "task": TaskConfig(name="ordinal"),
+        },
+        "baseline.pooling vote is for task.name single-label",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_settings_that_a_method_cannot_have(name):
+    settings, message = BAD[name]
+    with pytest.raises(ConfigError, match=message):
+        settled_method(TrainConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "ips", "model": ModelConfig(head="linear")}, "no attention"),
+        ({"method": "gd", "augment": AugmentConfig(turns=True),
+          "data": dataclasses.replace(BASE.data, size=(32, 48))}, "cannot be turned"),
+    ],
+)  # fmt: skip
+def test_what_shows_before_a_run_folder_is_made(changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        train(dataclasses.replace(BASE, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
