@@ -181,6 +181,7 @@ def inner_gradient(
     model: PatchModel,
     grid: Grid,
     train_encoder: bool,
+    weights: jax.Array | None = None,
     spare: bool = True,
     task: Task = SINGLE_LABEL,
     augment: Augment | None = None,
@@ -189,8 +190,10 @@ def inner_gradient(
     """The gradient of one inner step: through the patches `ids [B, k]` only.
 
     They are encoded anew and written into Z, the rest of which is a constant (arXiv 2301.13817,
-    Algorithm 1, lines 8 to 12). `spare` says whether `ids` may have slots without a patch. Where
-    several devices have a part of the images, each returns its part of the gradient and loss.
+    Algorithm 1, lines 8 to 12). `weights`, `float [B, k]`, are factors on each patch's part of the
+    encoder's gradient; Z, the loss and the head's gradient do not depend on them. `spare` says
+    whether `ids` may have slots without a patch. Where several devices have a part of the images,
+    each returns its part of the gradient and loss.
 
     Returns:
         The gradient, and Z with the fresh entries, again a constant.
@@ -211,7 +214,10 @@ def inner_gradient(
             augment=augment,
             placement=placement,
         )
-        fresh = write_latents(z, ids, placement.all_slots(latents))
+        latents = placement.all_slots(latents)
+        if weights is not None:
+            latents = _scaled_gradient(latents, weights[..., None])
+        fresh = write_latents(z, ids, latents)
         loss, (logits, new_state) = head_loss(
             params,
             new_state,
@@ -227,6 +233,12 @@ def inner_gradient(
 
     (loss, (logits, new_state, fresh)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return Gradient(grads, new_state, loss, logits), fresh
+
+
+def _scaled_gradient(latents: jax.Array, factor: jax.Array) -> jax.Array:
+    """The latents as they are, with a gradient that is `factor` times theirs."""
+    constant = lax.stop_gradient(latents)
+    return constant + factor.astype(latents.dtype) * (latents - constant)
 
 
 def exact_gradient(

@@ -196,6 +196,22 @@ def without_repeats(ids: jax.Array, num_patches: int) -> jax.Array:
     return jnp.where(ids < num_patches, ids, slots)
 
 
+def counted_once(ids: jax.Array, num_patches: int) -> jax.Array:
+    """Groups in which a patch that was drawn several times stands once.
+
+    Args:
+        ids: `int [..., k]`, patch numbers, N in slots without one.
+        num_patches: N.
+
+    Returns:
+        `int32 [..., k]`, in order; slots without a patch are N and more, different from each other.
+    """
+    ids = jnp.sort(ids, axis=-1)
+    first = jnp.ones((*ids.shape[:-1], 1), bool)
+    new = jnp.concatenate([first, ids[..., 1:] != ids[..., :-1]], axis=-1)
+    return without_repeats(jnp.where(new, ids, num_patches).astype(jnp.int32), num_patches)
+
+
 def _deal_list(
     key: jax.Array, patches: jax.Array, num_patches: int, inner_steps: int, k: int, *, shared: bool
 ) -> jax.Array:
@@ -222,6 +238,4 @@ def _draw_list(
     ids = jnp.take_along_axis(jnp.broadcast_to(patches, (inner_steps, *patches.shape)), slot, 2)
     # A small image must not be re-encoded more often than a large one.
     used = jnp.arange(k) < -(-count // inner_steps)[:, None]
-    ids = jnp.sort(jnp.where(used, ids, num_patches), axis=-1)
-    again = jnp.pad(ids[..., 1:] == ids[..., :-1], ((0, 0), (0, 0), (1, 0)))
-    return without_repeats(jnp.where(again, num_patches, ids).astype(jnp.int32), num_patches)
+    return counted_once(jnp.where(used, ids, num_patches), num_patches)

@@ -32,6 +32,7 @@ from patchgd_jax.gradients import (
     stream,
 )
 from patchgd_jax.grid import Grid
+from patchgd_jax.importance import importance_groups
 from patchgd_jax.latents import fill, has_spare
 from patchgd_jax.optimizer import AverageState
 from patchgd_jax.patch_model import (
@@ -44,7 +45,12 @@ from patchgd_jax.patch_model import (
 )
 from patchgd_jax.placement import ALONE, Placement
 from patchgd_jax.sampling import inclusion_probability, sample_groups
+from patchgd_jax.staleness import drift, mean_age, squared_change
 from patchgd_jax.tasks import SINGLE_LABEL, Task
+
+Steps = tuple[jax.Array, jax.Array, jax.Array | None]
+"""Inner steps: their numbers `int [j]`, groups `int [j, B, k]`, and the patches' weights in the
+encoder's gradient, `float [j, B, k]`, or None for 1. Of a single one, without the first axis."""
 
 
 class TrainState(NamedTuple):
@@ -115,12 +121,15 @@ def train_step(
         The new state and metrics, each `float []`: `loss` (mean over the inner steps), the task's
         `training_metric` (`accuracy` for most; of the last inner step's logits, as the papers
         report), `grad_norm` (mean over the updates) and `param_norm` (after the last one). If all
-        are finite, so is the state.
+        are finite, so is the state. In the modes `patchgd` and `accumulate` also how stale Z is:
+        `z_age`, in inner steps (`staleness.mean_age`), and `z_drift`, a relative change
+        (`staleness.drift`).
 
     Raises:
         ConfigError: if there are more inner steps than patches, mode `exact` is asked of an encoder
-            whose batch statistics move, the labels are not the task's, or the scale `unbiased` is
-            asked for where images have different numbers of patches that are drawn uniformly.
+            whose batch statistics move, the labels are not the task's, the scale `unbiased` is
+            asked for where images have different numbers of patches that are drawn uniformly, or
+            for what `importance.importance_groups` refuses.
     """
     if frozen:
         return step_beside_frozen(
@@ -327,7 +336,6 @@ def _inner_steps(
         patches=patches,
         strata=patchgd.strata,
     )
-    ids = groups(stream(key, "sampling"), sampling=patchgd.sampling)
     if patchgd.norm_policy == "paper":
         # Batch statistics of neighbours would not be those of the inner steps.
         fill_ids = groups(stream(key, "fill-order"), sampling="partition")
@@ -369,9 +377,9 @@ def _inner_steps(
         model_state: Parts,
         z: jax.Array,
         batch: Batch,
-        steps: tuple[jax.Array, jax.Array],
+        steps: Steps,
         key: jax.Array,
-    ) -> tuple[Parts, Parts, jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[Parts, Parts, jax.Array, jax.Array, jax.Array, jax.Array]:
         """The mean gradient of the inner steps between two updates, and what they leave."""
         first = placement.first_image(batch["image"].shape[0])
         changes = augmentation(
@@ -379,12 +387,12 @@ def _inner_steps(
         )
 
         def accumulate(
-            carry: tuple[Parts, Parts, jax.Array], step: tuple[jax.Array, jax.Array]
-        ) -> tuple[tuple[Parts, Parts, jax.Array], tuple[jax.Array, jax.Array]]:
+            carry: tuple[Parts, Parts, jax.Array], step: Steps
+        ) -> tuple[tuple[Parts, Parts, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
             total, model_state, z = carry
-            number, group = step
+            number, group, weights = step
             # The gradient is taken inside the scan: a gradient of the scan would keep every step.
-            gradient, z = inner_gradient(
+            gradient, fresh = inner_gradient(
                 params,
                 model_state,
                 z,
@@ -394,42 +402,60 @@ def _inner_steps(
                 model=model,
                 grid=grid,
                 train_encoder=patchgd.norm_policy != "frozen",
+                weights=weights,
                 spare=patches is not None or patchgd.sampling == "uniform" or has_spare(ids, grid),
                 task=task,
                 augment=changes,
                 placement=placement,
             )
             total = jax.tree.map(lambda t, g: t + g / epsilon, total, gradient.grads)
-            return (total, gradient.model_state, z), (gradient.loss, gradient.logits)
+            moved = squared_change(z, fresh, group, batch.get("weight"))
+            return (total, gradient.model_state, fresh), (gradient.loss, gradient.logits, moved)
 
         start = (jax.tree.map(jnp.zeros_like, params), model_state, z)
-        (grads, model_state, z), (losses, logits) = lax.scan(accumulate, start, steps)
-        return grads, model_state, z, losses.mean(), logits[-1]
+        (grads, model_state, z), (losses, logits, moved) = lax.scan(accumulate, start, steps)
+        return grads, model_state, z, losses.mean(), logits[-1], moved
 
     fill_everywhere = placement.spread(
         first_fill, ("params", "same", "batch", "groups", "same"), ("images", "same")
     )
     gradient_everywhere = placement.spread(
         group_gradient,
-        ("params", "same", "images", "batch", ("same", "groups"), "same"),
-        ("gradient", "same", "images", "sum", "images"),
+        ("params", "same", "images", "batch", ("same", "groups", "groups"), "same"),
+        ("gradient", "same", "images", "sum", "images", "sum"),
     )
     z, model_state = fill_everywhere(state.params, state.model_state, batch, fill_ids, key)
+    weights = None
+    if patchgd.importance == "none":
+        ids = groups(stream(key, "sampling"), sampling=patchgd.sampling)
+    else:
+        ids, weights = importance_groups(
+            state.params,
+            model_state,
+            z,
+            batch,
+            key,
+            model=model,
+            grid=grid,
+            patchgd=patchgd,
+            task=task,
+            placement=placement,
+        )
 
     def update(
-        carry: tuple[TrainState, jax.Array], steps: tuple[jax.Array, jax.Array]
+        carry: tuple[TrainState, jax.Array], steps: Steps
     ) -> tuple[tuple[TrainState, jax.Array], dict[str, jax.Array]]:
         state, z = carry
-        grads, model_state, z, loss, logits = gradient_everywhere(
+        grads, model_state, z, loss, logits, moved = gradient_everywhere(
             state.params, state.model_state, z, batch, steps, key
         )
         gradient = Gradient(grads, model_state, loss, logits)
         state, metrics = apply_gradient(state, gradient, batch, optimizer, task, scale)
-        return (state, z), metrics
+        return (state, z), {**metrics, "moved": moved}
 
     steps = jax.tree.map(
         lambda x: x.reshape(inner_steps // epsilon, epsilon, *x.shape[1:]),
-        (jnp.arange(inner_steps), ids),
+        (jnp.arange(inner_steps), ids, weights),
     )
     carry = (state._replace(model_state=model_state), lax.stop_gradient(z))
     (state, _), metrics = lax.scan(update, carry, steps)
@@ -437,6 +463,8 @@ def _inner_steps(
         "loss": metrics["loss"].mean(),
         task.training_metric: metrics[task.training_metric][-1],
         "grad_norm": metrics["grad_norm"].mean(),
+        "z_age": mean_age(ids, grid.num_patches, real_patches(batch, grid)),
+        "z_drift": drift(metrics["moved"].reshape(inner_steps, 2)),
     }
 
 

@@ -33,6 +33,7 @@ from patchgd_jax.grid import PatchGrid
 from patchgd_jax.latents import encode_patches, has_spare, write_latents
 from patchgd_jax.patch_model import Parts, PatchModel, Tree, join_frozen, with_fixed
 from patchgd_jax.sampling import inclusion_probability, sample_groups
+from patchgd_jax.staleness import drift, mean_age, squared_change
 from patchgd_jax.step import TrainState, apply_gradient, global_norm
 from patchgd_jax.tasks import Task
 
@@ -132,6 +133,7 @@ class StreamedPrograms:
         self.first_update = program(self._update, "total")
         self.update = program(self._update, "total trained opt_state")
         self.set_entry = program(lambda row, value, index: row.at[index].set(value), "row")
+        self.staleness = program(self._staleness)
         self.summary = program(self._summary)
         self.read = program(self._read)
         self.attend = program(self._attend)
@@ -194,7 +196,7 @@ class StreamedPrograms:
         else:
             inner = (weights, z, weights.trained, *chunk(drawn.inner), part, key, number)
             lowered["inner"] = self.inner.lower(*inner, spare=inner_spare)
-            gradient, _ = jax.eval_shape(
+            gradient, _, _ = jax.eval_shape(
                 lambda *arguments: self._inner(*arguments, spare=inner_spare), *inner
             )
         logits = struct(
@@ -310,10 +312,15 @@ class StreamedPrograms:
         number: jax.Array,
         *,
         spare: bool,
-    ) -> tuple[Gradient, jax.Array]:
-        """One inner step: the gradient with `total` in it, and Z with the fresh entries."""
+    ) -> tuple[Gradient, jax.Array, jax.Array]:
+        """One inner step.
+
+        Returns:
+            The gradient with `total` in it, Z with the fresh entries, and their
+            `staleness.squared_change`.
+        """
         same = self._augment is None or self._augment.same_draw
-        gradient, z = inner_gradient(
+        gradient, fresh = inner_gradient(
             weights.trained,
             weights.model_state,
             z,
@@ -329,7 +336,8 @@ class StreamedPrograms:
         )
         gradient = _scaled(gradient, part)
         total = jax.tree.map(lambda t, g: t + g / self.epsilon, total, gradient.grads)
-        return gradient._replace(grads=total), z
+        moved = squared_change(z, fresh, ids, part.labels.get("weight"))
+        return gradient._replace(grads=total), fresh, moved
 
     def _head(
         self, weights: Weights, z: jax.Array, part: Part, key: jax.Array
@@ -399,6 +407,13 @@ class StreamedPrograms:
         scale = self._encoder_scale(batch)
         state, metrics = apply_gradient(state, gradient, batch, self._optimizer, self._task, scale)
         return state.params, state.opt_state, jax.tree.map(jnp.zeros_like, total), metrics
+
+    def _staleness(
+        self, ids: jax.Array, moved: jax.Array, batch: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """How stale Z was, of the groups `int [J, B, k]` and their `float [J, 2]`."""
+        age = mean_age(ids, self._grid.num_patches, real_patches(batch, self._grid))
+        return {"z_age": age, "z_drift": drift(moved)}
 
     def _summary(
         self, trained: Parts, fixed: Parts, history: dict[str, jax.Array]

@@ -104,6 +104,12 @@ class StreamedStep:
         ):
             if value < least:
                 raise ConfigError(f"streaming with {name} {value}: it must be at least {least}")
+        if patchgd.importance != "none":
+            raise ConfigError(
+                f"patchgd.importance {patchgd.importance} draws patches when Z is filled, but an "
+                "image that is streamed is read ahead by a plan of the whole step; keep the images "
+                "on the device, or use importance none"
+            )
         if (max_age > 0) != (store is not None):
             raise ConfigError("max_age needs a latent store, and a latent store a max_age above 0")
         if max_age > 0 and patchgd.mode == "exact":
@@ -153,7 +159,8 @@ class StreamedStep:
         Returns:
             The new state and metrics as `train_step` has them; with `max_age` also `z_age_mean`
             and `z_age_max`: outer steps since the entries of Z were computed, as the inner steps
-            begin (0 for those of this step's fill).
+            begin (0 for those of this step's fill). For `z_age` entries that are reused are as old
+            as those of the fill; their `z_drift` is that since they were computed.
 
         Raises:
             DataError: if a patch cannot be read, or an image does not fit the grid. It names the
@@ -172,12 +179,12 @@ class StreamedStep:
         drawn = self._programs.draw(key, np.int32(step), batch)
         drawn = Draw(drawn.key, np.asarray(drawn.fill), np.asarray(drawn.inner))
         run = self._exact_step if self._programs.exact else self._inner_steps
-        weights, opt_state, history, ages = run(
+        weights, opt_state, history, stale = run(
             weights, state.opt_state, batch, parts, drawn, reader, step
         )
         metrics = self._programs.summary(weights.trained, fixed, history)
         params = join_frozen(weights.trained, fixed) if self._frozen else weights.trained
-        return TrainState(next_step, params, weights.model_state, opt_state), {**metrics, **ages}
+        return TrainState(next_step, params, weights.model_state, opt_state), {**metrics, **stale}
 
     def evaluate(
         self,
@@ -440,6 +447,7 @@ class StreamedStep:
 
         total = jax.tree.map(jnp.zeros_like, weights.trained)
         losses: jax.Array | None = None
+        changes: jax.Array | None = None
         history: dict[str, jax.Array] = {}
         with self._feed(reader, plan()) as feed:
             for i, part in enumerate(parts):
@@ -448,9 +456,9 @@ class StreamedStep:
                 )
                 weights = weights._replace(model_state=model_state)
             for number, group in enumerate(drawn.inner):
-                results = []
+                results, moved = [], []
                 for i, part in enumerate(parts):
-                    gradient, z[i] = programs.inner(
+                    gradient, z[i], change = programs.inner(
                         weights,
                         z[i],
                         total,
@@ -465,6 +473,8 @@ class StreamedStep:
                     total = gradient.grads
                     weights = weights._replace(model_state=gradient.model_state)
                     results.append(gradient)
+                    moved.append(change)
+                changes = self._entry(changes, sum(moved[1:], moved[0]), number, len(drawn.inner))
                 loss, logits = _joined(results)
                 losses = self._entry(losses, loss, number % programs.epsilon, programs.epsilon)
                 if (number + 1) % programs.epsilon:
@@ -485,12 +495,21 @@ class StreamedStep:
             for i, part in enumerate(parts):
                 rows = _rows(part)
                 self._reuse.finish(reader.names[rows], z[i], when[rows])
-        return weights, opt_state, history, ages
+        assert changes is not None
+        return (
+            weights,
+            opt_state,
+            history,
+            {
+                **programs.staleness(drawn.inner, changes, batch),
+                **ages,
+            },
+        )
 
     def _entry(self, row: jax.Array | None, value: jax.Array, index: int, length: int) -> jax.Array:
-        """Puts a number in its place of a row that stays on the device."""
+        """Puts an entry in its place of a row that stays on the device."""
         if row is None:
-            row = jnp.zeros(length, value.dtype)
+            row = jnp.zeros((length, *value.shape), value.dtype)
         return self._programs.set_entry(row, value, np.int32(index))
 
     def _counted(self, batch: dict[str, jax.Array]) -> np.ndarray:

@@ -35,6 +35,13 @@ class PatchGDConfig:
     """partition: each patch once per outer step (the paper). uniform: with replacement."""
     sample_per: Literal["batch", "image"] = "batch"
     """Whether all images of a batch share the sampled positions."""
+    importance: Literal["none", "loss", "attention", "staleness"] = "none"
+    """Which patches inner steps draw more often; their part of the encoder's gradient has less
+    weight in turn, so that it is unbiased. loss: those whose latents move the loss most, by the
+    norm of its gradient after the fill. attention: those the head looks at. staleness: those not
+    encoded for long. Needs sampling uniform."""
+    importance_mix: float = 0.2
+    """Share of the draws that are uniform all the same; no weight exceeds 1 / importance_mix."""
     strata: int = 1
     """Parts of the grid, equal runs of patches, that each sample takes an equal share of. Devices
     share an image by strata: their number along the mesh's patch axis must divide this."""
@@ -80,12 +87,36 @@ class PatchGDConfig:
         require(self.strata >= 1, f"patchgd.strata is {self.strata}; at least 1")
         require(self.fill_chunk >= 1, f"patchgd.fill_chunk is {self.fill_chunk}; at least 1")
         require(self.epsilon >= 1, f"patchgd.epsilon is {self.epsilon}; at least 1")
+        require(
+            0 < self.importance_mix <= 1,
+            f"patchgd.importance_mix is {self.importance_mix}; it must be in (0, 1]",
+        )
+        if self.importance != "none":
+            self._check_importance()
         if self.mode == "patchgd" and self.fraction != "auto":
             require(
                 self.num_inner_steps % self.epsilon == 0,
                 f"patchgd.epsilon {self.epsilon} does not divide the {self.num_inner_steps} inner "
                 f"steps that fraction {self.fraction} gives",
             )
+
+    def _check_importance(self) -> None:
+        setting = f"patchgd.importance {self.importance}"
+        require(
+            self.mode in ("patchgd", "accumulate"),
+            f"{setting} says which patches are sampled, but patchgd.mode {self.mode} takes the "
+            "gradient of all; use mode patchgd or accumulate",
+        )
+        require(
+            self.sampling == "uniform",
+            f"{setting} draws with replacement, and patchgd.sampling {self.sampling} does not; add "
+            "--patchgd.sampling uniform",
+        )
+        require(
+            self.strata == 1,
+            f"{setting} draws from the whole image, but patchgd.strata {self.strata} wants equal "
+            "shares of its parts; use strata 1 (and one device per image)",
+        )
 
     @property
     def num_inner_steps(self) -> int:

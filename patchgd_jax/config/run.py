@@ -32,7 +32,10 @@ class StreamConfig:
     the whole batch."""
     max_age: int = 0
     """Outer steps for which an entry of Z is reused when its image comes again, instead of encoded
-    anew. A resumed run begins without such entries. 0: the fill encodes all."""
+    anew. A resumed run begins without such entries. Needs enabled, also for images that would fit
+    the device: a fill of whole images is one program for all patches, and saves nothing by leaving
+    some out. Generated images, and files with data.fit native, can be streamed at any size. 0: the
+    fill encodes all."""
     store_mib: int = 1024
     """Most memory in MiB that the entries of Z between visits take (max_age)."""
     store_dir: str | None = None
@@ -164,6 +167,16 @@ class TrainConfig:
             not stream.enabled or self.patchgd.mode != "full",
             "patchgd.mode full keeps all patches on the device at once, so images cannot be "
             "streamed; mode exact has the same gradient",
+        )
+        require(
+            not stream.enabled or self.patchgd.importance == "none",
+            f"patchgd.importance {self.patchgd.importance} draws patches when Z is filled, but "
+            "stream.enabled reads ahead by a plan of the whole step; leave one of them out",
+        )
+        require(
+            self.method == "patchgd" or self.patchgd.importance == "none",
+            f"patchgd.importance {self.patchgd.importance} is about inner steps, which method "
+            f"{self.method} has none of; use --method patchgd, or leave it out",
         )
         require(
             stream.max_age == 0
