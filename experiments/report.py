@@ -146,10 +146,12 @@ def accuracy_against_memory(summaries: Sequence[Summary], path: Path) -> None:
             fontsize=7,
         )
     axes.set(xscale="log", xlabel=STEP_MEMORY, ylabel="validation accuracy, %")
-    _plain_ticks(axes.xaxis, [memory for _, memory, _ in points])
-    axes.margins(x=0.15)
     axes.grid(alpha=0.3)
     if points:
+        memories = [memory for _, memory, _ in points]
+        # Room for the names, which stand to the right of their points.
+        axes.set_xlim(min(memories) / 1.5, max(memories) * 2)
+        _plain_ticks(axes.xaxis, axes.get_xlim())
         figure.legend(loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -188,7 +190,7 @@ def curves(x: str, by: str, panels: Mapping[str, str], xlabel: str) -> Figure:
             axes.set(xscale="log", xlabel=xlabel, ylabel=label)
             if name != "accuracy":
                 axes.set_yscale("log")
-                _plain_ticks(axes.yaxis, [getattr(s, name) for s in known])
+                _plain_ticks(axes.yaxis, axes.get_ylim())
             sizes = sorted({s.columns[x] for s in known})
             axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
             axes.minorticks_off()
@@ -220,11 +222,9 @@ def _errors(summaries: Sequence[Summary]) -> list[list[float]]:
     return [below, above]
 
 
-def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
+def _plain_ticks(axis: Any, limits: tuple[float, float]) -> None:
     """Ticks at powers of two as plain numbers: a decade is too far apart for most figures."""
-    if not values:
-        return
-    low, high = min(values) / 1.5, max(values) * 1.5
+    low, high = limits
     ticks = [2.0**n for n in range(-10, 40) if low <= 2.0**n <= high]
     axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axis.set_ticks([], minor=True)

@@ -161,7 +161,8 @@ class DataConfig:
     or for digit-sum UltraMNIST's own law of sizes."""
     scale: Literal["relative", "absolute"] = "relative"
     """Whether digits grow with the image, or keep the pixels they have at the reference side:
-    256 px for most-frequent, 512 px for digit-sum (whose official law is absolute)."""
+    256 px for most-frequent and object_ratio, 512 px for digit-sum (whose official law is
+    absolute)."""
     noise: bool = False
     """Add the UltraMNIST benchmark's background of checkers, discs and triangles."""
     downscale: int = 1
