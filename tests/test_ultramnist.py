@@ -78,6 +78,14 @@ def test_object_ratio_and_scale():
         assert max(sides) <= round(0.3 * reference)
 
 
+def test_object_ratio_takes_the_place_of_ultramnists_law():
+    config = DataConfig(task="digit-sum", size=(128, 128), object_ratio=(0.1, 0.14))
+    source = UltraMnist(config, "train", 0)
+    plans = [source.plan(i) for i in range(40)]
+    assert {d.side for plan in plans for d in plan.digits} == set(range(13, 19))
+    assert all(sum(d.value for d in plan.digits) == plan.label for plan in plans)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=["most-frequent", "digit-sum", "benchmark"])
 def test_a_region_is_the_crop_of_the_image(config):
     source = UltraMnist(config, "train", seed=1)
