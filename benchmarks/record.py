@@ -24,8 +24,8 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def record(name: str, figures: dict[str, Any]) -> Path:
-    """Writes `results/<name>.json`: the figures, versions, device, command and commit."""
+def record(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes `<folder>/<name>.json`: the figures, versions, device, command and commit."""
     import jax
 
     def git(*arguments: str) -> str:
@@ -46,8 +46,8 @@ def record(name: str, figures: dict[str, Any]) -> Path:
         "python": platform.python_version(),
         "versions": {package: installed[package] for package in packages if package in installed},
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {path}")
     return path

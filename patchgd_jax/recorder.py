@@ -178,8 +178,16 @@ class Recorder:
         if best is not None and best["step"] in self._checkpoints.steps():
             self._checkpoints.mark_best(best["step"])
 
-    def finish(self, state: TrainState, shortcuts: dict[str, float]) -> dict[str, Any]:
-        """Writes the summary and the curves."""
+    def finish(
+        self, state: TrainState, shortcuts: dict[str, float], step_bytes: int | None
+    ) -> dict[str, Any]:
+        """Writes the summary and the curves.
+
+        Args:
+            state: after the last step.
+            shortcuts: accuracies of simple guesses.
+            step_bytes: what the compiled training step takes of a device; None if not known.
+        """
         speeds = [
             line["perf"]["images_per_s"] for line in self._log.lines if line["kind"] == "train"
         ]
@@ -198,6 +206,7 @@ class Recorder:
                 "seconds": round(time.monotonic() - self._begun, 1),
                 "images_per_s": float(np.median(speeds)),
                 "peak_memory_mib": round(peak_memory(self._device) / 2**20, 1),
+                "step_memory_mib": None if step_bytes is None else round(step_bytes / 2**20, 1),
             },
         }
         with all_or_none():

@@ -311,6 +311,7 @@ class Run:
         config, progress, execution = self.config, self.progress, self.execution
         with stop.immediate():
             progress.message(execution.compile(state))
+            step_bytes = execution.compiled_bytes()
             progress.shortcuts(self.data.shortcuts)
         recorder = Recorder(
             folder,
@@ -411,4 +412,4 @@ class Run:
                     f"{error}\nThe run is saved after step {step}. Mend the image{otherwise}; "
                     f"then: patchgd-jax resume {folder.path} --accept-changed-data"
                 ) from error
-        return recorder.finish(state, self.data.shortcuts)
+        return recorder.finish(state, self.data.shortcuts, step_bytes)

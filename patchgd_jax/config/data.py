@@ -156,8 +156,9 @@ class DataConfig:
     """Digits per image (most-frequent only)."""
     label_share: float = 0.625
     """Share of the digits that show the label (most-frequent only)."""
-    object_ratio: tuple[float, float] = (0.15625, 0.25)
-    """Smallest and largest side of a digit over the image's shorter side (most-frequent only)."""
+    object_ratio: tuple[float, float] | None = None
+    """Smallest and largest side of a digit over the image's shorter side. None: 0.15625 and 0.25,
+    or for digit-sum UltraMNIST's own law of sizes."""
     scale: Literal["relative", "absolute"] = "relative"
     """Whether digits grow with the image, or keep the pixels they have at the reference side:
     256 px for most-frequent, 512 px for digit-sum (whose official law is absolute)."""
@@ -228,7 +229,7 @@ class DataConfig:
             self.train_size >= 1 and self.val_size >= 1,
             f"data.train_size {self.train_size} and data.val_size {self.val_size} must be positive",
         )
-        low, high = self.object_ratio
+        low, high = self.object_ratio or (1, 1)
         require(
             0 < low <= high <= 1,
             f"data.object_ratio is {self.object_ratio}; it must be 0 < smallest <= largest <= 1",

@@ -25,6 +25,9 @@ from patchgd_jax.errors import ConfigError, DataError
 GENERATOR_VERSION = 1
 """Raised whenever the same (seed, split, index) gives other pixels than before."""
 
+_OBJECT_RATIO = (0.15625, 0.25)
+"""Of the digits whose most frequent one is the label, unless the settings have another."""
+
 _TRIES_PER_DIGIT = 200
 _LAYOUTS = 50
 
@@ -177,8 +180,8 @@ class UltraMnist:
 
     def _side(self, rng: np.random.Generator) -> int:
         config, shorter = self.config, min(self.config.size)
-        if config.task == "most-frequent":
-            low, high = config.object_ratio
+        if config.task == "most-frequent" or config.object_ratio is not None:
+            low, high = config.object_ratio or _OBJECT_RATIO
             reference = shorter if config.scale == "relative" else 256
             return round(reference * (low + (high - low) * rng.random()))
         factor = 1 + int(np.searchsorted(_size_law(config.classes), rng.random(), side="right"))

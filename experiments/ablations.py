@@ -1,0 +1,66 @@
+"""PatchGD's own settings, one at a time: what does each change cost or bring?
+
+Command:   python experiments/ablations.py --scale cpu
+Time:      cpu: about twelve minutes on two cores; paper: weeks on one GPU
+Expected:  cpu: fewer sampled patches take less memory at about the same accuracy; heads that read
+           the mean of the patches learn a sum sooner than those that read the map. paper: the
+           ablation of arXiv 2301.13817 (fraction, latent size, heads)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from runner import main
+from runs import Row, Scale
+from settings import SMOKE, DigitSums, changed, published
+
+CPU = DigitSums(train_images=1600, val_images=400)
+
+Changes = Mapping[str, dict[str, Any]]
+CPU_CHANGES: Changes = {
+    "base": {},
+    "fraction 1/4": {"patchgd": {"fraction": 1 / 4}},
+    "fraction 1": {"patchgd": {"fraction": 1.0}},
+    "head attention": {"model": {"head": "attention"}},
+    "head cnn-original": {"model": {"head": "cnn-original"}},
+    "head cnn-smaller-feat": {"model": {"head": "cnn-smaller-feat"}},
+    "patch 64": {"patchgd": {"patch": 64, "fraction": 1 / 4}},
+    "epsilon 1": {"patchgd": {"mode": "patchgd", "epsilon": 1}},
+    "epsilon 4": {"patchgd": {"mode": "patchgd", "epsilon": 4}},
+    "4 of 16 inner steps": {"patchgd": {"inner_steps": 4, "sampling": "uniform"}},
+    "own patches for each image": {"patchgd": {"sample_per": "image"}},
+}
+PAPER_CHANGES: Changes = {
+    "base": {},
+    **{f"fraction 1/{n}": {"patchgd": {"fraction": 1 / n}} for n in (4, 16, 32)},
+    **{f"latent {n}": {"model": {"latent_dim": n}} for n in (128, 512)},
+    **{
+        f"head cnn-{size}": {"model": {"head": f"cnn-{size}"}}
+        for size in ("smaller", "larger", "smaller-feat", "larger-feat")
+    },
+    "patch 64": {"patchgd": {"patch": 64}},
+    "epsilon 1": {"patchgd": {"mode": "patchgd", "epsilon": 1}},
+    "own patches for each image": {"patchgd": {"sample_per": "image"}},
+}
+SMOKE_CHANGES: Changes = {"base": {}, "head attention": {"model": {"head": "attention"}}}
+LATENTS = {"smoke": (), "cpu": (16, 256)}
+"""Each has an encoder of its own to start from."""
+
+
+def rows(scale: Scale, folder: Path) -> list[Row]:
+    if scale == "paper":
+        base = changed(published("resnet50"), patchgd={"patch": 32, "fraction": 1 / 8})
+        return [Row(label, changed(base, **change)) for label, change in PAPER_CHANGES.items()]
+    task, changes = {"smoke": (SMOKE, SMOKE_CHANGES), "cpu": (CPU, CPU_CHANGES)}[scale]
+    return [
+        *(task.row(label, **change) for label, change in changes.items()),
+        *(replace(task, latent_dim=n).row(f"latent {n}") for n in LATENTS[scale]),
+    ]
+
+
+if __name__ == "__main__":
+    main("ablations", rows)

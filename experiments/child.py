@@ -1,0 +1,42 @@
+"""The process of one run, which `runner` starts: trains it, or goes on with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from measure import measure
+from runs import ORIGIN, TRAINED
+
+from patchgd_jax import TrainConfig
+from patchgd_jax.config import from_dict
+from patchgd_jax.errors import PatchGDError
+from patchgd_jax.progress import ConsoleProgress
+from patchgd_jax.run_folder import CONFIG
+from patchgd_jax.train import resume, train
+
+
+def work(folder: Path) -> None:
+    """Does what `origin.json` in the folder asks for."""
+    wanted = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))["wanted"]
+    config: TrainConfig = from_dict(TrainConfig, wanted["config"], str(folder / ORIGIN))
+    if wanted["start"] is not None:
+        start = folder.parent / wanted["start"]["name"] / TRAINED
+        config = dataclasses.replace(config, init_encoder=str(start.absolute()))
+    trained, progress = folder / TRAINED, ConsoleProgress()
+    if wanted["task"] == "measure":
+        measure(config, trained, progress)
+    elif (trained / CONFIG).exists():
+        resume(trained, progress=progress)
+    else:
+        train(config, trained, progress=progress, budget=wanted["budget"])
+
+
+if __name__ == "__main__":
+    try:
+        work(Path(sys.argv[1]))
+    except PatchGDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,41 @@
+"""PatchGD's gradients against the whole image's: does the approximation cost anything?
+
+Command:   python experiments/gradient_modes.py --scale cpu
+Time:      cpu: about ten minutes on two cores; paper: weeks on one GPU
+Expected:  `accumulate`, `exact` and `full` within each other's intervals; `full` takes several
+           times the memory, and `full, recomputed` less of it for more time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runner import main
+from runs import Row, Scale
+from settings import SMOKE, DigitSums, changed, published
+
+CPU = DigitSums()
+
+MODES: Mapping[str, dict[str, Any]] = {
+    "patchgd": {"mode": "patchgd"},
+    "accumulate": {"mode": "accumulate"},
+    "exact": {"mode": "exact"},
+    "full": {"mode": "full"},
+    "full, recomputed": {"mode": "full", "remat": True},
+}
+
+
+def rows(scale: Scale, folder: Path) -> list[Row]:
+    if scale == "paper":
+        # Batch statistics of chunks are not the image's, so `exact` needs them frozen.
+        base = changed(published("resnet50"), patchgd={"norm_policy": "frozen"})
+        return [Row(label, changed(base, patchgd=mode)) for label, mode in MODES.items()]
+    task = {"smoke": SMOKE, "cpu": CPU}[scale]
+    labels = ("accumulate", "exact", "full") if scale == "smoke" else tuple(MODES)
+    return [task.row(label, patchgd=MODES[label]) for label in labels]
+
+
+if __name__ == "__main__":
+    main("gradient_modes", rows)

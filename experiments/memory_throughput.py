@@ -1,0 +1,71 @@
+"""Memory and speed of a training step against the side of the image, by method.
+
+Command:   python experiments/memory_throughput.py --scale cpu
+Time:      cpu: about eight minutes on two cores; paper: an hour on one GPU
+Expected:  the memory of `gd` grows with the pixels; that of PatchGD stays with its patches, but for
+           the images themselves and Z; `downscale` has the memory of its side at any side. Images
+           per second fall with the pixels for all but `downscale`
+
+Nothing is trained to the end: a step is compiled, and five are timed. A method that does not fit is
+a row that says so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from report import STEP_MEMORY, curves
+from runner import main
+from runs import Row, Scale
+from settings import SMOKE, DigitSums, changed, published
+
+from patchgd_jax import TrainConfig
+from patchgd_jax.config import BaselineConfig
+
+SIDES = {"smoke": (32,), "cpu": (128, 256, 512, 1024), "paper": (512, 1024, 2048, 4096)}
+CPU = DigitSums(patch=64, sampled=4, batch=4, digit_px=(24, 48))
+
+
+def at_side(scale: Scale, side: int) -> tuple[TrainConfig, int]:
+    """PatchGD on images of a side, and its patches in an inner step: as many at every side."""
+    if scale == "paper":
+        sampled, base = 16, changed(published("resnet50"), batch_size=2, eval_batch_size=2)
+    else:
+        task = {"smoke": SMOKE, "cpu": CPU}[scale]
+        sampled, base = min(task.sampled, (side // task.patch) ** 2), task.config
+    size = {"size": (side, side), "train_size": base.images_per_step, "val_size": 10}
+    fraction = sampled / (side // base.patchgd.patch) ** 2
+    return changed(base, data=size, patchgd={"fraction": fraction}), sampled
+
+
+def rows(scale: Scale, folder: Path) -> list[Row]:
+    made = []
+    for side in SIDES[scale]:
+        config, sampled = at_side(scale, side)
+        patch = config.patchgd.patch
+        shrunk = BaselineConfig(side=min(side, round(patch * sampled**0.5)))
+        methods = {
+            "patchgd": config,
+            "patchgd, exact": changed(
+                config, patchgd={"mode": "exact"}, model={"norm": "group", "weights": None}
+            ),
+            "gd": changed(config, method="gd"),
+            "gd, recomputed": changed(config, method="gd", model={"remat": "everything"}),
+            "downscale": changed(config, method="downscale", baseline=shrunk),
+        }
+        for method in methods if scale != "smoke" else ("patchgd", "gd"):
+            made.append(
+                Row(
+                    f"{method}, {side} px",
+                    methods[method],
+                    {"method": method, "side": side},
+                    task="measure",
+                )
+            )
+    return made
+
+
+PANELS = {"step_memory_mib": STEP_MEMORY, "images_per_s": "images per second"}
+
+if __name__ == "__main__":
+    main("memory_throughput", rows, curves("side", "method", PANELS, "image side, px"))

@@ -1,0 +1,65 @@
+"""How small may objects be in the image, before a method breaks?
+
+Command:   python experiments/object_ratio.py --scale cpu
+Time:      cpu: about twelve minutes on two cores; paper: weeks on one GPU
+Expected:  `downscale` falls to the level of shortcuts (30 to 40 %) where a shrunk digit has fewer
+           than about six pixels; PatchGD and `gd` where the digits themselves have
+
+The digits' side over the image's is varied; image, patches and memory stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from report import curves
+from runner import main
+from runs import Row, Scale
+from settings import SMOKE, DigitSums, changed, published
+
+from patchgd_jax.config import BaselineConfig, MethodName
+
+METHODS: tuple[MethodName, ...] = ("patchgd", "downscale", "gd")
+CPU = DigitSums(train_images=1600, val_images=400)
+DIGIT_PX = {"smoke": (6,), "cpu": (8, 14, 24), "paper": (14, 28, 56, 112)}
+"""Smallest side of a digit; the largest is a quarter more."""
+
+
+def at_paper_scale(digit_px: int) -> list[Row]:
+    base = published("resnet50")
+    side = base.data.size[0]
+    ratio = digit_px / side, 1.25 * digit_px / side
+    config = changed(
+        base,
+        data={"object_ratio": ratio, "scale": "relative"},
+        baseline=BaselineConfig(side=side // 4),
+    )
+    return [Row(method, changed(config, method=method)) for method in METHODS]
+
+
+def rows(scale: Scale, folder: Path) -> list[Row]:
+    made = []
+    for digit_px in DIGIT_PX[scale]:
+        if scale == "paper":
+            side, methods = published("resnet50").data.size[0], at_paper_scale(digit_px)
+        else:
+            task = {"smoke": SMOKE, "cpu": CPU}[scale]
+            task = replace(task, digit_px=(digit_px, round(1.25 * digit_px)))
+            side, methods = task.side, [task.method(method) for method in METHODS]
+        made += [
+            replace(
+                row,
+                label=f"{row.label}, {digit_px} px",
+                columns={"method": row.label, "object over image": round(digit_px / side, 4)},
+            )
+            for row in methods
+        ]
+    return made
+
+
+PANELS = {"accuracy": "validation accuracy, %"}
+
+if __name__ == "__main__":
+    figure = curves("object over image", "method", PANELS, "side of a digit over the image's")
+    main("object_ratio", rows, figure)

@@ -1,0 +1,171 @@
+"""What the experiments share: a task that a CPU can train, the methods, and the papers' settings.
+
+The task of the scales `smoke` and `cpu` is the sum of three to five small digits. A digit is
+legible in a patch, and no more once the whole image is shrunk to what fits the memory of a few
+patches; and no patch knows the label, which is a sum. Every method starts from one encoder that was
+trained briefly on single digits in patches, as the papers' start from ImageNet, and sees the same
+number of images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from runs import Row
+
+from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig, get_preset
+from patchgd_jax.config import BaselineConfig, MethodName, OptimizerConfig
+
+
+@dataclass(frozen=True)
+class DigitSums:
+    """The task, the networks and the length of the runs."""
+
+    side: int = 128
+    """Of the images, in pixels."""
+    patch: int = 32
+    sampled: int = 1
+    """Patches of an image that an inner step encodes; they set the memory that the other methods
+    may take."""
+    digit_px: tuple[int, int] = (12, 18)
+    """Smallest and largest side of a digit's box."""
+    train_images: int = 3200
+    val_images: int = 500
+    batch: int = 32
+    pretraining_images: int = 8192
+    encoder: str = "small-cnn"
+    norm: Literal["group", "batch"] = "group"
+    latent_dim: int = 64
+    head: str = "linear"
+    """The label is a sum over patches, and linear heads take means of them."""
+    mode: Literal["patchgd", "accumulate"] = "accumulate"
+    learning_rate: float = 1e-3
+    digits: Literal["sklearn", "font"] = "sklearn"
+
+    @property
+    def downscale_side(self) -> int:
+        """The side whose pixels are no fewer than those of the patches of an inner step."""
+        return math.ceil(self.patch * math.sqrt(self.sampled))
+
+    @property
+    def config(self) -> TrainConfig:
+        """PatchGD on it."""
+        low, high = self.digit_px
+        return TrainConfig(
+            data=DataConfig(
+                task="digit-sum",
+                size=(self.side, self.side),
+                object_ratio=(low / self.side, high / self.side),
+                digits=self.digits,
+                train_size=self.train_images,
+                val_size=self.val_images,
+            ),
+            model=ModelConfig(
+                encoder=self.encoder, norm=self.norm, latent_dim=self.latent_dim, head=self.head
+            ),
+            patchgd=PatchGDConfig(
+                patch=self.patch,
+                fraction=self.sampled / (self.side // self.patch) ** 2,
+                mode=self.mode,
+            ),
+            optimizer=OptimizerConfig(learning_rate=self.learning_rate),
+            batch_size=self.batch,
+            eval_batch_size=self.batch,
+        )
+
+    @property
+    def pretraining(self) -> Row:
+        """The run that every method's encoder comes from: one digit in one patch."""
+        low, high = self.digit_px
+        config = changed(
+            self.config,
+            data={
+                "task": "most-frequent",
+                "digit_count": 1,
+                "label_share": 1.0,
+                "size": (self.patch, self.patch),
+                "object_ratio": (low / self.patch, high / self.patch),
+                "train_size": self.pretraining_images,
+                "val_size": min(200, self.val_images),
+            },
+            patchgd={"fraction": 1.0},
+        )
+        label = (
+            f"single digits of {low} to {high} px in {self.patch} px, {self.encoder}, {self.norm}, "
+            f"latent {self.latent_dim}"
+        )
+        return Row(label, config)
+
+    def row(self, label: str, columns: dict[str, Any] | None = None, **changes: Any) -> Row:
+        """A run from the pretrained encoder.
+
+        Args:
+            label: of the row.
+            columns: more columns of the table.
+            changes: of settings, as `changed` takes them.
+        """
+        return Row(label, changed(self.config, **changes), columns or {}, self.pretraining)
+
+    def method(self, method: MethodName) -> Row:
+        """A method at the memory of the patches of an inner step, or without regard to it."""
+        return self.row(method, method=method, baseline=BaselineConfig(side=self.downscale_side))
+
+
+SMOKE = DigitSums(
+    side=32,
+    patch=16,
+    digit_px=(6, 8),
+    train_images=8,
+    val_images=10,
+    batch=4,
+    pretraining_images=8,
+    latent_dim=8,
+    digits="font",
+)
+"""Two steps, to see that everything runs."""
+
+
+def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """A config with other settings; those of a group are a dictionary of its own."""
+    groups = {
+        name: dataclasses.replace(getattr(config, name), **value)
+        for name, value in changes.items()
+        if isinstance(value, dict)
+    }
+    return dataclasses.replace(config, **{**changes, **groups})
+
+
+COMPARED: tuple[MethodName, ...] = ("patchgd", "downscale", "patchwise", "gd", "gd-extended")
+"""The papers' methods, and the two that users try first."""
+
+BUDGETS = ("8GiB", "16GiB", "24GiB")
+"""Memory of the graphics cards for which the papers compare the methods."""
+
+IMAGENET = {
+    "resnet50": "resnet50-imagenet1k-v1",
+    "mobilenet-v2": "mobilenet-v2-imagenet1k-v1",
+}
+"""The weights that the papers' encoders start from."""
+
+
+def published(encoder: str) -> TrainConfig:
+    """The papers' setting on UltraMNIST with 512 px, from ImageNet's weights."""
+    model = {"encoder": encoder, "weights": IMAGENET[encoder]}
+    return changed(get_preset("paper"), model=model)
+
+
+def published_rows(config: TrainConfig, methods: tuple[MethodName, ...] = COMPARED) -> list[Row]:
+    """Every method with the largest batch, up to the config's, that each budget has room for."""
+    return [
+        Row(
+            f"{method}, {budget}",
+            changed(config, method=method, batch_size="auto"),
+            {"method": method, "budget": budget},
+            budget=budget,
+        )
+        for budget in BUDGETS
+        for method in methods
+    ]
