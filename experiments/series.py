@@ -14,28 +14,27 @@ shrunk to as many steps as PatchGD encodes at a time. What is one-dimensional he
 from __future__ import annotations
 
 import argparse
-import csv
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from collect import Result
 from flax import linen as nn
+from report import accuracy_against_memory, write_report
+from runner import RESULTS
+from runs import code_identity, told
 from series_data import CLASSES, NOISE, Samples, counting_a_quarter, make_samples
 
 import patchgd_jax as pgd
+from patchgd_jax.compiling import use_compilation_cache
 from patchgd_jax.models.heads import AttentionHead
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-from record import record
-
-RESULTS = Path(__file__).parent / "results"
 SEEDS = 3
 FRACTION = 0.25
 
@@ -134,8 +133,8 @@ def batches(samples: Samples, size: int, order: np.ndarray) -> Iterator[dict[str
 
 def compare(
     method: Method, scale: Scale, training: Samples, validation: Samples
-) -> Iterator[dict[str, Any]]:
-    """Trains a contender with each seed, by one compiled step; yields a row of figures for each."""
+) -> Iterator[Result]:
+    """Trains a contender with each seed, by one compiled step; yields the figures of each."""
     length = scale.length // method.shrink
     grid = pgd.SeriesGrid(length, scale.chunk if method.chunks else length)
     patchgd = pgd.PatchGDConfig(mode=method.mode, fraction=FRACTION)
@@ -166,117 +165,27 @@ def compare(
         order = np.random.default_rng(seed).permutation(scale.train)
         begun = time.monotonic()
         for batch in batches(training, scale.batch, order):
-            state, metrics = compiled(state, batch, key)
-        training_loss = float(metrics["loss"])
+            state, _ = compiled(state, batch, key)
+        jax.block_until_ready(state)
         seconds = time.monotonic() - begun
         right = loss = 0.0
         for batch in batches(validation, scale.batch, in_order):
             out = evaluate(state.params, state.model_state, batch)
             right += float(((out["prediction"] == batch["label"]) * batch["weight"]).sum())
             loss += float((out["loss"] * batch["weight"]).sum())
-        yield {
-            "label": method.label,
-            "seed": seed,
-            "patches": grid.num_patches,
-            "updates": steps * patchgd.updates_per_step,
-            "accuracy": right / scale.validation,
-            "examples": scale.validation,
-            "loss": loss / scale.validation,
-            "training_loss": training_loss,
-            "step_memory_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
-            "seconds": seconds,
-            "images_per_s": scale.train / seconds,
-        }
-
-
-def interval(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean accuracy, over seeds and validation series."""
-    rng = np.random.default_rng(0)
-    accuracy = rng.choice([row["accuracy"] for row in rows], (10_000, len(rows)))
-    means = (rng.binomial(rows[0]["examples"], accuracy) / rows[0]["examples"]).mean(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
-
-
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the seeds, a row for each contender."""
-    summaries = []
-    for label in dict.fromkeys(row["label"] for row in rows):
-        own = [row for row in rows if row["label"] == label]
-        means = {
-            name: float(np.mean([row[name] for row in own]))
-            for name in ("accuracy", "step_memory_mib", "seconds")
-        }
-        low, high = interval(own)
-        counts = {name: own[0][name] for name in ("patches", "updates")}
-        summaries.append({"label": label, **counts, **means, "low": low, "high": high})
-    return summaries
-
-
-def markdown(summaries: Sequence[dict[str, Any]]) -> str:
-    """The table."""
-    lines = [
-        "| | patches | updates | accuracy, % [95 %] | step, MiB | time, s |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in summaries:
-        accuracy, low, high = (100 * row[name] for name in ("accuracy", "low", "high"))
-        lines.append(
-            f"| {row['label']} | {row['patches']} | {row['updates']} | "
-            f"{accuracy:.1f} [{low:.1f}, {high:.1f}] | {row['step_memory_mib']:.1f} | "
-            f"{row['seconds']:.1f} |"
+        yield Result(
+            method.label,
+            seed,
+            {"patches": grid.num_patches, "updates": steps * patchgd.updates_per_step},
+            accuracy=right / scale.validation,
+            examples=scale.validation,
+            loss=loss / scale.validation,
+            step_memory_mib=compiled.memory_analysis().temp_size_in_bytes / 2**20,
+            seconds=seconds,
+            images_per_s=scale.train / seconds,
+            images=scale.train,
+            code=told(code_identity()),
         )
-    return "\n".join(lines)
-
-
-def draw(summaries: Sequence[dict[str, Any]], quarter: float, path: Path) -> None:
-    """Accuracy against the memory of a step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    for row in summaries:
-        accuracy, low, high = (100 * row[name] for name in ("accuracy", "low", "high"))
-        errors = [[max(0, accuracy - low)], [max(0, high - accuracy)]]
-        axes.errorbar(
-            row["step_memory_mib"], accuracy, errors, fmt="o", capsize=3, label=row["label"]
-        )
-    axes.axhline(100 * quarter, color="grey", linestyle=":", label="counting in the first quarter")
-    axes.axhline(100 / CLASSES, color="grey", linestyle="--", label="chance")
-    axes.set(
-        xlabel="memory of the compiled training step (by XLA), MiB", ylabel="validation accuracy, %"
-    )
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def write(scale: str, rows: Sequence[dict[str, Any]], quarter: float, folder: Path) -> None:
-    """Writes `series.json`, `.csv`, `.md` and `.png`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    summaries = summarise(rows)
-    # First, because it says whether there are changes that no commit has.
-    figures = {"scale": scale, "counting_a_quarter": quarter, "rows": summaries, "runs": rows}
-    record("series", figures, folder)
-    with (folder / "series.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    text = f"""# series, scale {scale}
-
-{markdown(summaries)}
-
-Accuracy: mean over {SEEDS} seeds at the end of training, and its 95 % bootstrap interval over seeds
-and validation series. Step: memory of the compiled training step by XLA. Time: of training, without
-compiling. Counting without error in the first quarter of each series: {100 * quarter:.1f} %;
-chance: {100 / CLASSES:.0f} %.
-"""
-    (folder / "series.md").write_text(text, encoding="utf-8")
-    print(text)
-    draw(summaries, quarter, folder / "series.png")
 
 
 def main() -> None:
@@ -290,6 +199,7 @@ def main() -> None:
     options = parser.parse_args()
     scale = SCALES[options.scale]
     default = RESULTS if options.scale == "cpu" else Path("runs") / f"series-{options.scale}"
+    use_compilation_cache()
     if options.scale == "smoke":
         # Nearly all of its time goes into compiling.
         jax.config.update("jax_disable_most_optimizations", True)
@@ -297,13 +207,21 @@ def main() -> None:
         make_samples(count, length=scale.length, tone=scale.tone, seed=seed)
         for seed, count in enumerate((scale.train, scale.validation))
     )
-    rows = []
+    results = []
     for method in METHODS:
-        for row in compare(method, scale, training, validation):
-            accuracy, seconds = 100 * row["accuracy"], row["seconds"]
-            print(f"{method.label}, seed {row['seed']}: {accuracy:.1f} %, {seconds:.1f} s")
-            rows.append(row)
-    write(options.scale, rows, counting_a_quarter(validation), options.out or default)
+        for result in compare(method, scale, training, validation):
+            print(f"{method.label}, seed {result.seed}: {result.told()}", flush=True)
+            results.append(result)
+    # What it takes the other three quarters to know.
+    counted = Result(
+        "counting in the first quarter",
+        seed=0,
+        accuracy=counting_a_quarter(validation),
+        examples=scale.validation,
+    )
+    out = options.out or default
+    out.mkdir(parents=True, exist_ok=True)
+    print(write_report("series", options.scale, [*results, counted], accuracy_against_memory, out))
 
 
 if __name__ == "__main__":

@@ -314,8 +314,8 @@ def test_the_experiment_runs(tmp_path):
     assert process.returncode == 0, process.stderr
     with (tmp_path / "series.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 6 * 3
-    losses = {(row["label"], row["seed"]): float(row["training_loss"]) for row in rows}
+    assert len(rows) == 6 * 3 + 1
+    losses = {(row["label"], row["seed"]): float(row["loss"] or "nan") for row in rows}
     for seed in "012":
         np.testing.assert_allclose(losses["exact", seed], losses["full", seed], rtol=1e-5)
     assert "| exact |" in (tmp_path / "series.md").read_text()
