@@ -137,7 +137,9 @@ def compare(
     """Trains a contender with each seed, by one compiled step; yields the figures of each."""
     length = scale.length // method.shrink
     grid = pgd.SeriesGrid(length, scale.chunk if method.chunks else length)
-    patchgd = pgd.PatchGDConfig(mode=method.mode, fraction=FRACTION)
+    # Mode exact encodes as many chunks at a time as the others sample.
+    chunk = max(1, round(FRACTION * grid.num_patches))
+    patchgd = pgd.PatchGDConfig(mode=method.mode, fraction=FRACTION, fill_chunk=chunk)
     model = pgd.from_linen(
         Encoder(scale.width), AttentionHead(CLASSES), grid=grid, channels=1, std=NOISE
     )
@@ -150,7 +152,7 @@ def compare(
     )
     init = jax.jit(partial(pgd.init_state, model=model, optimizer=optimizer))
     step = partial(pgd.train_step, model=model, optimizer=optimizer, grid=grid, patchgd=patchgd)
-    evaluate = jax.jit(partial(pgd.eval_step, model=model, grid=grid, fill_chunk=4))
+    evaluate = jax.jit(partial(pgd.eval_step, model=model, grid=grid, fill_chunk=chunk))
     training, validation = (
         samples._replace(series=samples.series.reshape(-1, length, method.shrink, 1).mean(2))
         for samples in (training, validation)

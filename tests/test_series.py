@@ -97,10 +97,10 @@ def test_mask_is_the_grid_that_a_shorter_series_has_alone(length, patch, stride)
 
 
 def test_ids_out_of_range_are_clipped():
-    grid = SeriesGrid(8, 4)
-    series = np.arange(8.0, dtype=np.float32).reshape(1, 8, 1)
-    got = grid.take(series, jnp.array([[99, -5]]))
-    np.testing.assert_array_equal(got, grid.take(series, jnp.array([[1, 0]])))
+    grid = SeriesGrid(10, 4)
+    series = np.arange(10.0, dtype=np.float32).reshape(1, 10, 1)
+    got = grid.take(series, jnp.array([[99, -1]]))
+    np.testing.assert_array_equal(got, grid.take(series, jnp.array([[2, 0]])))
 
 
 @pytest.mark.parametrize(
