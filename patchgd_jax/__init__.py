@@ -24,6 +24,7 @@ from patchgd_jax.errors import Interrupted as Interrupted
 from patchgd_jax.errors import PatchGDError as PatchGDError
 from patchgd_jax.grid import Grid as Grid
 from patchgd_jax.grid import PatchGrid as PatchGrid
+from patchgd_jax.grid import SeriesGrid as SeriesGrid
 from patchgd_jax.grid import WholeImage as WholeImage
 from patchgd_jax.latents import fill as fill
 from patchgd_jax.models import ENCODERS as ENCODERS

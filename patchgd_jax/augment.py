@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from patchgd_jax.config import AugmentConfig
+from patchgd_jax.errors import ConfigError
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 """Patches `[B, k, p, p, C]` and their numbers `int [B, k]` to changed patches of that shape."""
@@ -50,7 +51,15 @@ def augment_patches(
 
     Returns:
         Patches of that shape: of that dtype for flips and turns alone, else float in [0, 1].
+
+    Raises:
+        ConfigError: if the patches are not of images.
     """
+    if patches.ndim != 5:
+        raise ConfigError(
+            f"augmentation is for patches of images, [B, k, p, p, C]; these are "
+            f"{list(patches.shape)}; leave it out"
+        )
 
     def one(patch: jax.Array, image: jax.Array, number: jax.Array) -> jax.Array:
         place, colour = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, image), number))

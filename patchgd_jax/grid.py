@@ -49,6 +49,60 @@ class Grid(Protocol):
         ...
 
 
+def _windows(length: int, patch: int, stride: int) -> int:
+    """Windows along an axis; one shorter than a window has one."""
+    return max(0, -(-(length - patch) // stride)) + 1
+
+
+def _covered(length: int, patch: int, stride: int) -> int:
+    """How far the windows along an axis reach, at least its length."""
+    return (_windows(length, patch, stride) - 1) * stride + patch
+
+
+def _used(length: int, patch: int, stride: int, lengths: jax.Array) -> jax.Array:
+    """Which windows examples of lengths `int [B, 1]` along an axis have: `bool [B, n]`."""
+    number = jnp.arange(_windows(length, patch, stride))
+    # As many windows as a grid of that length alone has: the last one may be padded.
+    return (number == 0) | ((number - 1) * stride < lengths - patch)
+
+
+def _window(
+    array: jax.Array, starts: tuple[jax.Array, ...], patch: int, stride: int, outside: float
+) -> jax.Array:
+    """A window of an array `[*lengths, C]`: `patch` long along each axis but the last.
+
+    `starts` are of the window's first element along each of these axes, and `outside` is the value
+    beyond the array.
+    """
+    lengths = array.shape[:-1]
+    size = (*[patch] * len(lengths), array.shape[-1])
+    window = lax.dynamic_slice(array, (*starts, jnp.zeros_like(starts[0])), size)
+    # A slice that would leave the array is moved back inside by dynamic_slice. Undoing the move
+    # costs one patch; padding the array instead would cost a second array.
+    for axis, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        if _covered(length, patch, stride) == length:
+            continue
+        place = start + jnp.arange(patch)
+        moved = jnp.minimum(start, length - patch)
+        window = jnp.take(window, place - moved, axis=axis, mode="clip")
+        shape = [1] * array.ndim
+        shape[axis] = patch
+        inside = (place < length).reshape(shape)
+        window = jnp.where(inside, window, jnp.asarray(outside, array.dtype))
+    return window
+
+
+def _cut(
+    arrays: jax.Array, starts: tuple[jax.Array, ...], patch: int, stride: int, outside: float
+) -> jax.Array:
+    """Windows of a batch `[B, *lengths, C]` whose `starts` are `int [B, k]`, one for each axis."""
+
+    def one(array: jax.Array, starts: tuple[jax.Array, ...]) -> jax.Array:
+        return _window(array, starts, patch, stride, outside)
+
+    return jax.vmap(jax.vmap(one, (None, 0)))(arrays, starts)
+
+
 @dataclass(frozen=True)
 class WholeImage:
     """The grid of one patch that is the whole image, of any shape: how a plain network sees it.
@@ -134,7 +188,7 @@ class PatchGrid:
 
     def windows(self, length: int) -> int:
         """Patches along a side of so many pixels; an image smaller than a patch has one."""
-        return max(0, -(-(length - self.patch) // self.stride)) + 1
+        return _windows(length, self.patch, self.stride)
 
     @property
     def rows(self) -> int:
@@ -159,12 +213,12 @@ class PatchGrid:
     @property
     def padded_height(self) -> int:
         """Height that the windows cover, at least `height`."""
-        return (self.rows - 1) * self.stride + self.patch
+        return _covered(self.height, self.patch, self.stride)
 
     @property
     def padded_width(self) -> int:
         """Width that the windows cover, at least `width`."""
-        return (self.cols - 1) * self.stride + self.patch
+        return _covered(self.width, self.patch, self.stride)
 
     def mask(self, sizes: jax.Array) -> jax.Array:
         """Which patches belong to the grid of an image that is smaller than this one's.
@@ -175,13 +229,8 @@ class PatchGrid:
         Returns:
             `bool [B, rows, cols]`, True for the patches that the image would have alone.
         """
-
-        def used(number: jax.Array, length: jax.Array) -> jax.Array:
-            # As many windows as a grid of that length alone has: the last one may be padded.
-            return (number == 0) | ((number - 1) * self.stride < length - self.patch)
-
-        row_used = used(jnp.arange(self.rows), sizes[:, :1])
-        col_used = used(jnp.arange(self.cols), sizes[:, 1:])
+        row_used = _used(self.height, self.patch, self.stride, sizes[:, :1])
+        col_used = _used(self.width, self.patch, self.stride, sizes[:, 1:])
         return row_used[:, :, None] & col_used[:, None, :]
 
     def take(self, images: jax.Array, ids: jax.Array) -> jax.Array:
@@ -201,31 +250,97 @@ class PatchGrid:
             )
         ids = jnp.clip(ids, 0, self.num_patches - 1)
 
-        def one(image: jax.Array, patch_id: jax.Array) -> jax.Array:
-            return self._window(
-                image, (patch_id // self.cols) * self.stride, (patch_id % self.cols) * self.stride
+        floats = jnp.issubdtype(images.dtype, jnp.floating)
+        outside = self.background / 255 if floats else self.background
+        starts = ((ids // self.cols) * self.stride, (ids % self.cols) * self.stride)
+        return _cut(images, starts, self.patch, self.stride, outside)
+
+
+@dataclass(frozen=True)
+class SeriesGrid:
+    """Windows of one length and stride over a series, numbered in order: the grid in one dimension.
+
+    Patch `i` begins at step `i * stride`, and stands in row 0 and column `i` of Z. A series that
+    the windows do not tile is continued with zeros, so every step is in at least one patch.
+
+    The grid is hashable and holds no arrays: it is a static argument of the jitted step.
+
+    Args:
+        length: steps of a series; with `patch` as long, its only patch is the whole series.
+        patch: steps of a patch.
+        stride: steps between the beginnings of neighbouring patches, at most `patch`; 0, the
+            default, becomes `patch`.
+
+    Raises:
+        ConfigError: if the patch is longer than the series, or the stride longer than the patch.
+    """
+
+    length: int
+    patch: int
+    stride: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stride == 0:
+            object.__setattr__(self, "stride", self.patch)
+        if self.patch < 1 or not 1 <= self.stride <= self.patch:
+            raise ConfigError(
+                f"patch length {self.patch} and stride {self.stride}: the stride must be between "
+                "1 and the patch length"
+            )
+        if self.patch > self.length:
+            raise ConfigError(
+                f"patch length {self.patch} is longer than the series ({self.length} steps); use a "
+                "shorter patch or longer series"
             )
 
-        return jax.vmap(lambda image, row: jax.vmap(lambda i: one(image, i))(row))(images, ids)
+    @property
+    def rows(self) -> int:
+        """Rows of Z: 1."""
+        return 1
 
-    def _window(self, image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
-        side = (self.patch, self.patch, image.shape[-1])
-        window = lax.dynamic_slice(image, (y, x, jnp.zeros_like(y)), side)
-        # A slice that would leave the image is moved back inside by dynamic_slice. Undoing the
-        # move costs one patch; padding the image instead would cost a second image.
-        for axis, start, length, padded in (
-            (0, y, self.height, self.padded_height),
-            (1, x, self.width, self.padded_width),
-        ):
-            if padded == length:
-                continue
-            pixel = start + jnp.arange(self.patch)
-            moved = jnp.minimum(start, length - self.patch)
-            window = jnp.take(window, pixel - moved, axis=axis, mode="clip")
-            shape = [1, 1, 1]
-            shape[axis] = self.patch
-            floats = jnp.issubdtype(image.dtype, jnp.floating)
-            value = self.background / 255 if floats else self.background
-            inside = (pixel < length).reshape(shape)
-            window = jnp.where(inside, window, jnp.asarray(value, image.dtype))
-        return window
+    @property
+    def cols(self) -> int:
+        """Columns of Z: N."""
+        return _windows(self.length, self.patch, self.stride)
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.cols
+
+    @property
+    def patch_shape(self) -> tuple[int, ...]:
+        """Steps of a patch."""
+        return (self.patch,)
+
+    def mask(self, sizes: jax.Array) -> jax.Array:
+        """Which patches belong to the grid of a series that is shorter than this one's.
+
+        Args:
+            sizes: `int [B, 1]`, the true number of steps of each series inside the array.
+
+        Returns:
+            `bool [B, 1, N]`, True for the patches that the series would have alone.
+        """
+        return _used(self.length, self.patch, self.stride, sizes)[:, None, :]
+
+    def take(self, images: jax.Array, ids: jax.Array) -> jax.Array:
+        """Cuts patches out of a batch of series.
+
+        Args:
+            images: the series, `[B, length, C]`, any dtype.
+            ids: `int [B, k]`, patch numbers; those outside `0..N-1` are clipped into it.
+
+        Returns:
+            `[B, k, patch, C]`, of the series' dtype.
+
+        Raises:
+            ConfigError: if the series are not of the grid's length, or not `[B, length, C]`.
+        """
+        if images.ndim != 3 or images.shape[1] != self.length:
+            raise ConfigError(
+                f"the series are {list(images.shape)}, but the grid is for series of {self.length} "
+                f"steps: [B, {self.length}, C]"
+            )
+        ids = jnp.clip(ids, 0, self.num_patches - 1)
+        return _cut(images, (ids * self.stride,), self.patch, self.stride, 0)

@@ -136,7 +136,7 @@ def from_linen(
 
     Args:
         encoder: called as `encoder(patches, train=...)`, and with `mask=` if it takes one;
-            `float [M, p, p, C]` to `[M, D]`.
+            `float [M, *grid.patch_shape, C]` to `[M, D]`.
         head: called as `head(z, mask, train=...)`; `float [B, rows, cols, D]` to `[B, classes]`.
             It may sow `attention`, `[B, rows, cols]`, into `intermediates`; see `attention_map`.
         grid: gives the shapes that the parameters are made for.
