@@ -16,7 +16,7 @@ from patchgd_jax.errors import ConfigError, DeviceError
 from patchgd_jax.execution import Setup
 from patchgd_jax.grid import Grid, PatchGrid, WholeImage
 from patchgd_jax.methods import WHOLE_IMAGE, make_method, method_model
-from patchgd_jax.models import build_encoder, build_model, encoder_norm, head_entry
+from patchgd_jax.models import build_encoder, build_model, encoder_norm, head_entry, map_side
 from patchgd_jax.models.depth import Layers, encoder_layers
 from patchgd_jax.optimizer import make_optimizer, with_average
 from patchgd_jax.patch_model import Parts, PatchModel, Tree, split_frozen
@@ -67,7 +67,7 @@ def training_grids(config: TrainConfig, data: RunData) -> tuple[Grid, ...]:
     for grid, slots in zip(grids, data.slots, strict=True):
         if samples:
             group_size(slots or grid.num_patches, config.patchgd.num_inner_steps)
-    head = method_model(config).head
+    head = method_model(config.method, config.model).head
     if len({(grid.rows, grid.cols) for grid in grids}) > 1 and head_entry(head).fixed_grid:
         raise ConfigError(
             f"the head {head} takes one grid of patches, but these images have "
@@ -92,7 +92,7 @@ def make_model(config: TrainConfig, grid: Grid, preprocess: Preprocess) -> Patch
             "statistics taken chunk by chunk are not those of the whole image"
         )
     model = build_model(
-        method_model(config),
+        method_model(config.method, config.model),
         grid=grid,
         channels=config.data.num_channels,
         classes=make_run_task(config, len(preprocess.class_names)).num_outputs(
@@ -100,26 +100,13 @@ def make_model(config: TrainConfig, grid: Grid, preprocess: Preprocess) -> Patch
         ),
         mean=preprocess.mean,
         std=preprocess.std,
-        window=_window(config) if config.method == "fully-conv" else None,
+        window=map_side(config.model, config.patchgd.patch, config.data.num_channels)
+        if config.method == "fully-conv"
+        else None,
     )
     if config.method == "ips":
         _require_attention(model, grid, config.model.latent_dim)
     return model
-
-
-def _window(config: TrainConfig) -> int:
-    """The side of what the encoder's last map has of a patch.
-
-    Raises:
-        ConfigError: if the encoder is not convolutional.
-    """
-    patch = config.patchgd.patch
-    encoder = build_encoder(config.model, patch, window=1)
-    patches = jax.ShapeDtypeStruct((1, patch, patch, config.data.num_channels), "float32")
-    latents, _ = jax.eval_shape(
-        partial(encoder.init_with_output, train=False), jax.random.key(0), patches
-    )
-    return int(latents.shape[1])
 
 
 def _require_attention(model: PatchModel, grid: Grid, width: int) -> None:
@@ -209,7 +196,7 @@ def make_setup(
     return Setup(
         config=config,
         data=data,
-        method=make_method(config),
+        method=make_method(config.method, config.baseline, config.patchgd),
         grids=grids,
         models=tuple(make_model(config, grid, preprocess) for grid in grids),
         optimizer=make_run_optimizer(config, len(data.train))

@@ -87,7 +87,9 @@ class TrainedModel:
         model = make_model(self.config, grid, self.preprocess)
         return jax.jit(
             partial(
-                make_method(self.config).eval_step,
+                make_method(
+                    self.config.method, self.config.baseline, self.config.patchgd
+                ).eval_step,
                 model=model,
                 grid=grid,
                 fill_chunk=self.config.patchgd.fill_chunk,
@@ -192,7 +194,7 @@ class TrainedModel:
         except ConfigError as error:
             raise DataError(f"image {path}: {error}") from error
         trained = (self._grid.rows, self._grid.cols)
-        head = method_model(self.config).head
+        head = method_model(self.config.method, self.config.model).head
         if head_entry(head).fixed_grid and (grid.rows, grid.cols) != trained:
             raise ConfigError(
                 f"image {path} gives a grid of {grid.rows} x {grid.cols} patches, but the head "

@@ -59,6 +59,10 @@ def toy_parts(grid, seed=0):
     return params, toy_model(params), toy_batch(seed, grid)
 
 
+def method_of(config):
+    return make_method(config.method, config.baseline, config.patchgd)
+
+
 def cross_entropy(logits, labels):
     logits = logits - logits.max(-1, keepdims=True)
     log_p = logits - jnp.log(jnp.exp(logits).sum(-1, keepdims=True))
@@ -103,7 +107,7 @@ def test_a_patchwise_step_sums_its_groups(float64):
     optimizer = recording_sgd(0.1)
     state = init_state(KEY, model=model, optimizer=optimizer)
     step = partial(
-        make_method(config).train_step,
+        method_of(config).train_step,
         model=model, optimizer=optimizer, grid=grid, patchgd=config.patchgd,
     )  # fmt: skip
     new, metrics = jax.jit(step)(state, batch, KEY)
@@ -150,7 +154,7 @@ def test_whole_image_is_plain_training(float64):
     config = settled_method(TrainConfig(method="gd"))
     optimizer = recording_sgd(0.1)
     state = init_state(KEY, model=model, optimizer=optimizer)._replace(params=params)
-    new, _ = make_method(config).train_step(
+    new, _ = method_of(config).train_step(
         state, batch, KEY, model=model, optimizer=optimizer, grid=grid, patchgd=config.patchgd
     )
     encoder = build_encoder(model_config, 16)
@@ -334,7 +338,7 @@ def test_ips_selects_by_attention_and_trains_nothing_else():
     config = settled_method(TrainConfig(method="ips", baseline=BaselineConfig(top_patches=3)))
     optimizer = recording_sgd(0.1)
     state = init_state(KEY, model=model, optimizer=optimizer)._replace(params=params)
-    method = make_method(config)
+    method = method_of(config)
     new, _ = method.train_step(
         state, batch, KEY, model=model, optimizer=optimizer, grid=grid, patchgd=config.patchgd
     )
@@ -379,7 +383,7 @@ def test_mil_is_the_heads_part_of_the_gradient(float64):
     optimizer = recording_sgd(0.1)
     entries = frozenset(params["encoder"])
     state = init_state(KEY, model=model, optimizer=optimizer, frozen=entries)
-    new, _ = make_method(config).train_step(
+    new, _ = method_of(config).train_step(
         state, batch, KEY, model=model, optimizer=optimizer, grid=grid, patchgd=config.patchgd,
         frozen=entries,
     )  # fmt: skip
@@ -400,7 +404,7 @@ def one_update_on_features(config, model, grid, state, batch, params):
         params, {"encoder": {}, "head": {}}, batch["image"], KEY, model=model, grid=grid,
         ids=chunked_ids(grid, 4, 2),
     )  # fmt: skip
-    new, _ = make_method(config).train_step(
+    new, _ = method_of(config).train_step(
         state, {"z": z, "label": batch["label"]}, KEY, model=model, optimizer=recording_sgd(0.1),
         grid=grid, patchgd=config.patchgd, frozen=frozenset(params["encoder"]),
     )  # fmt: skip

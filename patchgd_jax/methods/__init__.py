@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 
-from patchgd_jax.config import ModelConfig, TrainConfig
+from patchgd_jax.config import BaselineConfig, MethodName, ModelConfig, PatchGDConfig, TrainConfig
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.methods.base import Method, one_update
 from patchgd_jax.methods.fully_conv import fully_conv_eval, fully_conv_gradient
@@ -19,7 +19,14 @@ from patchgd_jax.methods.mil import FEATURES, mil_gradient
 from patchgd_jax.methods.patchwise import patchwise_eval, patchwise_step
 from patchgd_jax.step import eval_step, train_step
 
-__all__ = ["FEATURES", "Method", "make_method", "method_model", "settled_method"]
+__all__ = [
+    "FEATURES",
+    "WHOLE_IMAGE",
+    "Method",
+    "make_method",
+    "method_model",
+    "settled_method",
+]
 
 WHOLE_IMAGE = frozenset({"gd", "gd-extended", "downscale", "fully-conv"})
 """Methods whose encoder sees the whole image at once."""
@@ -82,32 +89,28 @@ def _shrunk(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(data, size=(height, width)))
 
 
-def method_model(config: TrainConfig) -> ModelConfig:
-    """The settings of the model that the method trains."""
-    if config.method in _NO_Z:
-        return dataclasses.replace(config.model, head="linear", dropout=None)
-    return config.model
+def method_model(method: MethodName, model: ModelConfig) -> ModelConfig:
+    """The settings of the model that a method trains: without Z, a dense layer is the head."""
+    return dataclasses.replace(model, head="linear", dropout=None) if method in _NO_Z else model
 
 
-def make_method(config: TrainConfig) -> Method:
-    """The steps of a run's method; its settings must be settled."""
-    baseline = config.baseline
-    if config.method == "patchwise":
+def make_method(method: MethodName, baseline: BaselineConfig, patchgd: PatchGDConfig) -> Method:
+    """The steps of a method; see `settled_method` for what its `patchgd` must be."""
+    if method == "patchwise":
         return Method(
             partial(patchwise_step, pooling=baseline.pooling),
             partial(patchwise_eval, pooling=baseline.pooling),
         )
-    if config.method == "fully-conv":
+    if method == "fully-conv":
         gradient = partial(
             fully_conv_gradient, positions=baseline.positions, pooling=baseline.pooling
         )
         return Method(one_update(gradient), partial(fully_conv_eval, pooling=baseline.pooling))
-    if config.method == "mil":
+    if method == "mil":
         return Method(one_update(mil_gradient), eval_step)
-    if config.method == "ips":
-        count = partial(
-            selected, top=baseline.top_patches, inner_steps=config.patchgd.num_inner_steps
-        )
+    if method == "ips":
+        inner_steps = patchgd.num_inner_steps
+        count = partial(selected, top=baseline.top_patches, inner_steps=inner_steps)
         return Method(
             one_update(partial(ips_gradient, count=count)), partial(ips_eval, count=count)
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -224,6 +225,19 @@ def build_encoder(config: ModelConfig, patch: int, window: int | None = None) ->
             )
         options["window"] = window
     return entry.build(latent_dim=config.latent_dim, **options)
+
+
+def map_side(config: ModelConfig, patch: int, channels: int) -> int:
+    """The side of the last map that the encoder has of a patch: the `window` of its mean.
+
+    Raises:
+        ConfigError: if the encoder is not convolutional, or as `build_encoder`.
+    """
+    encoder = build_encoder(config, patch, window=1)
+    patches = jax.ShapeDtypeStruct((1, patch, patch, channels), jnp.float32)
+    init = partial(encoder.init_with_output, train=False)
+    latents, _ = jax.eval_shape(init, jax.random.key(0), patches)
+    return int(latents.shape[1])
 
 
 def head_entry(name: str) -> HeadEntry:
