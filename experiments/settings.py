@@ -158,7 +158,7 @@ def published(encoder: str) -> TrainConfig:
 
 
 def published_rows(config: TrainConfig, methods: tuple[MethodName, ...] = COMPARED) -> list[Row]:
-    """Every method with the largest batch, up to the config's, that each budget has room for."""
+    """Every method with the largest batch that each budget has room for."""
     return [
         Row(
             f"{method}, {budget}",
