@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 from measure import measure
@@ -34,7 +37,21 @@ def work(folder: Path) -> None:
         train(config, trained, progress=progress, budget=wanted["budget"])
 
 
+def stop_without_runner() -> None:
+    """Stops this process as SIGTERM does, after saving, once the runner has gone.
+
+    Standard input is a pipe that nothing is written to; it ends with the runner, however that ends.
+    """
+
+    def wait() -> None:
+        os.read(sys.stdin.fileno(), 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":
+    stop_without_runner()
     try:
         work(Path(sys.argv[1]))
     except PatchGDError as error:

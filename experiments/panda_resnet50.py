@@ -19,12 +19,13 @@ from runs import Row, Scale
 from settings import IMAGENET, changed, published_rows
 
 from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig, get_preset
-from patchgd_jax.config import BaselineConfig
+from patchgd_jax.config import BaselineConfig, SplitConfig
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from tiny_panda import make_tiny_panda
 
-SLIDES = {"smoke": 6, "cpu": 70}
+SLIDES = {"smoke": 14, "cpu": 105}
+FOLDS = {"smoke": 2, "cpu": 3}
 SIDES = {"smoke": (64,), "cpu": (256, 512), "paper": (512, 2048, 4096)}
 FRACTION = {512: 0.3, 2048: 0.1, 4096: 0.1}
 """The papers' sampling fraction at each side."""
@@ -33,7 +34,9 @@ FRACTION = {512: 0.3, 2048: 0.1, 4096: 0.1}
 def small(scale: Scale, side: int, slides: Path) -> TrainConfig:
     """PatchGD with a small CNN."""
     return TrainConfig(
-        data=DataConfig(panda=str(slides), size=(side, side)),
+        data=DataConfig(
+            panda=str(slides), size=(side, side), split=SplitConfig(folds=FOLDS[scale])
+        ),
         model=ModelConfig(norm="group", latent_dim=32),
         patchgd=PatchGDConfig(patch=min(64, side // 2), fraction=0.25),
         batch_size=4,

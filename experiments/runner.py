@@ -130,8 +130,8 @@ def _locked(out: Path) -> Iterator[int]:
     """Keeps a second runner out of a folder.
 
     Yields:
-        A descriptor that holds the lock. A child that has it, too, keeps the lock if this process
-        is killed before it.
+        A descriptor that holds the lock. A child that has it, too, keeps the lock while it saves,
+        if this process is killed before it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def _in_process(run: Run, scale: Scale, lock: int, stop: StopRequest) -> int:
         # the second one ends it without saving.
         process = subprocess.Popen(
             [sys.executable, str(_CHILD), str(run.folder)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=errors,
             env=environment,

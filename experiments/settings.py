@@ -35,7 +35,7 @@ class DigitSums:
     train_images: int = 3200
     val_images: int = 500
     batch: int = 32
-    pretraining_images: int = 8192
+    pretraining_images: int = 24_576
     encoder: str = "small-cnn"
     norm: Literal["group", "batch"] = "group"
     latent_dim: int = 64
@@ -158,7 +158,7 @@ def published(encoder: str) -> TrainConfig:
 
 
 def published_rows(config: TrainConfig, methods: tuple[MethodName, ...] = COMPARED) -> list[Row]:
-    """Every method with the largest batch, up to the config's, that each budget has room for."""
+    """Every method with the largest batch that each budget has room for."""
     return [
         Row(
             f"{method}, {budget}",
