@@ -15,11 +15,13 @@ from flax import linen as nn
 from toy import max_relative, recording_sgd, toy_batch, toy_model, toy_params
 
 from patchgd_jax import (
+    ENCODERS,
     AugmentConfig,
     BaselineConfig,
     ConfigError,
     DataConfig,
     ModelConfig,
+    OptimizerConfig,
     PatchGDConfig,
     PatchGrid,
     TaskConfig,
@@ -30,6 +32,7 @@ from patchgd_jax import (
     fill,
     from_linen,
     init_state,
+    register_encoder,
     train_step,
 )
 from patchgd_jax.checkpoint import Checkpoints
@@ -42,6 +45,8 @@ from patchgd_jax.methods.base import one_update
 from patchgd_jax.methods.fully_conv import fully_conv_gradient
 from patchgd_jax.methods.ips import only, select_patches
 from patchgd_jax.methods.patchwise import patchwise_eval, patchwise_gradient
+from patchgd_jax.models import map_side
+from patchgd_jax.models.conv import stem_side
 from patchgd_jax.models.pool import max_pool, mean_pool
 from patchgd_jax.predict import TrainedModel
 from patchgd_jax.tasks import SINGLE_LABEL
@@ -254,7 +259,7 @@ def test_sampled_positions_are_patchwise_on_those_patches(float64):
     assert max_relative(once.grads, each.grads) < 1e-11
 
 
-@pytest.mark.parametrize("encoder", ["small-cnn", "resnet18", "convnext-v2-atto"])
+@pytest.mark.parametrize("encoder", ["small-cnn", "resnet18"])
 def test_shipped_encoders_as_fully_convolutional_networks(encoder):
     """On an image that is one patch there is one position, and its latent is the patch's."""
     config = ModelConfig(encoder=encoder, latent_dim=3)
@@ -441,23 +446,21 @@ def test_one_update_is_the_steps_own(float64):
     ("encoder", "stride"),
     [("small-cnn", 8), ("resnet18", 8), ("mobilenet-v2", 4), ("convnext-v2-atto", 8)],
 )
-def test_a_large_stride_makes_the_map_smaller_and_sees_every_pixel(encoder, stride):
+def test_a_large_stride_makes_the_map_smaller(encoder, stride):
     # Wide enough that a coarse map still has a pixel for each of the later strides.
     side = 16 * stride
-    image = jax.random.uniform(KEY, (1, side, side, 1))
-
-    def network(**options):
-        return build_encoder(ModelConfig(encoder=encoder, latent_dim=2, **options), side, 1)
-
-    def entries(encoder):
-        latents, _ = jax.eval_shape(partial(encoder.init_with_output, train=False), KEY, image)
-        return latents.shape[1]
-
+    config = ModelConfig(encoder=encoder, latent_dim=2)
     usual = 4 if encoder in ("small-cnn", "convnext-v2-atto") else 2
-    coarse = network(stem_stride=stride)
-    assert entries(coarse) == entries(network()) * usual // stride
-    variables = coarse.init(KEY, image, train=False)
-    slope = jax.grad(lambda image: coarse.apply(variables, image, train=False).std())(image)
+    coarse = map_side(dataclasses.replace(config, stem_stride=stride), side, 1)
+    assert coarse == map_side(config, side, 1) * usual // stride
+
+
+def test_a_large_stride_passes_over_no_pixel():
+    assert [stem_side(7, stride) for stride in (2, 4, 7, 8, 16)] == [7, 7, 7, 9, 17]
+    network = build_encoder(ModelConfig(latent_dim=2, stem_stride=8), 32, 1)
+    image = jax.random.uniform(KEY, (1, 32, 32, 1))
+    variables = network.init(KEY, image, train=False)
+    slope = jax.grad(lambda image: network.apply(variables, image, train=False).std())(image)
     assert (np.asarray(slope) != 0).mean() > 0.95
 
 
@@ -468,12 +471,35 @@ def test_a_stem_that_is_none():
 
 # The training loop
 
+
+class Tiny(nn.Module):
+    """A convolution and a dense layer, which compile fast."""
+
+    latent_dim: int
+    window: int | None = None
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        """Maps `[M, H, W, C]` to `[M, latent_dim]`."""
+        x = nn.relu(nn.Conv(8, (4, 4), (4, 4), "VALID")(x))
+        x = jnp.concatenate([mean_pool(x, self.window), max_pool(x, self.window)], -1)
+        return nn.Dense(self.latent_dim)(x)
+
+
+@pytest.fixture
+def tiny_encoder(monkeypatch):
+    """The encoder `tiny`, as a user registers one."""
+    monkeypatch.setattr("patchgd_jax.models.ENCODERS", dict(ENCODERS))
+    register_encoder("tiny", Tiny)
+
+
 BASE = TrainConfig(
     data=DataConfig(
         digits="font", size=(32, 32), digit_count=1, label_share=1.0, object_ratio=(0.8, 1.0),
         train_size=16, val_size=5,
     ),
-    model=ModelConfig(latent_dim=8, norm="group"),
+    model=ModelConfig(encoder="tiny", latent_dim=8),
+    optimizer=OptimizerConfig(learning_rate=1e-2),
     patchgd=PatchGDConfig(patch=16, fraction=0.5),
     batch_size=8,
     eval_batch_size=4,
@@ -491,7 +517,7 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("method", BASELINES)
-def test_loss_falls_and_a_resumed_run_is_the_same(method, tmp_path):
+def test_loss_falls_and_a_resumed_run_is_the_same(method, tiny_encoder, tmp_path):
     config = run_of(method)
     summary = train(config, tmp_path / "straight")
     lines = [json.loads(li) for li in (tmp_path / "straight/metrics.jsonl").open()]
@@ -519,7 +545,7 @@ def test_loss_falls_and_a_resumed_run_is_the_same(method, tmp_path):
     assert sum(a.predict_files([image])[0]["probabilities"].values()) == pytest.approx(1)
 
 
-def test_mil_keeps_features_and_the_encoder(tmp_path, monkeypatch):
+def test_mil_keeps_features_and_the_encoder(tiny_encoder, tmp_path, monkeypatch):
     """From the second visit on nothing is encoded; the encoder is what it was."""
     from patchgd_jax.execution import FeatureExecution
 
@@ -615,12 +641,12 @@ def test_settings_that_a_method_cannot_have(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "ips", "model": ModelConfig(head="linear")}, "no attention"),
+        ({"method": "ips", "model": dataclasses.replace(BASE.model, head="linear")}, "no attention"),
         ({"method": "gd", "augment": AugmentConfig(turns=True),
           "data": dataclasses.replace(BASE.data, size=(32, 48))}, "cannot be turned"),
     ],
 )  # fmt: skip
-def test_what_shows_before_a_run_folder_is_made(changes, message, tmp_path):
+def test_what_shows_before_a_run_folder_is_made(changes, message, tiny_encoder, tmp_path):
     with pytest.raises(ConfigError, match=message):
         train(dataclasses.replace(BASE, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
