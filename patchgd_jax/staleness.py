@@ -89,8 +89,10 @@ def squared_change(
 def drift(changes: jax.Array) -> jax.Array:
     """The relative change `|new - old| / |old|` of an entry since it was last computed.
 
-    Whatever makes a patch's latent another one is in it: updates of the encoder, and also moving
-    batch statistics, dropout, and changes of a patch that are drawn anew (`augment.same_draw`).
+    Whatever makes a patch's latent another one is in it, not updates of the encoder alone: dropout,
+    changes of a patch that are drawn anew (`augment.same_draw` False), and batch statistics, which
+    are those of the group in an inner step, but the moving ones in a fill (unless `norm_policy` is
+    paper or frozen): then a drift of 1 says nothing about the updates.
 
     Args:
         changes: `float [J, 2]`, from `squared_change`.

@@ -43,6 +43,7 @@ from patchgd_jax.sharding import (
 KEY = jax.random.key(5)
 STEPS = 3
 SPLITS = [(d, p) for n in (1, 2, 4, 8) for d in (1, 2, 4, 8) for p in (1, 2, 4, 8) if d * p == n]
+COMPARED = ("loss", "grad_norm", "param_norm", "z_age", "z_drift")
 MODES = ("patchgd", "accumulate", "exact", "full")
 EVEN, ODD, SMALL = PatchGrid(16, 16, 4), PatchGrid(11, 17, 5, 3), PatchGrid(40, 56, 16, 12)
 
@@ -81,8 +82,8 @@ def differences(model, optimizer, grid, config, batch, splits, *, rules=(), **op
             "statistics": max_relative(state.model_state, wanted.model_state),
             "optimizer": max_relative(state.opt_state, wanted.opt_state),
             "metrics": max_relative(
-                {k: got[k] for k in ("loss", "grad_norm", "param_norm")},
-                {k: metrics[k] for k in ("loss", "grad_norm", "param_norm")},
+                {k: got[k] for k in COMPARED if k in metrics},
+                {k: metrics[k] for k in COMPARED if k in metrics},
             ),
         }
     return found
@@ -195,6 +196,9 @@ CASES = {
     "per image": partial(toy, ODD, TWO, sample_per="image", mode="patchgd", fraction=0.25),
     "epsilon": partial(toy, ODD, TWO, mode="patchgd", fraction=0.25, epsilon=2),
     "uniform": partial(toy, ODD, TWO, mode="patchgd", sampling="uniform"),
+    "importance": partial(
+        toy, ODD, [(2, 1), (8, 1)], mode="patchgd", sampling="uniform", importance="loss", strata=1
+    ),
     "remat": partial(toy, ODD, TWO, mode="full", remat=True),
     "weight": partial(toy, ODD, TWO, batch=weighted),
     "sizes": partial(toy, LARGE, TWO, batch=ragged, model=masked_toy, mode="patchgd"),

@@ -62,6 +62,20 @@ def test_train_fills_the_run_folder_and_says_where_it_is(run):
     assert (folder / "checkpoints" / "best.json").exists()
 
 
+def test_importance_sampling_trains_and_the_log_says_how_stale_z_was(command, tmp_path):
+    options = ["--patchgd.importance", "loss", "--patchgd.sampling", "uniform", "--epochs", 6,
+               "--optimizer.learning-rate", 0.003, "--eval-every", 48]  # fmt: skip
+    result = command("train", *MICRO, *options, "--run-dir", "chosen")
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in lines_of(tmp_path / "chosen") if line["kind"] == "train"]
+    losses = [line["loss"] for line in lines]
+    assert np.mean(losses[-8:]) < 0.6 * np.mean(losses[:8])
+    for line in lines:
+        # Two inner steps of one or two of four patches: two and other two, or one and the same.
+        assert 0.5 <= line["z_age"] <= 1.125
+        assert line["z_drift"] > 0
+
+
 def test_evaluate_reproduces_the_recorded_score(run, command):
     folder, _ = run
     result = command("evaluate", folder, "--json")
@@ -126,6 +140,10 @@ def bad(command, code, *words, arguments, **options):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (
+            ["train", "--patchgd.importance", "loss"],
+            ["patchgd.importance loss", "add --patchgd.sampling uniform"],
+        ),
         (["trian"], ["unknown command 'trian'; did you mean 'train'"]),
         (["train", "defalt"], ["unknown preset 'defalt'; did you mean 'default'"]),
         (["train", "--batchsize", 3], ["--batchsize", "--batch-size"]),

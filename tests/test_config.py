@@ -56,6 +56,19 @@ def test_an_unknown_preset_names_the_nearest():
         (lambda: PatchGDConfig(patch=16, stride=17), "patchgd.stride is 17"),
         (lambda: PatchGDConfig(inner_steps=0), "patchgd.inner_steps is 0"),
         (lambda: PatchGDConfig(fill_chunk=0), "patchgd.fill_chunk is 0"),
+        (
+            lambda: PatchGDConfig(importance="loss"),
+            "importance loss draws with replacement.*add --patchgd.sampling uniform",
+        ),
+        (
+            lambda: PatchGDConfig(importance="loss", sampling="uniform", mode="exact"),
+            "importance loss .*mode exact takes the gradient of all; use mode patchgd",
+        ),
+        (
+            lambda: PatchGDConfig(importance="staleness", sampling="uniform", strata=2),
+            "importance staleness .*strata 2 .*use strata 1",
+        ),
+        (lambda: PatchGDConfig(importance_mix=0), r"importance_mix is 0; it must be in \(0, 1\]"),
         (lambda: DataConfig(classes=28), "data.classes is 28"),
         (lambda: DataConfig(size=(0, 5)), r"data.size is \(0, 5\)"),
         (lambda: DataConfig(downscale=3), "data.downscale 3 does not divide"),
