@@ -115,7 +115,8 @@ def main() -> None:
     summary = {"settings": len(figures), "formula_within_15_percent": near}
     measured = [f for f in figures if "measured" in f]
     if measured:
-        known = Calibration(max(f["factor"] for f in measured), 24 * 2**20, True)
+        factor = max(f["factor"] for f in measured)
+        known = Calibration.of(jax.default_backend(), factor, measured=True)
         over = [known.expected(f["compiled"]) / f["measured"] for f in measured]
         summary |= {
             "measured": len(measured),
