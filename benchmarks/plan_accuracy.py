@@ -20,8 +20,10 @@ from record import RESULTS, record
 import patchgd_jax as pgd
 from patchgd_jax.compiling import use_compilation_cache
 from patchgd_jax.memory import (
+    Calibration,
     Formula,
     Line,
+    Measured,
     MeasureError,
     Method,
     PlanRequest,
@@ -29,7 +31,6 @@ from patchgd_jax.memory import (
     measure,
     step_of,
 )
-from patchgd_jax.memory.measure import Calibration
 
 PARTS = ("formula", "compiled", "measured", "lines")
 # Encoder, image side, patch, batch, method.
@@ -93,12 +94,11 @@ def figure_of(
     if "compiled" in redo:
         figure["compiled"] = compiled_step(encoder, side, batch, method)
     if "measured" not in redo:
-        return figure | {k: old[k] for k in ("measured", "factor", "error") if k in old}
+        return figure | {k: old[k] for k in ("measured", "error") if k in old}
     try:
-        run = measure(plan, method)
+        return figure | {"measured": measure(plan, method).peak}
     except MeasureError as error:
         return figure | {"error": str(error)}
-    return figure | {"measured": run.peak, "factor": run.factor}
 
 
 def summary(figures: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -106,8 +106,13 @@ def summary(figures: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[
     result: dict[str, Any] = {"settings": len(figures), "formula_within_15_percent": near}
     measured = [f for f in figures if "measured" in f]
     if measured:
-        factor = max(f["factor"] for f in measured)
-        known = Calibration.of(jax.default_backend(), factor, measured=True)
+        device = jax.devices()[0]
+        runs = [
+            Measured(f["measured"], f["compiled"], device.device_kind, device.platform)
+            for f in measured
+        ]
+        factor = max(run.factor for run in runs)
+        known = Calibration.of(device.platform, factor, measured=True)
         over = [known.expected(f["compiled"]) / f["measured"] for f in measured]
         result |= {
             "measured": len(measured),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import jax
 import pytest
@@ -43,6 +44,8 @@ from patchgd_jax.memory.report import _told_apart
 from patchgd_jax.plan_command import PlanOptions, make_plan, plan_command, train_arguments
 
 MIB = 2**20
+# By name, which in its package is the function's.
+MODULE = sys.modules["patchgd_jax.memory.measure"]
 
 
 def small(**changes) -> PlanRequest:
@@ -213,16 +216,16 @@ def test_a_step_that_does_not_run_is_one_message(monkeypatch):
 def test_calibration_is_its_own_inverse():
     known = Calibration(1.25, 100, 50, True)
     # Below what the C library keeps, at it, and above.
-    for compiled in (8, 48, 800):
+    for compiled in (8, 24, 800):
         assert known.within(known.expected(compiled)) == pytest.approx(compiled)
-    assert known.expected(8) == 100 + 10 + 8
+    assert known.expected(8) == 100 + 10 + 2 * 8
     assert known.expected(800) == 100 + 1000 + 50
     assert Measured(2**30, 2**30, "x", "gpu").factor == 1
 
 
 @pytest.mark.parametrize("compiled", [2**20, 2**30])
 def test_a_factor_is_what_gives_the_measured_peak(compiled):
-    measured = Measured(3 * compiled + 24 * MIB, compiled, "x", "cpu")
+    measured = Measured(4 * compiled + 24 * MIB, compiled, "x", "cpu")
     known = Calibration.of("cpu", measured.factor, measured=True)
     assert known.expected(compiled) == pytest.approx(measured.peak, abs=1)
 
@@ -249,8 +252,8 @@ def test_the_larger_factor_of_two_sizes_is_kept(larger, tmp_path, monkeypatch):
         excess = 2 if request.batch == larger else 1
         return Measured((1 + excess) * 2**30, 2**30, "cpu", "cpu")
 
-    monkeypatch.setattr("patchgd_jax.memory.measure.measure", fake)
-    monkeypatch.setattr("patchgd_jax.memory.measure.free_memory", lambda device: (2**40, ""))
+    monkeypatch.setattr(MODULE, "measure", fake)
+    monkeypatch.setattr(MODULE, "free_memory", lambda device: (2**40, ""))
     measured = calibrate(small(batch=2 if larger == 4 else 1), "accumulate", platform="cpu")
     assert asked == ([2, 4] if larger == 4 else [1, 2])
     # What is returned is of the request itself.
@@ -267,7 +270,7 @@ def test_a_second_size_that_does_not_run_changes_nothing(tmp_path, monkeypatch):
             raise MeasureError("too large")
         return Measured(2**31, 2**30, "cpu", "cpu")
 
-    monkeypatch.setattr("patchgd_jax.memory.measure.measure", fake)
+    monkeypatch.setattr(MODULE, "measure", fake)
     assert calibrate(small(batch=2), "accumulate", platform="cpu").peak == 2**31
     assert calibration(jax.devices("cpu")[0]).expected(2**30) == 2**31
 

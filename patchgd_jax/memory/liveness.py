@@ -8,6 +8,7 @@ of XLA's temporary memory. Nothing depends on the size of the arrays but the sum
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from jax.extend import core
@@ -28,6 +29,7 @@ _COSTLY = {
     "div", "exp", "exp2", "log", "log1p", "expm1", "tanh", "rsqrt", "sqrt", "pow", "logistic",
     "erf", "erfc", "erf_inv", "cos", "sin", "rem", "floor", "round", "cbrt",
 }  # fmt: skip
+_FUSIBLE = _CHEAP | _COSTLY | _MOVES
 _REDUCES = {
     "reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod", "argmax",
     "argmin",
@@ -89,7 +91,7 @@ class _Op:
 
     @property
     def fusible(self) -> bool:
-        return self.name in _CHEAP or self.name in _COSTLY or self.name in _MOVES
+        return self.name in _FUSIBLE
 
 
 class TracedProgram:
@@ -109,11 +111,11 @@ class TracedProgram:
         inputs = [self._program.value(v, kept=True) for v in given]
         self._outputs = self._program.add(jaxpr, inputs)
         self._batch = batch
+        self._peak = cache(lambda scale: self._program.peak(self._outputs, set(), scale))
 
     def peak_bytes(self, batch: float | None = None) -> int:
         """The most bytes that live at once beside the program's inputs, for a batch."""
-        scale = 1.0 if batch is None else batch / self._batch
-        return self._program.peak(self._outputs, set(), scale)
+        return self._peak(1.0 if batch is None else batch / self._batch)
 
 
 class _Program:

@@ -37,11 +37,12 @@ _CLEAR = Path("/proc/self/clear_refs")
 # Before there is a measurement. On the CPU, buffers inside of single operations are not XLA's; on a
 # GPU, the scratch of its libraries.
 _FIRST_GUESS = {"cpu": 1.4, "gpu": 1.15, "tpu": 1.05}
-# What steps add to a process, however small they are (measured on the CPU: 16 to 24 MB).
-_OVERHEAD = {"cpu": 24 * 2**20}
-# The C library keeps freed blocks up to this size, and a thread that did not free them takes new
-# ones: glibc's largest threshold.
-_KEPT = {"cpu": 32 * 2**20}
+# What steps add to a process, however small they are.
+_OVERHEAD = {"cpu": 20 * 2**20}
+# The C library keeps freed blocks for the thread that freed them, and others take new ones: on two
+# cores up to three times a small step, and of large ones, whose blocks go back to the system, this.
+_KEPT = {"cpu": 40 * 2**20}
+_MOST_COPIES = 2
 # How high steps reach depends on how their threads meet: of several processes the highest counts.
 _PROBES = 2
 # On the CPU the peak of the first steps is up to a tenth below that of fifty. It takes no more of
@@ -58,7 +59,8 @@ class Calibration(NamedTuple):
     overhead: int
     """Bytes, whatever the step."""
     kept: int
-    """Bytes of what was freed that the C library keeps at most; never more than XLA's figure."""
+    """Bytes of what was freed that the C library keeps at most; never more than twice XLA's
+    figure."""
     measured: bool
     """Whether the factor was measured on this device, or is a first guess."""
 
@@ -69,12 +71,14 @@ class Calibration(NamedTuple):
 
     def expected(self, compiled: float) -> int:
         """Bytes that steps will take at their highest moment."""
-        return math.ceil(self.factor * compiled + min(compiled, self.kept)) + self.overhead
+        kept = min(_MOST_COPIES * compiled, self.kept)
+        return math.ceil(self.factor * compiled + kept) + self.overhead
 
     def within(self, budget: int) -> float:
         """The most that XLA's figure may be for steps to fit."""
         room = budget - self.overhead
-        return max((room - self.kept) / self.factor, min(room / (self.factor + 1), self.kept))
+        small = min(room / (self.factor + _MOST_COPIES), self.kept / _MOST_COPIES)
+        return max((room - self.kept) / self.factor, small)
 
 
 class Measured(NamedTuple):
