@@ -87,13 +87,12 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         Formula,
         MemoryBudgetError,
         PlanRequest,
+        calibrate,
         calibration,
         compiled_total,
         device_limit,
         encoder_table,
         explain,
-        keep_calibration,
-        measure,
         parse_size,
         show_size,
         solve,
@@ -135,8 +134,7 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     known = calibration(device)
     measured = None
     if options.tier == "measure":
-        measured = measure(request, chosen, platform=device.platform)
-        keep_calibration(measured)
+        measured = calibrate(request, chosen, platform=device.platform)
         known = calibration(device)
 
     formula = Formula(request, platform)
@@ -171,8 +169,8 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         f"{request.optimizer.name}; images {height} x {width} x {channels}, batch "
         f"{request.batch}; patches of {request.patchgd.patch} px, {request.sampled} of "
         f"{request.grid.num_patches} at a time",
-        f"A step takes {known.factor:.2f} times XLA's figure on {device.device_kind}"
-        + (f" and {show_size(known.overhead)}" if known.overhead else "")
+        f"Steps take {known.factor:.2f} times XLA's figure on {device.device_kind}"
+        + (f" and up to {show_size(known.overhead + known.kept)}" if known.overhead else "")
         + (" (measured here)." if known.measured else " (a first guess: --tier measure)."),
     ]
     if budget is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from patchgd_jax import ConfigError, ModelConfig, OptimizerConfig, PatchGDConfig, PatchGrid
+from patchgd_jax.compiling import compiler_options
 from patchgd_jax.memory import (
     METHODS,
     Formula,
@@ -23,10 +25,14 @@ from patchgd_jax.memory import (
 )
 from patchgd_jax.memory.formula import profile_encoder
 from patchgd_jax.memory.liveness import TracedProgram
+from patchgd_jax.memory.methods import encoder_shapes, feature_map
 from patchgd_jax.memory.request import tree_bytes
-from patchgd_jax.models import build_model, cpu_conv
+from patchgd_jax.models import build_encoder, build_model, convnext_v2, cpu_conv
+from patchgd_jax.models.conv import traced_for
+from patchgd_jax.models.remat import rematerialise
 
 MIB = 2**20
+KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
 def request(encoder="small-cnn", image=256, patch=64, batch=2, **changes) -> PlanRequest:
@@ -166,6 +172,62 @@ def test_slices_that_a_sum_reads_are_written_as_xla_does(side):
     compiled = jax.jit(gradient).lower(x, x).compile().memory_analysis().temp_size_in_bytes
     traced = TracedProgram(jax.make_jaxpr(gradient)(x, x), platform="cpu")
     assert traced.peak_bytes() == pytest.approx(compiled, rel=0.05)
+
+
+def test_an_error_function_and_its_gradient_share_their_exponential():
+    x = jax.ShapeDtypeStruct((1024, 1024), np.float32)
+
+    def gradient(x, w):
+        def layers(x, w):
+            return jax.nn.gelu(x @ w, approximate=False) @ w
+
+        return jax.vjp(layers, x, w)[1](x)
+
+    figures = jax.jit(gradient).lower(x, x).compile().memory_analysis()
+    compiled = figures.temp_size_in_bytes + figures.output_size_in_bytes
+    traced = TracedProgram(jax.make_jaxpr(gradient)(x, x), platform="cpu")
+    assert traced.peak_bytes() == pytest.approx(compiled, rel=0.01)
+
+
+def test_slices_of_what_is_computed_again_are_there_early():
+    """The slices of a depthwise gradient, while the wide maps of its block are still needed."""
+    x = jax.ShapeDtypeStruct((2, 32, 32, 16), jnp.float32)
+    block = rematerialise(convnext_v2.Block, "dots")(jnp.float32)
+    params = jax.eval_shape(lambda key, x: block.init(key, x, False, None), jax.random.key(0), x)
+
+    def gradient(params, x):
+        def loss(params, x):
+            return (block.apply(params, x, True, None) ** 2).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(params, x)
+
+    jitted = jax.jit(gradient, compiler_options=compiler_options())
+    figures = jitted.lower(params, x).compile().memory_analysis()
+    compiled = figures.temp_size_in_bytes + figures.output_size_in_bytes
+    with traced_for("cpu"):
+        traced = TracedProgram(jax.make_jaxpr(gradient)(params, x), platform="cpu")
+    assert traced.peak_bytes() == pytest.approx(compiled, rel=0.2)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_a_map_at_initialisation_is_a_map_in_training(remat):
+    for encoder, convolutional in (("small-cnn", True), ("resnet18", True), ("deit-tiny", False)):
+        config = ModelConfig(encoder=encoder, remat=remat)
+        shapes = encoder_shapes(config, 32, 3)
+        assert shapes.has_map == convolutional
+        built = build_encoder(config, 32)
+        images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+        init = jax.eval_shape(lambda key, x, of=built: of.init(key, x, train=False), KEY, images)
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes.variables) == jax.tree.map(
+            lambda a: (a.shape, a.dtype), dict(init)
+        )
+        see = partial(feature_map, built)
+        if convolutional:
+            features, _ = jax.eval_shape(lambda v, x, of=see: of(v, x, False), init, images)
+            assert features.ndim == 4
+        else:
+            with pytest.raises(ConfigError, match="no map of features"):
+                jax.eval_shape(lambda v, x, of=see: of(v, x, False), init, images)
 
 
 @pytest.mark.parametrize("method", ["gd", "patch-wise", "accumulate", "exact"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import jax
 import pytest
@@ -17,6 +18,7 @@ from patchgd_jax.memory import (
     MeasureError,
     MemoryBudgetError,
     PlanRequest,
+    calibrate,
     calibration,
     compiled_total,
     device_limit,
@@ -37,11 +39,13 @@ from patchgd_jax.memory.explain import (
     image_bytes,
     parameter_copies,
 )
-from patchgd_jax.memory.measure import Measured, _calibrations
+from patchgd_jax.memory.measure import Measured, _calibrations, other_size
 from patchgd_jax.memory.report import _told_apart
 from patchgd_jax.plan_command import PlanOptions, make_plan, plan_command, train_arguments
 
 MIB = 2**20
+# By name, which in its package is the function's.
+MODULE = sys.modules["patchgd_jax.memory.measure"]
 
 
 def small(**changes) -> PlanRequest:
@@ -210,9 +214,65 @@ def test_a_step_that_does_not_run_is_one_message(monkeypatch):
 
 
 def test_calibration_is_its_own_inverse():
-    known = Calibration(1.25, 100, True)
-    assert known.expected(known.within(1100)) == 1100
+    known = Calibration(1.25, 100, 50, True)
+    # Below what the C library keeps, at it, and above.
+    for compiled in (8, 24, 800):
+        assert known.within(known.expected(compiled)) == pytest.approx(compiled)
+    assert known.expected(8) == 100 + 10 + 2 * 8
+    assert known.expected(800) == 100 + 1000 + 50
     assert Measured(2**30, 2**30, "x", "gpu").factor == 1
+
+
+@pytest.mark.parametrize("compiled", [2**20, 2**30])
+def test_a_factor_is_what_gives_the_measured_peak(compiled):
+    measured = Measured(4 * compiled + 24 * MIB, compiled, "x", "cpu")
+    known = Calibration.of("cpu", measured.factor, measured=True)
+    assert known.expected(compiled) == pytest.approx(measured.peak, abs=1)
+
+
+def test_the_second_size_is_larger_where_that_fits():
+    known = Calibration(1.0, 10, 0, True)
+    request = small(batch=2)
+    assert other_size(request, 100, known, free=210).batch == 4
+    assert other_size(request, 100, known, free=209).batch == 1
+    one = dataclasses.replace(request, batch=1)
+    assert request.sampled == 4
+    assert other_size(one, 100, known, free=0).sampled == 2
+    least = dataclasses.replace(one, patchgd=PatchGDConfig(patch=32, fraction=1 / 16))
+    assert other_size(least, 100, known, free=0) is None
+
+
+@pytest.mark.parametrize("larger", [1, 4])
+def test_the_larger_factor_of_two_sizes_is_kept(larger, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+
+    def fake(request, method, **options):
+        asked.append(request.batch)
+        excess = 2 if request.batch == larger else 1
+        return Measured((1 + excess) * 2**30, 2**30, "cpu", "cpu")
+
+    monkeypatch.setattr(MODULE, "measure", fake)
+    monkeypatch.setattr(MODULE, "free_memory", lambda device: (2**40, ""))
+    measured = calibrate(small(batch=2 if larger == 4 else 1), "accumulate", platform="cpu")
+    assert asked == ([2, 4] if larger == 4 else [1, 2])
+    # What is returned is of the request itself.
+    assert measured.peak == (2 if larger == 4 else 3) * 2**30
+    known = calibration(jax.devices("cpu")[0])
+    assert known.expected(2**30) == 3 * 2**30
+
+
+def test_a_second_size_that_does_not_run_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def fake(request, method, **options):
+        if request.batch != 2:
+            raise MeasureError("too large")
+        return Measured(2**31, 2**30, "cpu", "cpu")
+
+    monkeypatch.setattr(MODULE, "measure", fake)
+    assert calibrate(small(batch=2), "accumulate", platform="cpu").peak == 2**31
+    assert calibration(jax.devices("cpu")[0]).expected(2**30) == 2**31
 
 
 CONFIG = TrainConfig(

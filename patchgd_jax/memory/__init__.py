@@ -1,7 +1,7 @@
 """The memory planner: what training takes, why, and the largest setting that fits.
 
 `PlanRequest` says what is planned. `method_table` gives every method's memory by formula,
-`compiled_total` by XLA, `measure` by a real step, and `solve` the largest setting for a budget.
+`compiled_total` by XLA, `measure` by real steps, and `solve` the largest setting for a budget.
 """
 
 from patchgd_jax.memory.compiled import Compiled, Line, compile_program, compiled_total
@@ -14,6 +14,7 @@ from patchgd_jax.memory.measure import (
     Calibration,
     Measured,
     PeakMeter,
+    calibrate,
     calibration,
     keep_calibration,
     measure,
@@ -42,6 +43,7 @@ __all__ = [
     "Quantity",
     "Row",
     "TracedProgram",
+    "calibrate",
     "calibration",
     "compile_program",
     "compiled_total",

@@ -25,9 +25,11 @@ from patchgd_jax.memory.liveness import TracedProgram
 from patchgd_jax.memory.methods import (
     METHODS,
     PATCHGD,
+    EncoderShapes,
     Method,
     downscaled_size,
     encoder_inputs,
+    encoder_shapes,
     linear_model,
     optimizer_of,
     require_supported,
@@ -35,7 +37,7 @@ from patchgd_jax.memory.methods import (
 )
 from patchgd_jax.memory.request import PlanRequest, leaf_bytes, tree_bytes, with_sampled
 from patchgd_jax.memory.shared_blocks import shared_blocks
-from patchgd_jax.models import build_encoder, build_model, encoder_entry, head_entry
+from patchgd_jax.models import build_model, encoder_entry, head_entry
 from patchgd_jax.models.conv import traced_for
 from patchgd_jax.patch_model import Parts, PatchModel
 
@@ -165,7 +167,7 @@ class Formula:
         self._profile = cache(self._trace_profile)
         self._head_peak = cache(self._trace_head)
         self._shapes = cache(self._trace_shapes)
-        self._encoder_shapes = cache(self._trace_encoder)
+        self._encoder_shapes = cache(encoder_shapes)
         self._optimizer = cache(self._optimizer_bytes)
 
     @_without_collections()
@@ -181,7 +183,7 @@ class Formula:
                 be together.
         """
         request = self.request
-        require_supported(request, method, self._variables(request.model, request.patchgd.patch))
+        require_supported(request, method, self._encoder(request.model, request.patchgd.patch))
         count, size = encoder_inputs(request, method)
         if method == "downscaled":
             size = downscaled_size(request.image, side or request.patchgd.patch)
@@ -234,7 +236,7 @@ class Formula:
         # The kernels of a convolution are the same for every size; a table of positions is not.
         if encoder_entry(config.encoder).side_multiple == 1:
             side = self.request.patchgd.patch
-        encoder = self._variables(config, side)
+        encoder = self._encoder(config, side).variables
         dropout = {} if config.dropout is None else {"dropout": config.dropout}
         head = head_entry(config.head).build(classes=classes, **dropout)
         z = jax.ShapeDtypeStruct((1, grid.rows, grid.cols, config.latent_dim), config.dtype)
@@ -250,16 +252,10 @@ class Formula:
         optimizer = optimizer_of(self.request, patchgd=patches)
         return tree_bytes(jax.eval_shape(optimizer.init, params))
 
-    def _variables(self, config: ModelConfig, side: int) -> Parts:
-        """Shapes of the encoder's variables, which what is kept or read of it does not change."""
+    def _encoder(self, config: ModelConfig, side: int) -> EncoderShapes:
+        """Shapes of the encoder, which what is kept or read of it does not change."""
         plain = dataclasses.replace(config, remat="none", head=ModelConfig.head, dropout=None)
-        return self._encoder_shapes(plain, side)
-
-    def _trace_encoder(self, config: ModelConfig, side: int) -> Parts:
-        """Shapes of the encoder's variables."""
-        encoder = build_encoder(config, side)
-        patches = jax.ShapeDtypeStruct((1, side, side, self.request.image[2]), jnp.float32)
-        return jax.eval_shape(partial(encoder.init, train=False), _key(), patches)
+        return self._encoder_shapes(plain, side, self.request.image[2])
 
     def _trace_profile(
         self, config: ModelConfig, size: tuple[int, int], count: int, scaled: bool

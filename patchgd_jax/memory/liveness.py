@@ -8,6 +8,7 @@ of XLA's temporary memory. Nothing depends on the size of the arrays but the sum
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from jax.extend import core
@@ -28,6 +29,7 @@ _COSTLY = {
     "div", "exp", "exp2", "log", "log1p", "expm1", "tanh", "rsqrt", "sqrt", "pow", "logistic",
     "erf", "erfc", "erf_inv", "cos", "sin", "rem", "floor", "round", "cbrt",
 }  # fmt: skip
+_FUSIBLE = _CHEAP | _COSTLY | _MOVES
 _REDUCES = {
     "reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod", "argmax",
     "argmin",
@@ -49,6 +51,8 @@ class _Value:
     elements: int = 0
     grows: bool = False
     """Its size is in proportion to the batch."""
+    maker: int = 0
+    """The number of the operation that writes it."""
     uses: list[int] = field(default_factory=list)
     kept: bool = False
     """It is there whatever happens: an input of the program."""
@@ -72,18 +76,22 @@ class _Op:
     """Bodies: their outputs, which of them are written in place, and what is counted outside."""
     sums_rows: bool = False
     """It is a sum along the last axis."""
+    scope: int = 0
+    """What is computed again together has one scope; 0: it is computed once."""
 
     def workspace(self, scale: float) -> int:
         """What its bodies need beside its inputs and outputs."""
+        if not self.inner:
+            return 0
         needs = [
             program.peak(outputs, in_place, scale) - sum(v.bytes(scale) for v in outside)
             for program, outputs, in_place, outside in self.inner
         ]
-        return max(0, *needs) if needs else 0
+        return max(0, *needs)
 
     @property
     def fusible(self) -> bool:
-        return self.name in _CHEAP or self.name in _COSTLY or self.name in _MOVES
+        return self.name in _FUSIBLE
 
 
 class TracedProgram:
@@ -103,11 +111,11 @@ class TracedProgram:
         inputs = [self._program.value(v, kept=True) for v in given]
         self._outputs = self._program.add(jaxpr, inputs)
         self._batch = batch
+        self._peak = cache(lambda scale: self._program.peak(self._outputs, set(), scale))
 
     def peak_bytes(self, batch: float | None = None) -> int:
         """The most bytes that live at once beside the program's inputs, for a batch."""
-        scale = 1.0 if batch is None else batch / self._batch
-        return self._program.peak(self._outputs, set(), scale)
+        return self._peak(1.0 if batch is None else batch / self._batch)
 
 
 class _Program:
@@ -118,7 +126,11 @@ class _Program:
         self.batch = batch
         self.ops: list[_Op] = [_Op("start", [], [])]
         self.known: dict[Any, list[Any]] = {}
-        self.scope = self.scopes = 0
+        self.scope = 0
+        # By scope, the number of the operation it begins with.
+        self.begins = [0]
+        # By the value that it is of, an error function's number.
+        self.error_functions: dict[int, int] = {}
         # Filled when it is first asked for; nothing is added after that.
         self._lives: list[tuple[int, _Op, list[_Value]]] | None = None
 
@@ -157,8 +169,8 @@ class _Program:
                 consts = [self.value(v, kept=True) for v in body.constvars]
                 outer = self.scope
                 if name in _BARRED:
-                    self.scopes += 1
-                    self.scope = self.scopes
+                    self.scope = len(self.begins)
+                    self.begins.append(len(self.ops))
                 outs = self.add(body, [*consts, *values])
                 self.scope = outer
                 env.update(zip(eqn.outvars, outs, strict=True))
@@ -176,6 +188,7 @@ class _Program:
                     tuple(eqn.params["axes"]) == (len(eqn.invars[0].aval.shape) - 1,)
                 )
                 self._append(_Op(name, read_values, outs, sums_rows=rows))
+                self._share_exponential(name, read_values, outs)
                 env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -203,9 +216,30 @@ class _Program:
 
     def _append(self, op: _Op) -> None:
         number = len(self.ops)
+        op.scope = self.scope
         self.ops.append(op)
+        for value in op.writes:
+            value.maker = number
         for value in op.reads:
             value.uses.append(number)
+
+    def _share_exponential(self, name: str, reads: list[_Value], outs: list[_Value]) -> None:
+        """Notes that an error function reads the exponential that its gradient is made of.
+
+        XLA works erfc(x) out from exp(-x^2), and finds that to be the one in its derivative.
+        """
+        if name == "erfc" and reads:
+            self.error_functions[id(reads[0])] = len(self.ops) - 1
+        elif name == "exp":
+            square = [v for negative in reads for v in self._made_of(negative, "neg")]
+            of = [v for value in square for v in self._made_of(value, "square")]
+            shared = [self.error_functions[id(v)] for v in of if id(v) in self.error_functions]
+            outs[0].uses.extend(shared)
+
+    def _made_of(self, value: _Value, name: str) -> list[_Value]:
+        """What a value is made of by an operation of that name; nothing if by another."""
+        maker = self.ops[value.maker]
+        return maker.reads if maker.name == name else []
 
     def _cond(self, eqn: Any, platforms: Any, values: list[Any]) -> list[Any]:
         branches = eqn.params["branches"]
@@ -293,13 +327,13 @@ class _Program:
             )
         self._fuse(wanted, needed)
         self._find_last_reads(wanted, needed)
-        early = self._together(needed)
+        together = self._together(needed)
+        elsewhere = {id(v) for values in together.values() for v in values}
         lives = []
         for number, op in enumerate(self.ops):
             if needed[number]:
-                made = early.get(number)
-                if made is None:
-                    made = [v for v in op.writes if not v.virtual and not v.kept]
+                own = [v for v in op.writes if not v.virtual and not v.kept]
+                made = [v for v in own if id(v) not in elsewhere] + together.get(number, [])
                 lives.append((number, op, [v for v in made if id(v) not in in_place]))
         return lives
 
@@ -319,8 +353,10 @@ class _Program:
     def _together(self, needed: list[bool]) -> dict[int, list[_Value]]:
         """What is made at other operations than its own.
 
-        XLA:CPU sums no slices as it reads them: it writes all those of one array first.
+        XLA:CPU sums no slices as it reads them: it writes all those of one array first, where it
+        is computed again as soon as it is there.
         """
+        end = len(self.ops)
         groups: dict[int, list[int]] = {}
         for number, op in enumerate(self.ops):
             if op.name != "slice" or not needed[number]:
@@ -329,9 +365,27 @@ class _Program:
                 groups.setdefault(id(op.reads[0]), []).append(number)
         made: dict[int, list[_Value]] = {}
         for numbers in groups.values():
-            made.update((number, []) for number in numbers)
-            made[numbers[0]] = [self.ops[number].writes[0] for number in numbers]
+            at = next(n for n in range(self._ready(numbers[0]), end) if needed[n])
+            made.setdefault(at, []).extend(self.ops[number].writes[0] for number in numbers)
         return made
+
+    def _ready(self, number: int) -> int:
+        """The first operation of its scope after which an operation could be."""
+        op = self.ops[number]
+        if op.scope == 0:
+            return number
+        earliest, seen, pending = self.begins[op.scope], set[int](), list(op.reads)
+        while pending:
+            value = pending.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if value.virtual:
+                # It is read where the fusion is computed.
+                pending += self.ops[value.maker].reads
+            else:
+                earliest = max(earliest, value.maker + 1)
+        return min(earliest, number)
 
     def _fuse(self, wanted: set[int], needed: list[bool]) -> None:
         for number in range(len(self.ops) - 1, -1, -1):

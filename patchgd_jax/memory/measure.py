@@ -1,17 +1,19 @@
-"""One real step in a process of its own, whose peak counter is therefore clean.
+"""Real steps in a process of their own, whose peak counter is therefore clean.
 
-The result over XLA's figure is the calibration factor of this kind of device and version of jaxlib.
-It is kept in the user's cache folder.
+The result over XLA's figure is the calibration factor of this kind of device and version of jaxlib:
+the larger of those at two sizes. It is kept in the user's cache folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,39 +29,60 @@ from patchgd_jax.files import write_json
 from patchgd_jax.memory.compiled import compile_program
 from patchgd_jax.memory.errors import MeasureError
 from patchgd_jax.memory.methods import Method, Program, step_of
-from patchgd_jax.memory.request import PlanRequest
+from patchgd_jax.memory.request import PlanRequest, with_sampled
+from patchgd_jax.memory.size import free_memory
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-# Before there is a measurement. On the CPU, buffers inside of single operations and the allocator's
-# own are not XLA's; on a GPU, the scratch of its libraries.
+# Before there is a measurement. On the CPU, buffers inside of single operations are not XLA's; on a
+# GPU, the scratch of its libraries.
 _FIRST_GUESS = {"cpu": 1.4, "gpu": 1.15, "tpu": 1.05}
-# What any step adds to a process, however small it is (measured on the CPU: 21 to 26 MB).
-_OVERHEAD = {"cpu": 24 * 2**20}
-# How high a step reaches depends on how its threads meet: of several processes the highest counts.
+# What steps add to a process, however small they are.
+_OVERHEAD = {"cpu": 20 * 2**20}
+# The C library keeps freed blocks for the thread that freed them, and others take new ones: on two
+# cores up to three times a small step, and of large ones, whose blocks go back to the system, this.
+_KEPT = {"cpu": 40 * 2**20}
+_MOST_COPIES = 2
+# How high steps reach depends on how their threads meet: of several processes the highest counts.
 _PROBES = 2
+# On the CPU the peak of the first steps is up to a tenth below that of fifty. It takes no more of
+# them once so many seconds are over.
+_STEPS = {"cpu": 48}
+_LEAST_STEPS = 2
+_SECONDS = 10.0
 
 
 class Calibration(NamedTuple):
-    """What a step takes on a device, given XLA's figure for it."""
+    """What steps take on a device, given XLA's figure for one."""
 
     factor: float
     overhead: int
     """Bytes, whatever the step."""
+    kept: int
+    """Bytes of what was freed that the C library keeps at most; never more than twice XLA's
+    figure."""
     measured: bool
     """Whether the factor was measured on this device, or is a first guess."""
 
+    @classmethod
+    def of(cls, platform: str, factor: float, *, measured: bool) -> Calibration:
+        """The calibration of a platform (cpu, gpu or tpu) by its factor."""
+        return cls(factor, _OVERHEAD.get(platform, 0), _KEPT.get(platform, 0), measured)
+
     def expected(self, compiled: float) -> int:
-        """Bytes that a step will take at its highest moment."""
-        return math.ceil(self.factor * compiled) + self.overhead
+        """Bytes that steps will take at their highest moment."""
+        kept = min(_MOST_COPIES * compiled, self.kept)
+        return math.ceil(self.factor * compiled + kept) + self.overhead
 
     def within(self, budget: int) -> float:
-        """The most that XLA's figure may be for a step to fit."""
-        return (budget - self.overhead) / self.factor
+        """The most that XLA's figure may be for steps to fit."""
+        room = budget - self.overhead
+        small = min(room / (self.factor + _MOST_COPIES), self.kept / _MOST_COPIES)
+        return max((room - self.kept) / self.factor, small)
 
 
 class Measured(NamedTuple):
-    """A training step as it ran."""
+    """Training steps as they ran."""
 
     peak: int
     """Bytes at the highest moment, arguments included."""
@@ -71,14 +94,15 @@ class Measured(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """The calibration factor of this step; never less than 1."""
-        return max(1.0, (self.peak - _OVERHEAD.get(self.platform, 0)) / self.compiled)
+        """The calibration factor of these steps; never less than 1."""
+        unscaled = Calibration.of(self.platform, 0.0, measured=True).expected(self.compiled)
+        return max(1.0, (self.peak - unscaled) / self.compiled)
 
 
 def measure(
     request: PlanRequest, method: Method, *, platform: str | None = None, timeout: float = 1800
 ) -> Measured:
-    """Runs two training steps of a method on zeros in new processes, and reads the higher peak.
+    """Runs training steps of a method on zeros in two new processes, and reads the higher peak.
 
     On the CPU it is the growth of the resident memory over that before the arrays were made; on
     other devices, what the allocator counted.
@@ -102,6 +126,58 @@ def measure(
     given = json.dumps({"request": asdict(request), "method": method})
     probes = [_probe(given, method, environment, timeout) for _ in range(_PROBES)]
     return max(probes, key=lambda probe: probe.peak)
+
+
+def calibrate(
+    request: PlanRequest, method: Method, *, platform: str | None = None, timeout: float = 1800
+) -> Measured:
+    """Measures a request and another size of it, and keeps the larger calibration factor.
+
+    The factor of one size can be too low for others. The other size is twice the batch where that
+    fits what is free, else half of it, or of the patches of an inner step.
+
+    Args:
+        request: as for `measure`.
+        method: as for `measure`.
+        platform: as for `measure`.
+        timeout: as for `measure`.
+
+    Returns:
+        What was measured of the request itself.
+
+    Raises:
+        MeasureError: as `measure`, of the request itself.
+        ConfigError: as `measure`.
+    """
+    measured = measure(request, method, platform=platform, timeout=timeout)
+    keep_calibration(measured)
+    device = jax.devices(platform)[0]
+    other = other_size(request, measured.compiled, calibration(device), free_memory(device)[0])
+    if other is not None:
+        # Someone else may have taken what was free.
+        with contextlib.suppress(MeasureError):
+            keep_calibration(measure(other, method, platform=platform, timeout=timeout))
+    return measured
+
+
+def other_size(
+    request: PlanRequest, compiled: int, known: Calibration, free: int
+) -> PlanRequest | None:
+    """The second size that `calibrate` measures; None if there is none.
+
+    Args:
+        request: the first size.
+        compiled: XLA's figure for it in bytes; that for twice the batch is at most twice as much.
+        known: what steps take given XLA's figure.
+        free: bytes that steps may take.
+    """
+    if known.expected(2 * compiled) <= free:
+        return dataclasses.replace(request, batch=2 * request.batch)
+    if request.batch > 1:
+        return dataclasses.replace(request, batch=request.batch // 2)
+    if request.sampled > 1:
+        return with_sampled(request, request.sampled // 2)
+    return None
 
 
 def _probe(given: str, method: Method, environment: dict[str, str], timeout: float) -> Measured:
@@ -140,7 +216,8 @@ class PeakMeter:
     """The most memory that steps take from its making on.
 
     On the CPU it is the growth of the resident memory, which only Linux tells; on other devices it
-    is what the allocator has counted since the process began.
+    is what the allocator has counted since the process began. Pages of library files that the steps
+    were the first to use are not in it: under a limit, the system drops them.
 
     Args:
         device: the steps run on.
@@ -154,26 +231,30 @@ class PeakMeter:
         # The runtime's threads and their stacks are there before any step is.
         jax.block_until_ready(jax.jit(lambda x: (x @ x).sum())(np.ones((1024, 1024), np.float32)))
         release_memory()
-        self._before = _status("VmRSS")
+        self._before, self._files = _status("VmRSS"), _status("RssFile")
         # Sets the peak to what is resident now.
         _CLEAR.write_text("5")
 
     def peak(self) -> int | None:
         """Bytes; None where the system does not tell."""
         if self._before is not None:
-            return _status("VmHWM") - self._before
+            files = max(0, _status("RssFile") - self._files)
+            return _status("VmHWM") - self._before - files
         peak = (self._device.memory_stats() or {}).get("peak_bytes_in_use")
         return None if peak is None else int(peak)
 
 
 def _run(program: Program) -> Measured:
-    """Two steps, the second of which has the state of the first."""
+    """Steps each of which has the state of the one before."""
     use_compilation_cache()
     figures, compiled = compile_program(program)
     device = jax.devices()[0]
     meter = PeakMeter(device)
     state, batch, key = jax.tree.map(_zeros, program.arguments)
-    for _ in range(2):
+    begun = time.monotonic()
+    for number in range(_STEPS.get(device.platform, _LEAST_STEPS)):
+        if number >= _LEAST_STEPS and time.monotonic() - begun > _SECONDS:
+            break
         state, metrics = compiled(state, batch, key)
         jax.block_until_ready((state, metrics))
     peak = meter.peak()
@@ -195,13 +276,13 @@ def _version() -> str:
 
 def calibration(device: jax.Device) -> Calibration:
     """The calibration of a device for this version of jaxlib, or a first guess."""
-    overhead = _OVERHEAD.get(device.platform, 0)
     try:
         factors = json.loads(_calibrations().read_text(encoding="utf-8"))
         factor = float(factors[f"{device.device_kind} jaxlib {_version()}"])
     except (OSError, ValueError, KeyError, TypeError):
-        return Calibration(_FIRST_GUESS.get(device.platform, 1.4), overhead, False)
-    return Calibration(max(1.0, factor), overhead, True)
+        guess = _FIRST_GUESS.get(device.platform, 1.4)
+        return Calibration.of(device.platform, guess, measured=False)
+    return Calibration.of(device.platform, max(1.0, factor), measured=True)
 
 
 def keep_calibration(measured: Measured) -> float:

@@ -18,6 +18,7 @@ from patchgd_jax.errors import ConfigError, unknown_name
 from patchgd_jax.grid import PatchGrid
 from patchgd_jax.memory.request import PlanRequest, tree_bytes
 from patchgd_jax.models import build_encoder, build_model, encoder_norm
+from patchgd_jax.models.conv import SHORTEST, traced_for
 from patchgd_jax.models.depth import encoder_layers
 from patchgd_jax.optimizer import make_optimizer
 from patchgd_jax.patch_model import Parts
@@ -65,6 +66,15 @@ class Program(NamedTuple):
     donated: tuple[int, ...] = ()
     resident: int = 0
     """Bytes that stay on the device beside the arguments while it runs."""
+
+
+class EncoderShapes(NamedTuple):
+    """What a trace of an encoder's initialisation for a patch tells."""
+
+    variables: Parts
+    """Shapes."""
+    has_map: bool
+    """Whether its last layer before the latent returns a map: the encoder is convolutional."""
 
 
 class Step(NamedTuple):
@@ -142,13 +152,39 @@ def z_bytes(request: PlanRequest, method: Method) -> int:
     return request.batch * request.grid.num_patches * request.model.latent_dim * itemsize
 
 
-def require_supported(request: PlanRequest, method: Method, variables: Any = None) -> None:
+def encoder_shapes(model: ModelConfig, side: int, channels: int) -> EncoderShapes:
+    """Traces the initialisation of an encoder for patches of `side` pixels."""
+    encoder, last = build_encoder(model, side), _LastLayer()
+    patches = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    with traced_for(SHORTEST), nn.intercept_methods(last):
+        variables = jax.eval_shape(partial(encoder.init, train=False), _key(), patches)
+    return EncoderShapes(dict(variables), last.ndim == 4)
+
+
+class _LastLayer:
+    """Notes, of the encoder's layers that return a map or tokens, the one that was applied last."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.ndim = 0
+
+    def __call__(self, method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        out = method(*args, **kwargs)
+        if len(context.module.path) == 1 and getattr(out, "ndim", 0) in (3, 4):
+            # No array: in a rematerialised block, those that are seen here have no gradient.
+            self.name, self.ndim = context.module.name, out.ndim
+        return out
+
+
+def require_supported(
+    request: PlanRequest, method: Method, shapes: EncoderShapes | None = None
+) -> None:
     """Checks that there is a method of that name, and that it goes with the encoder.
 
     Args:
         request: what is planned.
         method: one of METHODS.
-        variables: shapes of the encoder's, for a patch; None: they are traced here if needed.
+        shapes: of the encoder for a patch; None: they are traced here if needed.
 
     Raises:
         ConfigError: if not.
@@ -166,8 +202,16 @@ def require_supported(request: PlanRequest, method: Method, variables: Any = Non
     height, width, _ = request.image
     convolutional = method == "fully-convolutional"
     if convolutional or (method in WHOLE_IMAGE and height != width):
-        what = "fully-convolutional training" if convolutional else "an image that is not square"
-        _require_convolutional(build_encoder(model, patch), channels, patch, what, variables)
+        shapes = shapes or encoder_shapes(model, patch, channels)
+        if not shapes.has_map:
+            what = "an image that is not square"
+            if convolutional:
+                what = "fully-convolutional training"
+            raise ConfigError(f"{what}: {_no_map(build_encoder(model, patch))}")
+
+
+def _no_map(encoder: nn.Module) -> str:
+    return f"the encoder {type(encoder).__name__} has no map of features"
 
 
 def downscaled_size(image: tuple[int, int, int], side: int) -> tuple[int, int]:
@@ -391,17 +435,8 @@ def feature_map(
     Raises:
         ConfigError: if that is no map: the encoder is not convolutional.
     """
-    last = ""
-
-    def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        nonlocal last
-        out = call(*args, **kwargs)
-        if len(context.module.path) == 1 and getattr(out, "ndim", 0) in (3, 4):
-            last = context.module.name
-        return out
-
-    # The names only: in a rematerialised block, arrays that `record` sees have no gradient.
-    with nn.intercept_methods(record):
+    last = _LastLayer()
+    with nn.intercept_methods(last):
         _, changed = encoder.apply(
             variables,
             x,
@@ -411,19 +446,6 @@ def feature_map(
             capture_intermediates=lambda module, name: len(module.path) == 1,
         )
     seen = changed.pop("intermediates")
-    features = seen[last]["__call__"][0] if last else None
-    if features is None or features.ndim != 4:
-        raise ConfigError(f"the encoder {type(encoder).__name__} has no map of features")
-    return features, changed
-
-
-def _require_convolutional(
-    encoder: nn.Module, channels: int, side: int, why: str, variables: Any
-) -> None:
-    patches = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-    if variables is None:
-        variables = jax.eval_shape(partial(encoder.init, train=False), _key(), patches)
-    try:
-        jax.eval_shape(lambda v, x: feature_map(encoder, v, x, False)[0], variables, patches)
-    except ConfigError as error:
-        raise ConfigError(f"{why}: {error}") from error
+    if last.ndim != 4:
+        raise ConfigError(_no_map(encoder))
+    return seen[last.name]["__call__"][0], changed

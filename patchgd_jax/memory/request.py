@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from patchgd_jax.config import (
     AugmentConfig,
@@ -122,4 +121,4 @@ def leaf_bytes(leaf: Any) -> int:
     """Bytes of an array or of its shape and dtype; a typed PRNG key counts its words."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
-    return int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
+    return math.prod(leaf.shape) * int(leaf.dtype.itemsize)

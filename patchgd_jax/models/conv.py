@@ -32,11 +32,27 @@ _WINOGRAD_SIDE = 4
 # images, they would be most of the memory; such maps go through it in strips.
 _LARGE_BYTES = 2**24
 _STRIP_BYTES = 2**21
-# A network has many convolutions of the same shapes. Each is traced once, and the operations are
-# then copied: of stride, padding, and arrays.
-_traced_once = partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+SHORTEST = "tpu"
+"""The platform whose traces are the shortest; the shapes are the same for all."""
 _DIVIDED: ContextVar[bool] = ContextVar("rows_divided", default=False)
 _PLATFORM: ContextVar[str | None] = ContextVar("traced_for", default=None)
+
+
+def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Traces a function of stride, padding, platform and arrays once for all arrays of one form.
+
+    A network has many convolutions of the same shapes. The operations are copied to where they are
+    called from, but not into traces for one platform, which are for their shapes alone: there a
+    call of hundreds of operations stays one while it is traced on.
+    """
+    static = (0, 1, 2)
+    copied = jax.jit(function, static_argnums=static, inline=True)
+    called = jax.jit(function, static_argnums=static)
+
+    def call(stride: int, padding: int, platform: str | None, *arrays: Any) -> Any:
+        return (copied if platform is None else called)(stride, padding, platform, *arrays)
+
+    return call
 
 
 def _native(x: jax.Array, w: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:

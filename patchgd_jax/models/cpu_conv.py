@@ -4,6 +4,8 @@ XLA:CPU's own convolution is 2 to 5 times slower than a product of its size on f
 maps, and its weight gradient inside a loop body is slower by 30 to 200 times (measured). Two forms
 replace it: one product per kernel tap over exactly the pixels that tap touches, and Winograd's
 minimal filtering, which needs 16 products where a 3x3 kernel has 36.
+
+They are written in `lax`: tracing thousands of operators of arrays takes most of a trace's time.
 """
 
 from __future__ import annotations
@@ -77,10 +79,10 @@ def taps(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
     shape = (x.shape[0], height, width, features)
     total = jnp.zeros(shape, x.dtype)
     for i, j, rows, cols in _reaches(x.shape, shape, side, stride, padding):
-        part = x[:, rows.inputs(stride), cols.inputs(stride)]
-        part = lax.dot_general(part, w[i, j], (((3,), (0,)), ((), ())))
+        part = _pixels(x, rows.inputs(stride), cols.inputs(stride))
+        part = lax.dot_general(part, _tap(w, i, j), (((3,), (0,)), ((), ())))
         around = [(r.first, n - 1 - r.last) for r, n in ((rows, height), (cols, width))]
-        total += jnp.pad(part, ((0, 0), *around, (0, 0)))
+        total = lax.add(total, _padded(part, *around))
     return total
 
 
@@ -106,13 +108,13 @@ def taps_input_gradient(
                     cols = _Overlap.of((col + padding - j) // stride, width, dy.shape[2])
                     if rows.length <= 0 or cols.length <= 0:
                         continue
-                    met = dy[:, rows.there(), cols.there()]
-                    part = lax.dot_general(met, w[i, j], (((3,), (1,)), ((), ())))
+                    met = _pixels(dy, rows.there(), cols.there())
+                    part = lax.dot_general(met, _tap(w, i, j), (((3,), (1,)), ((), ())))
                     around = [
                         (r.first, n - r.first - r.length)
                         for r, n in ((rows, height), (cols, width))
                     ]
-                    total += jnp.pad(part, ((0, 0), *around, (0, 0)))
+                    total = lax.add(total, _padded(part, *around))
             phases.append(total)
     if stride == 1:
         return phases[0]
@@ -128,8 +130,8 @@ def taps_weight_gradient(
     channels, features = x.shape[-1], dy.shape[-1]
     taps = [[jnp.zeros((channels, features), x.dtype)] * side for _ in range(side)]
     for i, j, rows, cols in _reaches(x.shape, dy.shape, side, stride, padding):
-        read = x[:, rows.inputs(stride), cols.inputs(stride)].reshape(-1, channels)
-        met = dy[:, rows.outputs(), cols.outputs()].reshape(-1, features)
+        read = _pixels(x, rows.inputs(stride), cols.inputs(stride)).reshape(-1, channels)
+        met = _pixels(dy, rows.outputs(), cols.outputs()).reshape(-1, features)
         taps[i][j] = _transposed_product(read, met)
     return jnp.stack([jnp.stack(row) for row in taps])
 
@@ -141,7 +143,7 @@ def rows_weight_gradient(
     height, width = dy.shape[1:3]
     # Otherwise the buffers, which need x alone, are made long before they are needed.
     x, dy = lax.optimization_barrier((x, dy))
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    x = _padded(x, (padding, padding), (padding, padding))
     wide = jnp.concatenate(
         [x[:, :, j : j + stride * (width - 1) + 1 : stride] for j in range(side)], -1
     )
@@ -165,11 +167,12 @@ def depthwise_taps(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax
     One pass over the map that multiplies and adds shifted slices; no products of matrices.
     """
     side, height, width = w.shape[0], *_outputs(x.shape, w.shape[0], stride, padding)
-    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    padded = _padded(x, (padding, padding), (padding, padding))
     shape = (x.shape[0], height, width, x.shape[3])
     total = jnp.zeros(shape, x.dtype)
     for i, j, _, _ in _reaches(x.shape, shape, side, stride, padding):
-        total += _met(padded, i, j, stride, height, width) * w[i, j, 0]
+        met = _met(padded, i, j, stride, height, width)
+        total = lax.add(total, met * lax.squeeze(_tap(w, i, j), (0,)))
     return total
 
 
@@ -192,7 +195,7 @@ def depthwise_weight_gradient(
 ) -> jax.Array:
     """The gradient of `w [side, side, 1, C]` for `x [M, H, W, C]` and `dy [M, H', W', C]`."""
     height, width, channels = dy.shape[1:]
-    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    padded = _padded(x, (padding, padding), (padding, padding))
     taps = [[jnp.zeros((1, channels), x.dtype)] * side for _ in range(side)]
     for i, j, _, _ in _reaches(x.shape, dy.shape, side, stride, padding):
         met = _met(padded, i, j, stride, height, width)
@@ -209,9 +212,30 @@ def _outputs(shape: tuple[int, ...], side: int, stride: int, padding: int) -> tu
 
 def _met(padded: jax.Array, i: int, j: int, stride: int, height: int, width: int) -> jax.Array:
     """The pixels that tap `(i, j)` meets at each output."""
-    return padded[
-        :, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride
-    ]
+    rows = slice(i, i + stride * (height - 1) + 1, stride)
+    return _pixels(padded, rows, slice(j, j + stride * (width - 1) + 1, stride))
+
+
+def _pixels(x: jax.Array, rows: slice, cols: slice) -> jax.Array:
+    """`x[:, rows, cols]` of `x [M, H, W, C]`, for slices within it."""
+    count, _, _, channels = x.shape
+    start, stop = (0, rows.start, cols.start, 0), (count, rows.stop, cols.stop, channels)
+    if rows.step in (None, 1) and cols.step in (None, 1):
+        return x if stop == x.shape and not any(start) else lax.slice(x, start, stop)
+    return lax.slice(x, start, stop, (1, rows.step or 1, cols.step or 1, 1))
+
+
+def _tap(w: jax.Array, i: int, j: int) -> jax.Array:
+    """`w[i, j]` of `w [k, k, C, F]`."""
+    return lax.squeeze(lax.slice(w, (i, j, 0, 0), (i + 1, j + 1, *w.shape[2:])), (0, 1))
+
+
+def _padded(x: jax.Array, rows: tuple[int, int], cols: tuple[int, int]) -> jax.Array:
+    """`x [M, H, W, C]` with zeros before and after its rows and columns."""
+    if not any((*rows, *cols)):
+        return x
+    around = [(0, 0, 0), (*rows, 0), (*cols, 0), (0, 0, 0)]
+    return lax.pad(x, np.zeros((), x.dtype), around)
 
 
 # F(2x2, 3x3) of Lavin and Gray, arXiv 1509.09308, section 4.1: Y = A' [(G w G') * (B' d B)] A.
@@ -224,17 +248,14 @@ Tiles = list[list[jax.Array]]
 
 
 def _combine(matrix: np.ndarray, parts: list[jax.Array]) -> list[jax.Array]:
-    """`matrix @ parts`, written out so that zeros and ones cost nothing.
-
-    By `lax`, because tracing thousands of operators of arrays takes most of a trace's time.
-    """
+    """`matrix @ parts`, written out so that zeros and ones cost nothing."""
     combined = []
     for row in matrix:
         total: jax.Array | None = None
         for factor, part in zip(row, parts, strict=True):
             if factor == 0:
                 continue
-            term = part if abs(factor) == 1 else part * float(abs(factor))
+            term = part if abs(factor) == 1 else lax.mul(part, np.asarray(abs(factor), part.dtype))
             if total is None:
                 total = term if factor > 0 else lax.neg(term)
             else:
@@ -253,9 +274,11 @@ def _combine_both(matrix: np.ndarray, tiles: Tiles) -> Tiles:
 def _input_tiles(x: jax.Array) -> Tiles:
     """`B' d B` of every 4x4 window at stride 2: a 4x4 list of `[M, ceil(H/2), ceil(W/2), C]`."""
     height, width = x.shape[1:3]
-    x = jnp.pad(x, ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0)))
-    height, width = x.shape[1] - 2, x.shape[2] - 2
-    windows = [[x[:, i : i + height : 2, j : j + width : 2] for j in range(4)] for i in range(4)]
+    x = _padded(x, (1, 1 + height % 2), (1, 1 + width % 2))
+    height, width = x.shape[1:3]
+    rows = [slice(i, min(i + height - 2, height), 2) for i in range(4)]
+    cols = [slice(j, min(j + width - 2, width), 2) for j in range(4)]
+    windows = [[_pixels(x, row, col) for col in cols] for row in rows]
     return _combine_both(_B.T, windows)
 
 
@@ -266,7 +289,7 @@ def _by_row(tiles: Tiles) -> list[jax.Array]:
 
 def _kernel_tiles(w: jax.Array) -> list[jax.Array]:
     """`G w G'` of `w [3, 3, C, F]` by row, `[4, C, F]` each."""
-    return _by_row(_combine_both(_G, [[w[i, j] for j in range(3)] for i in range(3)]))
+    return _by_row(_combine_both(_G, [[_tap(w, i, j) for j in range(3)] for i in range(3)]))
 
 
 def winograd(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -317,8 +340,10 @@ def _winograd(
 def winograd_weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     """The gradient of `winograd`'s `w`, again with 16 products instead of 36."""
     height, width = dy.shape[1:3]
-    dy = jnp.pad(dy, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
-    slopes = _combine_both(_A, [[dy[:, i::2, j::2] for j in range(2)] for i in range(2)])
+    dy = _padded(dy, (0, height % 2), (0, width % 2))
+    rows = [slice(i, dy.shape[1], 2) for i in range(2)]
+    cols = [slice(j, dy.shape[2], 2) for j in range(2)]
+    slopes = _combine_both(_A, [[_pixels(dy, row, col) for col in cols] for row in rows])
     products = [
         list(lax.dot_general(a, b, (((1,), (1,)), ((0,), (0,)))))
         for a, b in zip(_by_row(_input_tiles(x)), _by_row(slopes), strict=True)
