@@ -40,7 +40,7 @@ SETTINGS = [
         (256, 4, "accumulate"),
         (256, 4, "gd"),
         (512, 2, "exact"),
-        (384, 2, "patch-wise"),
+        (384, 2, "patchwise"),
     )
     for encoder in ("small-cnn", "deit-tiny", "resnet18", "mobilenet-v2", "convnext-v2-atto")
 ]

@@ -16,6 +16,7 @@ from patchgd_jax.errors import ConfigError, DeviceError
 from patchgd_jax.execution import Setup
 from patchgd_jax.grid import Grid, PatchGrid, WholeImage
 from patchgd_jax.methods import WHOLE_IMAGE, make_method, method_model
+from patchgd_jax.methods.ips import require_attention
 from patchgd_jax.models import build_encoder, build_model, encoder_norm, head_entry, map_side
 from patchgd_jax.models.depth import Layers, encoder_layers
 from patchgd_jax.optimizer import make_optimizer, with_average
@@ -105,23 +106,8 @@ def make_model(config: TrainConfig, grid: Grid, preprocess: Preprocess) -> Patch
         else None,
     )
     if config.method == "ips":
-        _require_attention(model, grid, config.model.latent_dim)
+        require_attention(model, grid, config.model.latent_dim)
     return model
-
-
-def _require_attention(model: PatchModel, grid: Grid, width: int) -> None:
-    """Refuses a head without attention before anything is compiled.
-
-    Raises:
-        ConfigError: if it has none.
-    """
-
-    def attention(key: jax.Array, z: jax.Array) -> jax.Array:
-        assert model.attend is not None
-        return model.attend(*model.init(key), z, None)
-
-    z = jax.ShapeDtypeStruct((1, grid.rows, grid.cols, width), "float32")
-    jax.eval_shape(attention, jax.random.key(0), z)
 
 
 def make_run_task(config: TrainConfig, classes: int) -> Task:

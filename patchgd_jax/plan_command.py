@@ -26,8 +26,8 @@ class PlanOptions:
     budget: str | None = None
     """Memory to fit in: 8GiB, say, or auto for what the device has. None: nothing is to fit."""
     methods: tuple[str, ...] = ("all",)
-    """Methods to compare: gd, gd-extended, gd-remat, downscaled, patch-wise, fully-convolutional,
-    patchgd, accumulate, exact, full; or all."""
+    """Methods to compare: gd, gd-extended, gd-remat, downscale, patchwise, fully-conv, mil, ips,
+    and PatchGD's modes patchgd, accumulate, exact, full; or all."""
     tier: Literal["formula", "compile", "measure"] = "formula"
     """formula: sums over traced shapes, in seconds. compile: XLA's own figure. measure: as compile,
     and two real steps of patchgd.mode in a process of their own; it calibrates later plans."""
@@ -143,7 +143,7 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     for method in wanted:
         side = None
         try:
-            if method == "downscaled":
+            if method == "downscale":
                 side = formula.largest_side(None if budget is None else known.within(budget))
             row = formula.row(method, side)
             compiled = None

@@ -66,7 +66,7 @@ def compiled_total(
     Args:
         request: what is planned.
         method: one of METHODS.
-        side: for `downscaled`, the longer side in pixels.
+        side: for `downscale`, the longer side in pixels.
         evaluation: whether the evaluation step is compiled, too.
 
     Raises:

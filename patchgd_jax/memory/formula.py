@@ -25,18 +25,19 @@ from patchgd_jax.memory.liveness import TracedProgram
 from patchgd_jax.memory.methods import (
     METHODS,
     PATCHGD,
-    EncoderShapes,
+    WITH_Z,
     Method,
     downscaled_size,
     encoder_inputs,
     encoder_shapes,
-    linear_model,
     optimizer_of,
     require_supported,
+    trained_as,
     z_bytes,
 )
 from patchgd_jax.memory.request import PlanRequest, leaf_bytes, tree_bytes, with_sampled
 from patchgd_jax.memory.shared_blocks import shared_blocks
+from patchgd_jax.methods.ips import require_attention
 from patchgd_jax.models import build_model, encoder_entry, head_entry
 from patchgd_jax.models.conv import traced_for
 from patchgd_jax.patch_model import Parts, PatchModel
@@ -166,6 +167,7 @@ class Formula:
         self._sampled = request.batch * request.sampled
         self._profile = cache(self._trace_profile)
         self._head_peak = cache(self._trace_head)
+        self._fill_peak = cache(self._trace_fill)
         self._shapes = cache(self._trace_shapes)
         self._encoder_shapes = cache(encoder_shapes)
         self._optimizer = cache(self._optimizer_bytes)
@@ -176,35 +178,48 @@ class Formula:
 
         Args:
             method: one of METHODS.
-            side: for `downscaled`, the longer side in pixels; None: the patch's.
+            side: for `downscale`, the longer side in pixels; None: the patch's.
 
         Raises:
             ConfigError: if the encoder does not support the method, or for settings that cannot
                 be together.
         """
         request = self.request
-        require_supported(request, method, self._encoder(request.model, request.patchgd.patch))
+        require_supported(request, method)
         count, size = encoder_inputs(request, method)
-        if method == "downscaled":
+        if method == "downscale":
             size = downscaled_size(request.image, side or request.patchgd.patch)
-        config = request.model if method in (*PATCHGD, "gd-extended") else linear_model(request)
-        if method == "gd-remat":
-            config = dataclasses.replace(config, remat="blocks")
-        _, params, model_state = self._shapes(config, min(size), method in PATCHGD)
-        optimizer = self._optimizer(config.head, config.dropout, min(size), method in PATCHGD)
-        profile = self._profile_of(config, size, count)
-        gradients, z = tree_bytes(params), z_bytes(request, method)
-        inputs = count * self._share(size)
-        kept, peak = profile.kept(inputs), profile.peak(inputs)
+        _, config, patchgd = trained_as(request, method)
+        model, params, model_state = self._shapes(config, min(size), method in WITH_Z)
+        if method == "ips":
+            require_attention(model, request.grid, config.latent_dim)
+        trained = {"head": params["head"]} if method == "mil" else params
+        optimizer = self._optimizer(config, min(size), method)
+        gradients, z = tree_bytes(trained), z_bytes(request, method)
         pixels = int(np.prod(size)) * request.image[2]
         given = count * pixels
-        if method in PATCHGD:
+        if method in (*WITH_Z, "patchwise"):
             given = request.batch * int(np.prod(request.image))
-            peak = max(peak, kept + self._head_peak(request.model)) + 2 * z + count * pixels
-            if method != "full" or request.patchgd.remat:
-                peak += gradients
+        if method == "mil":
+            # No gradient reaches the encoder, which keeps nothing.
+            kept = 0
+            peak = max(self._fill_peak(config, count) + count * pixels, self._head_peak(config)) + z
         else:
+            profile, inputs = self._profile_of(config, size, count), count * self._share(size)
+            kept, peak = profile.kept(inputs), profile.peak(inputs)
+        if method in ("patchwise", "ips", *PATCHGD):
+            peak += count * pixels
+        if method in ("ips", *PATCHGD):
+            head = kept + self._head_peak(config) + count * pixels
+            peak = max(peak, head) + 2 * z
+        elif method != "mil":
             peak += tree_bytes(params["head"])
+        if method in ("patchwise", *PATCHGD) and (method != "full" or patchgd.remat):
+            # Of all groups, beside those of one.
+            peak += gradients
+        if method in ("mil", "ips"):
+            # XLA keeps a copy of what the loop of the fill reads, since the step gives it back.
+            peak += tree_bytes(params["encoder"])
         parameters = tree_bytes((params, model_state))
         total = parameters + optimizer + given + peak
         return Row(
@@ -236,7 +251,7 @@ class Formula:
         # The kernels of a convolution are the same for every size; a table of positions is not.
         if encoder_entry(config.encoder).side_multiple == 1:
             side = self.request.patchgd.patch
-        encoder = self._encoder(config, side).variables
+        encoder = self._encoder(config, side)
         dropout = {} if config.dropout is None else {"dropout": config.dropout}
         head = head_entry(config.head).build(classes=classes, **dropout)
         z = jax.ShapeDtypeStruct((1, grid.rows, grid.cols, config.latent_dim), config.dtype)
@@ -245,14 +260,14 @@ class Formula:
         params = {part: tree.pop("params", {}) for part, tree in variables.items()}
         return model, params, variables
 
-    def _optimizer_bytes(self, head: str, dropout: float | None, side: int, patches: bool) -> int:
+    def _optimizer_bytes(self, config: ModelConfig, side: int, method: Method) -> int:
         """Bytes of the optimizer's state."""
-        config = dataclasses.replace(self.request.model, head=head, dropout=dropout)
-        _, params, _ = self._shapes(config, side, patches)
-        optimizer = optimizer_of(self.request, patchgd=patches)
-        return tree_bytes(jax.eval_shape(optimizer.init, params))
+        _, params, _ = self._shapes(config, side, method in WITH_Z)
+        if method == "mil":
+            params = {"head": params["head"]}
+        return tree_bytes(jax.eval_shape(optimizer_of(self.request).init, params))
 
-    def _encoder(self, config: ModelConfig, side: int) -> EncoderShapes:
+    def _encoder(self, config: ModelConfig, side: int) -> Parts:
         """Shapes of the encoder, which what is kept or read of it does not change."""
         plain = dataclasses.replace(config, remat="none", head=ModelConfig.head, dropout=None)
         return self._encoder_shapes(plain, side, self.request.image[2])
@@ -290,7 +305,7 @@ class Formula:
         return float(np.prod(size) / np.prod(self._traced_image))
 
     def largest_side(self, budget: float | None) -> int:
-        """The longest side in pixels that `downscaled` can have.
+        """The longest side in pixels that `downscale` can have.
 
         Args:
             budget: bytes; None: the patch's side.
@@ -305,7 +320,7 @@ class Formula:
         low, high = patch // unit, longest // unit
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self.row("downscaled", middle * unit).total <= budget
+            fits = self.row("downscale", middle * unit).total <= budget
             low, high = (middle, high) if fits else (low, middle - 1)
         return low * unit
 
@@ -325,6 +340,19 @@ class Formula:
         other._optimizer = cache(other._optimizer_bytes)
         other._head_peak = cache(other._trace_head)
         return other
+
+    def _trace_fill(self, config: ModelConfig, count: int) -> int:
+        """The peak of encoding so many patches without a gradient."""
+        model, params, model_state = self._shapes(config, self.request.patchgd.patch, True)
+        shape = (count, *self.request.grid.patch_shape, self.request.image[2])
+
+        def encode(params: Parts, model_state: Parts, patches: jax.Array, key: jax.Array) -> Any:
+            return model.encode(params, model_state, patches, train=False, rng=key)[0]
+
+        patches = jax.ShapeDtypeStruct(shape, jnp.uint8)
+        with traced_for(self.platform), shared_blocks(self.platform):
+            traced = jax.make_jaxpr(encode)(params, model_state, patches, _key())
+        return TracedProgram(traced, platform=self.platform).peak_bytes()
 
     def _trace_head(self, config: ModelConfig) -> int:
         """The peak of the head's gradient, that of Z included."""

@@ -27,7 +27,7 @@ class PlanRow(NamedTuple):
     measured: int | None = None
     """Bytes of a real step."""
     side: int | None = None
-    """For `downscaled`, the longer side in pixels."""
+    """For `downscale`, the longer side in pixels."""
 
     def expected(self, calibration: Calibration) -> int:
         """The best figure that there is: measured, or from XLA's or the formula's."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from patchgd_jax.config import (
     AugmentConfig,
+    BaselineConfig,
     ModelConfig,
     OptimizerConfig,
     PatchGDConfig,
@@ -42,6 +43,7 @@ class PlanRequest:
     patchgd: PatchGDConfig = field(default_factory=PatchGDConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     slots: int | None = None
     """The most patches of an image that count; None: all of the grid's."""
 
@@ -72,6 +74,7 @@ class PlanRequest:
             patchgd=config.patchgd,
             optimizer=config.optimizer,
             augment=config.augment,
+            baseline=config.baseline,
         )
 
     @property

@@ -35,6 +35,27 @@ def selected(grid: Grid, *, top: int | None, inner_steps: int) -> int:
     return min(grid.num_patches, top or group_size(grid.num_patches, inner_steps))
 
 
+def require_attention(model: PatchModel, grid: Grid, width: int) -> None:
+    """Refuses a head without attention before anything is compiled.
+
+    Args:
+        model: the model.
+        grid: the patch grid.
+        width: D, of a latent.
+
+    Raises:
+        ConfigError: if it has none.
+    """
+
+    def attention(key: jax.Array, z: jax.Array) -> jax.Array:
+        if model.attend is None:
+            raise ConfigError("method ips selects patches by attention, and this model has none")
+        return model.attend(*model.init(key), z, None)
+
+    z = jax.ShapeDtypeStruct((1, grid.rows, grid.cols, width), jnp.float32)
+    jax.eval_shape(attention, jax.random.key(0), z)
+
+
 def select_patches(
     params: Parts,
     model_state: Parts,
@@ -53,19 +74,15 @@ def select_patches(
         model_state: of both parts.
         z: `float [B, N, D]`.
         batch: which patches count.
-        model: with a head that has attention.
+        model: one that `require_attention` has passed.
         grid: the patch grid.
         count: M, at most N.
         key: PRNG key that equal patches are drawn with. None: the first of them are taken.
 
     Returns:
         `int32 [B, M]` in order; slots without a patch are N and more, at the end.
-
-    Raises:
-        ConfigError: if the head has no attention.
     """
-    if model.attend is None:
-        raise ConfigError("method ips selects patches by attention, and this model has none")
+    assert model.attend is not None
     images, patches = z.shape[:2]
     mask = patch_mask(batch, grid)
     attention = model.attend(
