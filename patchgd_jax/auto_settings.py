@@ -119,7 +119,7 @@ def _usual_inner_steps(patchgd: PatchGDConfig) -> int:
 def _largest(plan: RunPlan, request: PlanRequest, quantity: Quantity, budget: int) -> Answer:
     return solve(
         request,
-        request.patchgd.mode,
+        plan.method,
         quantity,
         budget,
         total=plan.compiled,

@@ -70,7 +70,7 @@ def _advice(config: TrainConfig) -> list[str]:
         plan = plan_of(config)
         request = plan.requests[0]
         free, source = free_memory(plan.device)
-        row = PlanRow(Formula(request, plan.platform).row(request.patchgd.mode))
+        row = PlanRow(Formula(request, plan.platform).row(plan.method))
         lines += [
             f"The plan of this setting, for {show_size(free)} ({source}):",
             *method_lines([row], {}, free, plan.calibration),
@@ -87,14 +87,14 @@ def _smaller(plan: RunPlan, budget: int) -> str | None:
     """The flags of a setting that takes no more than the budget, by formula."""
     request = plan.requests[0]
     quantities: tuple[Quantity, ...] = ("batch",)
-    if request.patchgd.mode in ("patchgd", "accumulate"):
+    if plan.method in ("patchgd", "accumulate", "patchwise"):
         # Fewer patches at a time change a run less than a smaller batch does.
         quantities = ("fraction", "batch")
     for quantity in quantities:
         try:
             answer = solve(
                 request,
-                request.patchgd.mode,
+                plan.method,
                 quantity,
                 budget,
                 total=plan.by_formula,

@@ -30,7 +30,7 @@ class PlanOptions:
     and PatchGD's modes patchgd, accumulate, exact, full; or all."""
     tier: Literal["formula", "compile", "measure"] = "formula"
     """formula: sums over traced shapes, in seconds. compile: XLA's own figure. measure: as compile,
-    and two real steps of patchgd.mode in a process of their own; it calibrates later plans."""
+    and real steps of the run's own method in a process of their own; it calibrates later plans."""
     solve: tuple[str, ...] = ()
     """What is to be as large as the budget allows: batch, fraction, patch or image. It is proved by
     a compile."""
@@ -105,8 +105,9 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         plot_sweep,
         sweep,
     )
+    from patchgd_jax.methods import settled_method
     from patchgd_jax.progress import StderrProgress
-    from patchgd_jax.run_plan import plan_of
+    from patchgd_jax.run_plan import plan_of, planned_method
 
     wanted: tuple[Method, ...] = METHODS
     if options.methods != ("all",):
@@ -117,7 +118,7 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     budget = parse_size(options.budget) if options.budget not in (None, "auto") else None
     if options.solve and options.budget is None:
         raise ConfigError("--solve needs a --budget: a size such as 8GiB, or auto")
-    config = with_channels(options.config)
+    config = settled_method(with_channels(options.config))
     device = select_device(config.device)
     if not is_settled(config):
         given = None if options.budget == "auto" else options.budget
@@ -130,7 +131,7 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         budget, source = device_limit(device)
     use_compilation_cache()
     platform = {"gpu": "cuda"}.get(device.platform, device.platform)
-    chosen: Method = config.patchgd.mode
+    chosen = planned_method(config)
     known = calibration(device)
     measured = None
     if options.tier == "measure":

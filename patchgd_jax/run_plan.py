@@ -11,7 +11,14 @@ from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.sources import make_data
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.experiment import make_run_task, select_device, training_grids
-from patchgd_jax.memory import Calibration, Formula, PlanRequest, calibration, compiled_total
+from patchgd_jax.memory import (
+    Calibration,
+    Formula,
+    Method,
+    PlanRequest,
+    calibration,
+    compiled_total,
+)
 from patchgd_jax.memory.request import leaf_bytes
 
 # On the CPU, what a run takes of the same memory beside its steps: for reading, evaluating and
@@ -22,6 +29,8 @@ _HOST_BYTES = 24 * 2**20
 class RunPlan(NamedTuple):
     """The plan of a run; all requests have the same settings and differ in the images."""
 
+    method: Method
+    """What the planner calls the run's method."""
     requests: tuple[PlanRequest, ...]
     """One for each padded size that no other exceeds in pixels and patches, the largest first."""
     examples: int
@@ -49,13 +58,13 @@ class RunPlan(NamedTuple):
 
     def compiled(self, request: PlanRequest) -> int:
         """What training with a request's settings takes, by a compile for each size."""
-        totals = [self.expected(r, compiled_total(r, r.patchgd.mode)) for r in self._sizes(request)]
+        totals = [self.expected(r, compiled_total(r, self.method)) for r in self._sizes(request)]
         return max(totals)
 
     def by_formula(self, request: PlanRequest) -> int:
         """What training with a request's settings takes, by formula."""
         totals = [
-            self.expected(r, Formula(r, self.platform).row(r.patchgd.mode).total)
+            self.expected(r, Formula(r, self.platform).row(self.method).total)
             for r in self._sizes(request)
         ]
         return max(totals)
@@ -100,6 +109,7 @@ def plan_of(config: TrainConfig) -> RunPlan:
         if not any(pixels <= _extent(r)[0] and patches <= _extent(r)[1] for r in most):
             most.append(request)
     return RunPlan(
+        method=planned_method(config),
         requests=tuple(most),
         examples=len(data.train),
         fewest_patches=min(
@@ -108,6 +118,14 @@ def plan_of(config: TrainConfig) -> RunPlan:
         device=device,
         calibration=calibration(device),
     )
+
+
+def planned_method(config: TrainConfig) -> Method:
+    """What the planner calls the method of a run."""
+    if config.method == "patchgd":
+        return config.patchgd.mode
+    # The run's images are the shrunk ones already.
+    return "gd" if config.method == "downscale" else config.method
 
 
 def _extent(request: PlanRequest) -> tuple[int, int]:

@@ -295,8 +295,8 @@ def test_a_plan_in_text_json_and_a_picture(tmp_path):
     for row in rows.values():
         assert row["fits"] == (row["expected"] <= 20 * MIB)
     assert rows["gd"]["total"] > rows["exact"]["total"]
-    assert rows["downscaled"]["side"] >= 32
-    for word in ("patch-wise", "label noise", "Stage_0/Conv_0", "By hand", "fits 20.0 MiB"):
+    assert rows["downscale"]["side"] >= 32
+    for word in ("patchwise", "label noise", "Stage_0/Conv_0", "By hand", "fits 20.0 MiB"):
         assert word in plan["text"]
     assert path.read_bytes()[:4] == b"\x89PNG"
 
@@ -336,9 +336,9 @@ def test_the_train_command_has_what_differs_from_the_preset():
         (["--budget", "10KiB", "--methods", "accumulate"], 4, "below the parameters, which alone"),
         (["--budget", "lots"], 2, "the size 'lots' cannot be read; write a number and a unit"),
         (
-            ["--model.encoder", "deit-tiny", "--methods", "fully-convolutional"],
+            ["--model.encoder", "deit-tiny", "--methods", "fully-conv"],
             2,
-            "the encoder ViT has no map of features",
+            "deit-tiny is not convolutional",
         ),
         (["--device", "tpu"], 8, "no tpu device; install patchgd-jax[tpu]"),
     ],

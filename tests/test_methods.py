@@ -35,10 +35,12 @@ from patchgd_jax import (
     register_encoder,
     train_step,
 )
+from patchgd_jax.auto_settings import settled
 from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.config import METHODS, BackgroundConfig
 from patchgd_jax.gradients import full_gradient, stream
 from patchgd_jax.latents import chunked_ids
+from patchgd_jax.memory import Formula, PlanRequest, compile_program, step_of
 from patchgd_jax.methods import make_method, settled_method
 from patchgd_jax.methods.answers import answers_loss, pooled
 from patchgd_jax.methods.base import one_update
@@ -545,6 +547,28 @@ def test_loss_falls_and_a_resumed_run_is_the_same(method, tiny_encoder, tmp_path
     assert sum(a.predict_files([image])[0]["probabilities"].values()) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("method", BASELINES)
+def test_the_planner_has_a_row_for_each(method):
+    """By formula within a quarter of XLA's figure for the very step that trains."""
+    request = PlanRequest(
+        image=(128, 128, 3),
+        batch=4,
+        eval_batch=4,
+        model=ModelConfig(latent_dim=16, norm="group"),
+        patchgd=PatchGDConfig(patch=32),
+    )
+    compiled = compile_program(step_of(request, method).train)[0].total
+    assert Formula(request, "cpu").row(method).total == pytest.approx(compiled, rel=0.25)
+
+
+def test_the_largest_batch_of_a_method(tiny_encoder):
+    config = dataclasses.replace(BASE, method="gd", batch_size="auto", device="cpu")
+    chosen = settled(settled_method(config), "100MiB")
+    assert isinstance(chosen.batch_size, int)
+    assert chosen.batch_size == BASE.data.train_size
+    assert chosen.patchgd.mode == "full"
+
+
 def test_mil_keeps_features_and_the_encoder(tiny_encoder, tmp_path, monkeypatch):
     """From the second visit on nothing is encoded; the encoder is what it was."""
     from patchgd_jax.execution import FeatureExecution
@@ -616,7 +640,10 @@ BAD = {
         "data.empty leaves patches out, but method gd sees the whole image",
     ),
     "mesh": ({"method": "gd", "mesh": "auto"}, "method gd keeps whole images on one device"),
-    "auto": ({"method": "gd", "batch_size": "auto"}, "auto are of method patchgd"),
+    "nothing to sample": (
+        {"method": "gd", "patchgd": PatchGDConfig(fraction="auto")},
+        "patchgd.fraction cannot be auto",
+    ),
     "augmented features": (
         {"method": "mil", "augment": AugmentConfig(flips=True)},
         "method mil keeps the features",
@@ -641,7 +668,7 @@ def test_settings_that_a_method_cannot_have(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "ips", "model": dataclasses.replace(BASE.model, head="linear")}, "no attention"),
+        ({"method": "ips", "model": ModelConfig(encoder="tiny", head="linear")}, "no attention"),
         ({"method": "gd", "augment": AugmentConfig(turns=True),
           "data": dataclasses.replace(BASE.data, size=(32, 48))}, "cannot be turned"),
     ],

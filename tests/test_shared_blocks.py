@@ -22,7 +22,7 @@ def rows(encoder: str, remat: str, platform: str):
         patchgd=PatchGDConfig(patch=64, fraction=0.5),
     )
     table = Formula(request, platform)
-    return [table.row(method) for method in ("gd", "gd-remat", "patch-wise", "patchgd", "full")]
+    return [table.row(method) for method in ("gd", "gd-remat", "patchwise", "patchgd", "full")]
 
 
 @pytest.mark.parametrize(

@@ -145,11 +145,6 @@ class TrainConfig:
             "out, which are of method patchgd",
         )
         require(
-            self.method == "patchgd" or not auto,
-            f"batch_size auto and patchgd.fraction auto are of method patchgd; for {self.method}, "
-            "give numbers (patchgd-jax plan says what each method takes)",
-        )
-        require(
             self.method != "mil" or not self.augment.active,
             "method mil keeps the features of each image, so augment.* would change nothing; leave "
             "it out",
