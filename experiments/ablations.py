@@ -2,8 +2,8 @@
 
 Command:   python experiments/ablations.py --scale cpu
 Time:      cpu: about twelve minutes on two cores; paper: weeks on one GPU
-Expected:  cpu: fewer sampled patches take less memory at about the same accuracy; heads that read
-           the mean of the patches learn a sum sooner than those that read the map. paper: the
+Expected:  cpu: fewer sampled patches take less memory at about the same accuracy; heads that pool
+           the patches learn a sum sooner than those that read the map. paper: the
            ablation of arXiv 2301.13817 (fraction, latent size, heads)
 """
 
@@ -18,14 +18,14 @@ from runner import main
 from runs import Row, Scale
 from settings import SMOKE, DigitSums, changed, published
 
-CPU = DigitSums(train_images=1600, val_images=400)
+CPU = DigitSums(train_images=2400, val_images=400)
 
 Changes = Mapping[str, dict[str, Any]]
 CPU_CHANGES: Changes = {
     "base": {},
     "fraction 1/4": {"patchgd": {"fraction": 1 / 4}},
     "fraction 1": {"patchgd": {"fraction": 1.0}},
-    "head attention": {"model": {"head": "attention"}},
+    "head linear": {"model": {"head": "linear"}},
     "head cnn-original": {"model": {"head": "cnn-original"}},
     "head cnn-smaller-feat": {"model": {"head": "cnn-smaller-feat"}},
     "patch 64": {"patchgd": {"patch": 64, "fraction": 1 / 4}},
@@ -46,7 +46,7 @@ PAPER_CHANGES: Changes = {
     "epsilon 1": {"patchgd": {"mode": "patchgd", "epsilon": 1}},
     "own patches for each image": {"patchgd": {"sample_per": "image"}},
 }
-SMOKE_CHANGES: Changes = {"base": {}, "head attention": {"model": {"head": "attention"}}}
+SMOKE_CHANGES: Changes = {"base": {}, "head linear": {"model": {"head": "linear"}}}
 LATENTS = {"smoke": (), "cpu": (16, 256)}
 """Each has an encoder of its own to start from."""
 

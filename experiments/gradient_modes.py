@@ -16,7 +16,7 @@ from runner import main
 from runs import Row, Scale
 from settings import SMOKE, DigitSums, changed, published
 
-CPU = DigitSums()
+CPU = DigitSums(train_images=4800)
 
 MODES: Mapping[str, dict[str, Any]] = {
     "patchgd": {"mode": "patchgd"},

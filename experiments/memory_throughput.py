@@ -22,7 +22,7 @@ from settings import SMOKE, DigitSums, changed, published
 from patchgd_jax import TrainConfig
 from patchgd_jax.config import BaselineConfig
 
-SIDES = {"smoke": (32,), "cpu": (128, 256, 512, 1024), "paper": (512, 1024, 2048, 4096)}
+SIDES = {"smoke": (32,), "cpu": (128, 256, 512), "paper": (512, 1024, 2048, 4096)}
 CPU = DigitSums(patch=64, sampled=4, batch=4, digit_px=(24, 48))
 
 

@@ -21,7 +21,7 @@ from settings import SMOKE, DigitSums, changed, published
 from patchgd_jax.config import BaselineConfig, MethodName
 
 METHODS: tuple[MethodName, ...] = ("patchgd", "downscale", "gd")
-CPU = DigitSums(train_images=1600, val_images=400)
+CPU = DigitSums(train_images=3200, val_images=400)
 DIGIT_PX = {"smoke": (6,), "cpu": (8, 14, 24), "paper": (14, 28, 56, 112)}
 """Smallest side of a digit; the largest is a quarter more."""
 

@@ -18,7 +18,7 @@ from runner import main
 from runs import Row, Scale
 from settings import COMPARED, SMOKE, DigitSums, published, published_rows
 
-CPU = DigitSums()
+CPU = DigitSums(train_images=9600)
 
 
 def rows(scale: Scale, folder: Path) -> list[Row]:
