@@ -33,6 +33,11 @@ CPU_CHANGES: Changes = {
     "epsilon 4": {"patchgd": {"mode": "patchgd", "epsilon": 4}},
     "4 of 16 inner steps": {"patchgd": {"inner_steps": 4, "sampling": "uniform"}},
     "own patches for each image": {"patchgd": {"sample_per": "image"}},
+    "uniform draws": {"patchgd": {"sampling": "uniform"}},
+    **{
+        f"draws by {importance}": {"patchgd": {"sampling": "uniform", "importance": importance}}
+        for importance in ("loss", "attention", "staleness")
+    },
 }
 PAPER_CHANGES: Changes = {
     "base": {},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,17 +14,22 @@ from typing import Any, Self
 from patchgd_jax.errors import Interrupted
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ONE_REQUEST = 1.0
+"""Seconds in which further signals are part of the first one's request."""
 
 
 class StopRequest:
     """A context manager that turns the first SIGINT or SIGTERM into a request.
 
     The training loop polls `signal_number`; within `immediate()`, where there is nothing to save,
-    the signal raises `Interrupted` at once. A second signal ends the process without saving.
+    the signal raises `Interrupted` at once. A second signal ends the process without saving, unless
+    it comes within a second: what sends one to a process and to its group, as `timeout` does, asks
+    once.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self._asked = 0.0
         self._immediate = False
         self._previous: dict[int, Any] = {}
 
@@ -40,8 +46,10 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
-            os._exit(128 + number)
-        self.signal_number = number
+            if time.monotonic() - self._asked > _ONE_REQUEST:
+                os._exit(128 + number)
+            return
+        self.signal_number, self._asked = number, time.monotonic()
         if self._immediate:
             self._stop_now()
 
