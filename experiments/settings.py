@@ -98,6 +98,8 @@ class DigitSums:
                 "train_size": self.pretraining_images,
                 "val_size": min(200, self.val_images),
             },
+            # Attention has to be learned first; a mean teaches the encoder sooner.
+            model={"head": "linear"},
             patchgd={"fraction": 0.5, "norm_policy": "inner"},
             optimizer={"learning_rate": 2e-3, "encoder_learning_rate": None},
             batch_size=self.pretraining_batch,
