@@ -11,6 +11,7 @@ import jax
 from patchgd_jax import TrainConfig
 from patchgd_jax.data.channels import with_channels
 from patchgd_jax.files import write_json
+from patchgd_jax.methods import settled_method
 from patchgd_jax.out_of_memory import out_of_memory_told
 from patchgd_jax.progress import Progress
 from patchgd_jax.recorder import peak_memory
@@ -30,8 +31,9 @@ def measure(config: TrainConfig, folder: Path, progress: Progress) -> None:
         folder: gets `summary.json`.
         progress: shows how it goes.
     """
+    config = settled_method(with_channels(config))
     with StopRequest() as stop, stop.immediate(), out_of_memory_told(config, folder):
-        run = Run(with_channels(config), None, progress, None)
+        run = Run(config, None, progress, None)
         state = run.first_state()
         progress.message(run.execution.compile(state))
         with run.execution.train_batches(0, lambda index, path, reason: None) as batches:

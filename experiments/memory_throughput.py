@@ -46,9 +46,7 @@ def rows(scale: Scale, folder: Path) -> list[Row]:
         shrunk = BaselineConfig(side=min(side, round(patch * sampled**0.5)))
         methods = {
             "patchgd": config,
-            "patchgd, exact": changed(
-                config, patchgd={"mode": "exact"}, model={"norm": "group", "weights": None}
-            ),
+            "patchgd, exact": changed(config, patchgd={"mode": "exact", "norm_policy": "frozen"}),
             "gd": changed(config, method="gd"),
             "gd, recomputed": changed(config, method="gd", model={"remat": "everything"}),
             "downscale": changed(config, method="downscale", baseline=shrunk),

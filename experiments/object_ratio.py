@@ -30,12 +30,11 @@ def at_paper_scale(digit_px: int) -> list[Row]:
     base = published("resnet50")
     side = base.data.size[0]
     ratio = digit_px / side, 1.25 * digit_px / side
-    config = changed(
-        base,
-        data={"object_ratio": ratio, "scale": "relative"},
-        baseline=BaselineConfig(side=side // 4),
-    )
-    return [Row(method, changed(config, method=method)) for method in METHODS]
+    config = changed(base, data={"object_ratio": ratio, "scale": "relative"})
+    shrunk = {"downscale": BaselineConfig(side=side // 4)}
+    return [
+        Row(m, changed(config, method=m, baseline=shrunk.get(m, BaselineConfig()))) for m in METHODS
+    ]
 
 
 def rows(scale: Scale, folder: Path) -> list[Row]:

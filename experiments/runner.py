@@ -162,7 +162,8 @@ def _train(run: Run, scale: Scale, lock: int, stop: StopRequest) -> None:
         _say("stopped")
         raise interrupted(stop.signal_number, "after saving; the same command goes on from here")
     if code:
-        lines = (run.folder / "errors.txt").read_text(encoding="utf-8").splitlines()
+        errors = run.folder / "errors.txt"
+        lines = errors.read_text(encoding="utf-8").splitlines() if errors.exists() else []
         # Of a process that a signal ended, what a shell gives it.
         shown = code if code > 0 else 128 - code
         failure = {"exit_code": shown, "reason": _reason(code, lines)}

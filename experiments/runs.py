@@ -168,11 +168,12 @@ def runs_of(rows: Sequence[Row], seeds: int, out: Path) -> list[Run]:
 
 @cache
 def code_identity() -> dict[str, Any]:
-    """Which code of the package this is; `source` alone says whether two are the same."""
+    """Which code trains and measures; `source` alone says whether two are the same."""
     package = Path(patchgd_jax.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    own = [Path(__file__).with_name(name) for name in ("child.py", "measure.py")]
+    for path in [*sorted(package.rglob("*.py")), *own]:
+        digest.update(f"{path.name}\n".encode() + path.read_bytes())
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments, "--", "."]

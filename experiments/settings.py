@@ -122,7 +122,8 @@ class DigitSums:
 
     def method(self, method: MethodName) -> Row:
         """A method at the memory of the patches of an inner step, or without regard to it."""
-        return self.row(method, method=method, baseline=BaselineConfig(side=self.downscale_side))
+        side = self.downscale_side if method == "downscale" else None
+        return self.row(method, method=method, baseline=BaselineConfig(side=side))
 
 
 SMOKE = DigitSums(

@@ -15,6 +15,7 @@ from patchgd_jax.data.channels import with_channels
 from patchgd_jax.distributed import several_asked_for
 from patchgd_jax.errors import ConfigError, DiskError
 from patchgd_jax.files import write_json
+from patchgd_jax.methods import settled_method
 from patchgd_jax.progress import Progress
 from patchgd_jax.run_folder import CONFIG, SUMMARY, RunFolder
 from patchgd_jax.train import resume, train
@@ -77,6 +78,7 @@ def cross_validate(
     one = next(iter(fold_configs(config, folder).values()))
     channels = with_channels(one).data.channels
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, channels=channels))
+    config = settled_method(config)
     if several_asked_for():
         raise ConfigError(
             "cross-validate trains in one process; for several, train each fold by itself with "

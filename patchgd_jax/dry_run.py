@@ -91,11 +91,11 @@ def _told(
     figures = {"formula": None, "compiled": compiled, "expected": None, "measured": peak}
     try:
         plan = plan_of(config)
+        request = plan.requests[0]
+        formula = plan.by_formula(request)
     except ConfigError as error:
         progress.message(f"Memory of training: {measured} measured; no plan: {error}.")
         return figures
-    request = plan.requests[0]
-    formula = plan.by_formula(request)
     text = f"{show_size(formula)} planned by formula"
     expected = None
     if compiled is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from functools import partial
 
 import jax
 import optax
@@ -15,9 +14,16 @@ from patchgd_jax.data.sources import RunData
 from patchgd_jax.errors import ConfigError, DeviceError
 from patchgd_jax.execution import Setup
 from patchgd_jax.grid import Grid, PatchGrid, WholeImage
-from patchgd_jax.methods import WHOLE_IMAGE, make_method, method_model
+from patchgd_jax.methods import WHOLE_IMAGE, frozen_entries, make_method, method_model
 from patchgd_jax.methods.ips import require_attention
-from patchgd_jax.models import build_encoder, build_model, encoder_norm, head_entry, map_side
+from patchgd_jax.models import (
+    build_encoder,
+    build_model,
+    encoder_entry,
+    encoder_norm,
+    head_entry,
+    map_side,
+)
 from patchgd_jax.models.depth import Layers, encoder_layers
 from patchgd_jax.optimizer import make_optimizer, with_average
 from patchgd_jax.patch_model import Parts, PatchModel, Tree, split_frozen
@@ -68,6 +74,13 @@ def training_grids(config: TrainConfig, data: RunData) -> tuple[Grid, ...]:
     for grid, slots in zip(grids, data.slots, strict=True):
         if samples:
             group_size(slots or grid.num_patches, config.patchgd.num_inner_steps)
+    if config.method in WHOLE_IMAGE and encoder_entry(config.model.encoder).side_multiple > 1:
+        sizes = {grid.patch_shape for grid in grids}
+        if len(sizes) > 1:
+            raise ConfigError(
+                f"{config.model.encoder} has a table of positions for one size of image, but these "
+                f"have {len(sizes)}; use --data.fit resize, or another encoder"
+            )
     head = method_model(config.method, config.model).head
     if len({(grid.rows, grid.cols) for grid in grids}) > 1 and head_entry(head).fixed_grid:
         raise ConfigError(
@@ -131,20 +144,15 @@ def _layers(config: TrainConfig) -> Layers:
     )
 
 
-def frozen_entries(config: TrainConfig) -> frozenset[str]:
-    """The encoder's top-level entries that are not trained: for method mil, all of them.
-
-    Raises:
-        ConfigError: if the encoder has fewer stages than are to be frozen.
-    """
-    if config.method == "mil":
-        patch = config.patchgd.patch
-        encoder = build_encoder(config.model, patch)
-        patches = jax.ShapeDtypeStruct((1, patch, patch, config.data.num_channels), "float32")
-        variables = jax.eval_shape(partial(encoder.init, train=False), jax.random.key(0), patches)
-        return frozenset(variables["params"])
-    stages = config.optimizer.freeze_stages
-    return _layers(config).until(stages) if stages else frozenset()
+def run_frozen(config: TrainConfig) -> frozenset[str]:
+    """The encoder's top-level entries that a run does not train; see `methods.frozen_entries`."""
+    return frozen_entries(
+        config.method,
+        config.model,
+        config.optimizer.freeze_stages,
+        patch=config.patchgd.patch,
+        channels=config.data.num_channels,
+    )
 
 
 def make_run_optimizer(config: TrainConfig, examples: int) -> optax.GradientTransformation:
@@ -178,7 +186,7 @@ def make_setup(
     grids = training_grids(config, data)
     if config.method in WHOLE_IMAGE:
         # Patches that are nothing but padding are part of the image for it.
-        data = dataclasses.replace(data, slots=(None,) * len(grids))
+        data = dataclasses.replace(data, slots=(None,) * len(grids), mean_slots=None)
     return Setup(
         config=config,
         data=data,
@@ -189,7 +197,7 @@ def make_setup(
         if optimizer is None
         else with_average(optimizer, config.optimizer.ema_decay),
         task=make_run_task(config, data.num_classes),
-        frozen=frozen_entries(config),
+        frozen=run_frozen(config),
         key=jax.random.key(config.seed),
     )
 
@@ -212,7 +220,7 @@ def restore_params(
     params = checkpoints.restore_part(step, f"params/{part}", like[part])
     if config.optimizer.ema_decay is None:
         return params
-    trained, _ = split_frozen(like, frozen_entries(config))
+    trained, _ = split_frozen(like, run_frozen(config))
     # What is frozen has no average.
     return {**params, **checkpoints.restore_part(step, f"opt_state/average/{part}", trained[part])}
 

@@ -15,6 +15,7 @@ from patchgd_jax._version import __version__
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.errors import ConfigError, DiskError
 from patchgd_jax.files import fsync_path, write_json
+from patchgd_jax.methods import method_model
 from patchgd_jax.models.published import PUBLISHED, to_published_layout
 from patchgd_jax.patch_model import Parts
 from patchgd_jax.predict import TrainedModel
@@ -77,7 +78,8 @@ def export_header(config: TrainConfig, preprocess: Preprocess) -> dict[str, str]
             "model.encoder": config.model.encoder,
             "model.norm": config.model.norm,
             "model.latent_dim": config.model.latent_dim,
-            "model.head": config.model.head,
+            "model.head": method_model(config.method, config.model).head,
+            "model.stem_stride": config.model.stem_stride,
             "data.classes": len(preprocess.class_names),
         },
         "preprocess": dataclasses.asdict(preprocess),

@@ -7,13 +7,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
 
 from patchgd_jax.config import TrainConfig, flatten, to_dict
 from patchgd_jax.presets import PRESETS, get_preset, preset_argument
+
+if TYPE_CHECKING:
+    from patchgd_jax.memory import PlanRequest
 
 _PROGRAM = "patchgd-jax"
 
@@ -168,8 +171,7 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     lines = [
         f"{request.model.encoder} + {request.model.head}, {request.model.dtype}, "
         f"{request.optimizer.name}; images {height} x {width} x {channels}, batch "
-        f"{request.batch}; patches of {request.patchgd.patch} px, {request.sampled} of "
-        f"{request.grid.num_patches} at a time",
+        f"{request.batch}" + _patches_told(request, config.method),
         f"Steps take {known.factor:.2f} times XLA's figure on {device.device_kind}"
         + (f" and up to {show_size(known.overhead + known.kept)}" if known.overhead else "")
         + (" (measured here)." if known.measured else " (a first guess: --tier measure)."),
@@ -217,6 +219,17 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         plot_sweep(sweep(formula, [p.row.method for p in rows], sides), budget, Path(options.plot))
         lines += ["", f"Wrote {options.plot}"]
     return {"text": "\n".join(lines), "json": figures}
+
+
+def _patches_told(request: PlanRequest, method: str) -> str:
+    from patchgd_jax.methods import WHOLE_IMAGE
+
+    if method in WHOLE_IMAGE:
+        return f", seen whole ({method})"
+    return (
+        f"; patches of {request.patchgd.patch} px, {request.sampled} of "
+        f"{request.grid.num_patches} at a time"
+    )
 
 
 def train_arguments(config: TrainConfig, request: Any, preset: str) -> str:

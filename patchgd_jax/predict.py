@@ -33,9 +33,9 @@ from patchgd_jax.experiment import (
     restore_params,
 )
 from patchgd_jax.grid import Grid, PatchGrid
-from patchgd_jax.methods import make_method, method_model
+from patchgd_jax.methods import WHOLE_IMAGE, make_method, method_model
 from patchgd_jax.metrics_log import read_metrics
-from patchgd_jax.models import head_entry
+from patchgd_jax.models import encoder_entry, head_entry
 from patchgd_jax.patch_model import Parts
 from patchgd_jax.progress import Progress
 from patchgd_jax.run_folder import METRICS, RunFolder
@@ -181,11 +181,20 @@ class TrainedModel:
             image, _ = FileReader(data, background).read(path)
             if data.fit == "native":
                 # As in training: an image that is smaller than a patch has one.
-                missing = [max(0, self.config.patchgd.patch - side) for side in image.shape[:2]]
+                wanted = self._padded(image.shape[:2])
+                missing = [max(0, to - side) for to, side in zip(wanted, image.shape, strict=False)]
                 pad = ((0, missing[0]), (0, missing[1]), (0, 0))
                 image = np.pad(image, pad, constant_values=background)
         self._check_shape(path, image.shape[:2])
         return image
+
+    def _padded(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The size to which an image is continued, as images were in training."""
+        if self.config.method in WHOLE_IMAGE:
+            for height, width in sorted(self.preprocess.shapes, key=lambda s: s[0] * s[1]):
+                if height >= shape[0] and width >= shape[1]:
+                    return height, width
+        return self._at_least_a_patch(*shape)
 
     def _check_shape(self, path: str | Path, shape: tuple[int, int]) -> Grid:
         """The grid of an image; the head must take it."""
@@ -193,6 +202,13 @@ class TrainedModel:
             grid = self._grid_of(shape)
         except ConfigError as error:
             raise DataError(f"image {path}: {error}") from error
+        tables = encoder_entry(self.config.model.encoder).side_multiple > 1
+        if tables and grid.patch_shape != self._grid.patch_shape:
+            raise ConfigError(
+                f"image {path} has {shape[0]} x {shape[1]} px, but {self.config.model.encoder} has "
+                f"a table of positions for {' x '.join(map(str, self._grid.patch_shape))} px; "
+                "resize the image"
+            )
         trained = (self._grid.rows, self._grid.cols)
         head = method_model(self.config.method, self.config.model).head
         if head_entry(head).fixed_grid and (grid.rows, grid.cols) != trained:

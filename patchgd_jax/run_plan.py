@@ -20,6 +20,7 @@ from patchgd_jax.memory import (
     compiled_total,
 )
 from patchgd_jax.memory.request import leaf_bytes
+from patchgd_jax.methods import WHOLE_IMAGE
 
 # On the CPU, what a run takes of the same memory beside its steps: for reading, evaluating and
 # saving (measured: 17 to 25 MB).
@@ -102,11 +103,17 @@ def plan_of(config: TrainConfig) -> RunPlan:
         dataclasses.replace(plain, image=(*shape, plain.image[2]), slots=slots)
         for shape, slots in zip(data.shapes, data.slots, strict=True)
     ]
-    requests.sort(key=_extent, reverse=True)
+
+    def extent(request: PlanRequest) -> tuple[int, int]:
+        """Pixels, and the patches of a method that has some."""
+        pixels = request.image[0] * request.image[1]
+        return pixels, 1 if config.method in WHOLE_IMAGE else request.patches
+
+    requests.sort(key=extent, reverse=True)
     most: list[PlanRequest] = []
     for request in requests:
-        pixels, patches = _extent(request)
-        if not any(pixels <= _extent(r)[0] and patches <= _extent(r)[1] for r in most):
+        pixels, patches = extent(request)
+        if not any(pixels <= extent(r)[0] and patches <= extent(r)[1] for r in most):
             most.append(request)
     return RunPlan(
         method=planned_method(config),
@@ -126,7 +133,3 @@ def planned_method(config: TrainConfig) -> Method:
         return config.patchgd.mode
     # The run's images are the shrunk ones already.
     return "gd" if config.method == "downscale" else config.method
-
-
-def _extent(request: PlanRequest) -> tuple[int, int]:
-    return request.image[0] * request.image[1], request.patches

@@ -14,8 +14,8 @@ from typing import Any, Self
 from patchgd_jax.errors import Interrupted
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ONE_REQUEST = 1.0
-"""Seconds in which further signals are part of the first one's request."""
+_ONE_REQUEST = 0.2
+"""Seconds in which the same signal again is part of the first one's request."""
 
 
 class StopRequest:
@@ -23,8 +23,8 @@ class StopRequest:
 
     The training loop polls `signal_number`; within `immediate()`, where there is nothing to save,
     the signal raises `Interrupted` at once. A second signal ends the process without saving, unless
-    it comes within a second: what sends one to a process and to its group, as `timeout` does, asks
-    once.
+    it is the same within a fifth of a second: what sends one to a process and to its group, as
+    `timeout` does, asks once.
     """
 
     def __init__(self) -> None:
@@ -46,9 +46,10 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
-            if time.monotonic() - self._asked > _ONE_REQUEST:
-                os._exit(128 + number)
-            return
+            again = number == self.signal_number
+            if again and time.monotonic() - self._asked < _ONE_REQUEST:
+                return
+            os._exit(128 + number)
         self.signal_number, self._asked = number, time.monotonic()
         if self._immediate:
             self._stop_now()

@@ -319,7 +319,7 @@ class Run:
             progress,
             upto=step,
             batch_size=config.images_per_step,
-            patches_per_image=self.data.mean_patches(self.setup.grids),
+            patches_per_image=self.setup.data.mean_patches(self.setup.grids),
             identity={**self.identity, "version": __version__},
             device=self.device,
             task=self.setup.task,

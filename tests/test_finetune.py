@@ -35,7 +35,7 @@ from patchgd_jax import (
     with_average,
 )
 from patchgd_jax.checkpoint import Checkpoints
-from patchgd_jax.experiment import frozen_entries, make_run_optimizer
+from patchgd_jax.experiment import make_run_optimizer, run_frozen
 from patchgd_jax.predict import TrainedModel
 from patchgd_jax.pretrained import starting_point
 from patchgd_jax.progress import Progress
@@ -255,7 +255,7 @@ def test_everything_at_once_compiles_once_and_keeps_frozen_stages():
     config = tune(freeze_stages=2, layer_decay=0.7, ema_decay=0.9, encoder_learning_rate=1e-2)
     grid = PatchGrid(32, 32, 16)
     model = build_model(config.model, grid=grid, channels=1, classes=9, mean=0.5, std=0.3)
-    optimizer, frozen = make_run_optimizer(config, config.data.train_size), frozen_entries(config)
+    optimizer, frozen = make_run_optimizer(config, config.data.train_size), run_frozen(config)
     assert frozen == {"Stage_0", "Stage_1"}
     state = jax.jit(partial(init_state, model=model, optimizer=optimizer, frozen=frozen))(KEY)
     first = jax.device_get(state)
@@ -368,7 +368,7 @@ def test_the_command_line_tunes_and_predicts(command, tmp_path):
         (lambda: OptimizerConfig(encoder_learning_rate=0.0), "encoder_learning_rate is 0.0"),
         (lambda: OptimizerConfig(ema_decay=1.0), "ema_decay is 1.0"),
         (lambda: OptimizerConfig(freeze_stages=-1), "freeze_stages is -1"),
-        (lambda: frozen_entries(tune(freeze_stages=5)), "is 5, but the encoder has 4 stages"),
+        (lambda: run_frozen(tune(freeze_stages=5)), "is 5, but the encoder has 4 stages"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(make, message):

@@ -37,7 +37,9 @@ from patchgd_jax import (
 )
 from patchgd_jax.auto_settings import settled
 from patchgd_jax.checkpoint import Checkpoints
-from patchgd_jax.config import METHODS, BackgroundConfig
+from patchgd_jax.config import METHODS, BackgroundConfig, SplitConfig
+from patchgd_jax.cross_validation import cross_validate
+from patchgd_jax.dry_run import dry_run
 from patchgd_jax.gradients import full_gradient, stream
 from patchgd_jax.latents import chunked_ids
 from patchgd_jax.memory import Formula, PlanRequest, compile_program, step_of
@@ -51,7 +53,8 @@ from patchgd_jax.models import map_side
 from patchgd_jax.models.conv import stem_side
 from patchgd_jax.models.pool import max_pool, mean_pool
 from patchgd_jax.predict import TrainedModel
-from patchgd_jax.tasks import SINGLE_LABEL
+from patchgd_jax.run_plan import plan_of
+from patchgd_jax.tasks import SINGLE_LABEL, make_task
 from patchgd_jax.train import resume, train
 
 KEY = jax.random.key(3)
@@ -561,12 +564,61 @@ def test_the_planner_has_a_row_for_each(method):
     assert Formula(request, "cpu").row(method).total == pytest.approx(compiled, rel=0.25)
 
 
-def test_the_largest_batch_of_a_method(tiny_encoder):
-    config = dataclasses.replace(BASE, method="gd", batch_size="auto", device="cpu")
-    chosen = settled(settled_method(config), "100MiB")
-    assert isinstance(chosen.batch_size, int)
-    assert chosen.batch_size == BASE.data.train_size
+def test_the_largest_batch_of_a_method():
+    """Of gd on images of 128 px: by the planner's figure for it, not for PatchGD."""
+    data = dataclasses.replace(BASE.data, size=(128, 128), train_size=4096)
+    config = dataclasses.replace(
+        BASE, data=data, model=ModelConfig(), method="gd", batch_size="auto", device="cpu"
+    )
+    chosen = settled(settled_method(config), "140MiB")
+    plan = plan_of(chosen)
+    (request,) = plan.requests
+    assert plan.method == "gd"
+    larger = dataclasses.replace(request, batch=request.batch + 1)
+    assert plan.compiled(request) <= 140 * 2**20 < plan.compiled(larger)
     assert chosen.patchgd.mode == "full"
+
+
+@pytest.mark.parametrize("method", ["gd", "downscale", "mil"])
+def test_a_rehearsal_of_a_method(method, tiny_encoder):
+    """Also where the images have fewer patches than PatchGD would have inner steps."""
+    config = dataclasses.replace(run_of(method), patchgd=PatchGDConfig(patch=16, fraction=0.2))
+    figures = dry_run(config)
+    assert figures["compiled"] > 0
+
+
+def test_folds_of_a_method_go_on(tiny_encoder, tmp_path):
+    """A second call finds the runs of the first."""
+    from PIL import Image
+
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for index in range(4):
+            pixels = np.full((32, 32), 40 * index + 60 * (label == "b"), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{index}.png")
+    data = DataConfig(root=str(tmp_path / "images"), size=(32, 32), split=SplitConfig(folds=2))
+    config = dataclasses.replace(BASE, data=data, method="gd", batch_size=2, epochs=1)
+    first = cross_validate(config, tmp_path / "folds")
+    again = cross_validate(config, tmp_path / "folds")
+    assert again["mean"] == first["mean"]
+
+
+def test_patchwise_on_images_with_fewer_patches_than_groups():
+    """No group of a small image is empty of answers: as a regression its error is a number."""
+    grid = PatchGrid(4, 32, 4)
+    _, model, batch = toy_parts(grid)
+    batch["patches"] = np.array([np.arange(8), [2, 5, 8, 9, 10, 11, 12, 13]], np.int32)
+    batch["label"] = np.array([0.5, 1.5], np.float32)
+    config = TrainConfig(method="patchwise", patchgd=PatchGDConfig(patch=4, inner_steps=4))
+    optimizer = recording_sgd(0.1)
+    state = init_state(KEY, model=model, optimizer=optimizer)
+    _, metrics = method_of(config).train_step(
+        state, batch, KEY, model=model, optimizer=optimizer, grid=grid, patchgd=config.patchgd,
+        task=make_task(TaskConfig(name="regression"), 1),
+    )  # fmt: skip
+    assert np.isfinite(metrics["mae"])
+    nothing = pooled(jnp.ones((1, 2, 3)), jnp.zeros((1, 2), bool), "mean")
+    np.testing.assert_array_equal(nothing, np.zeros((1, 3)))
 
 
 def test_mil_keeps_features_and_the_encoder(tiny_encoder, tmp_path, monkeypatch):
@@ -640,6 +692,22 @@ BAD = {
         "data.empty leaves patches out, but method gd sees the whole image",
     ),
     "mesh": ({"method": "gd", "mesh": "auto"}, "method gd keeps whole images on one device"),
+    "a setting of another method": (
+        {"method": "gd", "baseline": BaselineConfig(positions=0.5)},
+        "baseline.positions is about method fully-conv, not gd",
+    ),
+    "a scale of another method": (
+        {"method": "ips", "patchgd": PatchGDConfig(encoder_grad_scale="unbiased")},
+        "patchgd.encoder_grad_scale undoes what PatchGD does",
+    ),
+    "nothing kept to recompute": (
+        {"method": "gd", "patchgd": PatchGDConfig(mode="full", remat=True)},
+        "patchgd.remat is about mode full of method patchgd; for gd, use --model.remat",
+    ),
+    "nothing to freeze": (
+        {"method": "mil", "optimizer": OptimizerConfig(freeze_stages=1)},
+        "method mil trains no stage",
+    ),
     "nothing to sample": (
         {"method": "gd", "patchgd": PatchGDConfig(fraction="auto")},
         "patchgd.fraction cannot be auto",

@@ -22,9 +22,11 @@ def test_a_signal_to_a_process_and_its_group_is_one_request(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal_number == signal.SIGTERM
         assert ended == []
-        now[0] += 2
         os.kill(os.getpid(), signal.SIGINT)
         assert ended == [130]
+        now[0] += 0.5
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended == [130, 143]
 
 
 def test_where_there_is_nothing_to_save_it_ends_at_once():

@@ -126,7 +126,7 @@ class DataConfig:
     fit: Literal["resize", "native"] = "resize"
     """resize: shrink every image into size, keeping its shape and filling up with background.
     native: take its pixels as they are; images of different sizes are padded to at most three, and
-    the padding is left out."""
+    the padding is left out, unless method sees whole images."""
     level: int = 0
     """Pyramid level that fit native reads; 0 is the full resolution."""
     background: int | None = None

@@ -37,7 +37,7 @@ class StreamConfig:
     some out. Generated images, and files with data.fit native, can be streamed at any size. 0: the
     fill encodes all."""
     store_mib: int = 1024
-    """Most memory in MiB that the entries of Z between visits take (max_age)."""
+    """Most memory in MiB that the entries of Z between visits take (max_age, and method mil)."""
     store_dir: str | None = None
     """Folder in which they are kept on disk. None: they are kept in memory."""
 

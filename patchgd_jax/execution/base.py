@@ -15,6 +15,7 @@ from patchgd_jax.data.bad_records import OnBad
 from patchgd_jax.data.pipeline import TrainBatches, eval_batches
 from patchgd_jax.data.source import ExampleSource
 from patchgd_jax.data.sources import RunData
+from patchgd_jax.errors import ConfigError
 from patchgd_jax.grid import Grid, PatchGrid
 from patchgd_jax.methods import Method
 from patchgd_jax.patch_model import Parts, PatchModel
@@ -166,3 +167,18 @@ class Execution(abc.ABC):
             What `step.eval_step` does, and `label` and `weight`; of the whole batch, also where
             this process read some of it. Rows that are padding may be left out.
         """
+
+
+def check_budget(setup: Setup, budget: int) -> None:
+    """Checks that a store of so many bytes holds the latents of any image.
+
+    Raises:
+        ConfigError: if not.
+    """
+    entry = 8 + 4 * setup.config.model.latent_dim
+    largest = max(grid.num_patches for grid in setup.grids) * entry
+    if largest > budget:
+        raise ConfigError(
+            f"stream.store_mib {setup.config.stream.store_mib} holds no image's latents, which "
+            f"take {largest / 2**20:.1f} MiB each (times {len(setup.grids)} padded sizes); raise it"
+        )

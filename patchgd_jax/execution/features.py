@@ -7,15 +7,16 @@ from functools import partial
 import jax
 import numpy as np
 
-from patchgd_jax.execution.base import HostBatch, Setup
+from patchgd_jax.execution.base import HostBatch, Setup, check_budget
 from patchgd_jax.execution.resident import Program, ResidentExecution
 from patchgd_jax.latent_store import LatentStore
+from patchgd_jax.memory.compiled import allotted
 from patchgd_jax.methods import FEATURES
 from patchgd_jax.step import TrainState, eval_fill
 
 
 class FeatureExecution(ResidentExecution):
-    """Encodes a training image at its first visit, and keeps its Z on the host.
+    """Encodes a training image at its first visit, and keeps its Z on the host; it is still read.
 
     Z of the images visited last is kept, within `stream.store_mib` of memory or on the disk of
     `stream.store_dir`; the others are encoded again. Validation images are always encoded.
@@ -30,7 +31,14 @@ class FeatureExecution(ResidentExecution):
         self._encode: dict[int, Program] = {}
         # A store is for latents of one shape.
         budget = stream.store_mib * 2**20 // len(setup.grids)
+        check_budget(setup, budget)
         self._stores = [LatentStore(budget, stream.store_dir) for _ in setup.grids]
+
+    def compiled_bytes(self) -> int | None:
+        """See `Execution`; encoding is a program of its own."""
+        encode = [allotted(program.run).total for program in self._encode.values()]
+        step = super().compiled_bytes()
+        return None if step is None else max(step, *encode)
 
     def _compile_train(self, state: TrainState, number: int) -> Program:
         """Compiles the encoding as well, and a step on what it gives."""
@@ -62,8 +70,7 @@ class FeatureExecution(ResidentExecution):
             z = np.asarray(jax.device_get(program.run(state.params, state.model_state, arrays)))
             when = np.zeros(z.shape[1], np.int64)
             for place, name in enumerate(names):
-                # What took the place of an unreadable image has no number of its own.
-                if kept[place] is None and batch["id"][place] >= 0:
+                if kept[place] is None:
                     store.put(name, z[place], when)
         else:
             z = np.stack([latents.z for latents in kept if latents is not None])

@@ -11,8 +11,7 @@ import numpy as np
 
 from patchgd_jax.data.regions import RegionSource
 from patchgd_jax.data.source import ExampleSource, RegionExamples, Unread, as_regions
-from patchgd_jax.errors import ConfigError
-from patchgd_jax.execution.base import Execution, HostBatch, Setup
+from patchgd_jax.execution.base import Execution, HostBatch, Setup, check_budget
 from patchgd_jax.latent_store import LatentStore
 from patchgd_jax.patch_model import Parts
 from patchgd_jax.step import TrainState
@@ -32,13 +31,8 @@ class StreamedExecution(Execution):
         assert setup.data.regions_level is not None
         # Each padded size has latents of its own form, and its share of the memory.
         budget = stream.store_mib * 2**20 // len(setup.grids)
-        entry = 8 + 4 * config.model.latent_dim
-        largest = max(grid.num_patches for grid in setup.grids) * entry
-        if stream.max_age and largest > budget:
-            raise ConfigError(
-                f"stream.store_mib {stream.store_mib} holds no image's latents, which take "
-                f"{largest / 2**20:.1f} MiB each (times {len(setup.grids)} padded sizes); raise it"
-            )
+        if stream.max_age:
+            check_budget(setup, budget)
         self._steps = [
             StreamedStep(
                 model,

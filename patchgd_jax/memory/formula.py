@@ -164,7 +164,6 @@ class Formula:
         self.request = request
         self.platform = platform
         self._traced_image = request.image[:2]
-        self._sampled = request.batch * request.sampled
         self._profile = cache(self._trace_profile)
         self._head_peak = cache(self._trace_head)
         self._fill_peak = cache(self._trace_fill)
@@ -292,7 +291,9 @@ class Formula:
         config = dataclasses.replace(config, head="linear", dropout=None)
         if size == (self.request.patchgd.patch,) * 2:
             # For smaller numbers than that of an inner step the peak is scaled down.
-            return self._profile(config, size, self._sampled, True)
+            patches, inner_steps = self.request.patches, self.request.patchgd.num_inner_steps
+            most = self.request.batch * -(-patches // inner_steps)
+            return self._profile(config, size, most, True)
         if size == self._traced_image:
             return self._profile(config, size, count, False)
         return self._profile(config, self._traced_image, count, True)

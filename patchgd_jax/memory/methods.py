@@ -16,7 +16,7 @@ from patchgd_jax.config import MethodName, ModelConfig, PatchGDConfig
 from patchgd_jax.errors import ConfigError, unknown_name
 from patchgd_jax.grid import WholeImage
 from patchgd_jax.memory.request import PlanRequest, tree_bytes
-from patchgd_jax.methods import WHOLE_IMAGE, make_method, method_model
+from patchgd_jax.methods import WHOLE_IMAGE, frozen_entries, make_method, method_model
 from patchgd_jax.methods.ips import require_attention, selected
 from patchgd_jax.models import build_encoder, build_model, encoder_norm, map_side
 from patchgd_jax.models.conv import SHORTEST, traced_for
@@ -116,7 +116,9 @@ def step_of(request: PlanRequest, method: Method, side: int | None = None) -> St
     )
     if name == "ips":
         require_attention(model, grid, config.latent_dim)
-    optimizer, frozen = optimizer_of(request), _frozen(request, method)
+    optimizer = optimizer_of(request)
+    stages = request.optimizer.freeze_stages
+    frozen = frozen_entries(name, config, stages, patch=patch, channels=channels)
     init = partial(init_state, model=model, optimizer=optimizer, frozen=frozen)
     state: TrainState = jax.eval_shape(init, _key())
     steps = make_method(name, request.baseline, patchgd)
@@ -265,16 +267,6 @@ def optimizer_of(request: PlanRequest) -> optax.GradientTransformation:
         updates_per_step=request.patchgd.updates_per_step,
         depth=depth,
     )
-
-
-def _frozen(request: PlanRequest, method: Method) -> frozenset[str]:
-    stages, patch = request.optimizer.freeze_stages, request.patchgd.patch
-    if method == "mil":
-        return frozenset(encoder_shapes(request.model, patch, request.image[2])["params"])
-    if not stages:
-        return frozenset()
-    encoder = build_encoder(request.model, patch)
-    return encoder_layers(encoder, patch=patch, channels=request.image[2]).until(stages)
 
 
 def _key() -> Any:

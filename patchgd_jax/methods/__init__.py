@@ -10,6 +10,9 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 
+import jax
+import jax.numpy as jnp
+
 from patchgd_jax.config import BaselineConfig, MethodName, ModelConfig, PatchGDConfig, TrainConfig
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.methods.base import Method, one_update
@@ -17,12 +20,15 @@ from patchgd_jax.methods.fully_conv import fully_conv_eval, fully_conv_gradient
 from patchgd_jax.methods.ips import ips_eval, ips_gradient, selected
 from patchgd_jax.methods.mil import FEATURES, mil_gradient
 from patchgd_jax.methods.patchwise import patchwise_eval, patchwise_step
+from patchgd_jax.models import build_encoder
+from patchgd_jax.models.depth import encoder_layers
 from patchgd_jax.step import eval_step, train_step
 
 __all__ = [
     "FEATURES",
     "WHOLE_IMAGE",
     "Method",
+    "frozen_entries",
     "make_method",
     "method_model",
     "settled_method",
@@ -44,13 +50,14 @@ def settled_method(config: TrainConfig) -> TrainConfig:
         ConfigError: for settings that the method cannot have.
     """
     method, patchgd = config.method, config.patchgd
+    _check_read(config)
     if method == "patchgd":
         return config
     if method == "patchwise":
         if patchgd.mode not in ("patchgd", "accumulate"):
             raise ConfigError(
                 f"patchgd.mode {patchgd.mode} with method patchwise: its patches know nothing of "
-                "each other, so the gradient of all is that of mode accumulate; use that"
+                "each other, so mode accumulate has the gradient of all of them; use that"
             )
         return config
     if method in WHOLE_IMAGE and config.data.empty.method != "none":
@@ -58,10 +65,42 @@ def settled_method(config: TrainConfig) -> TrainConfig:
             f"data.empty leaves patches out, but method {method} sees the whole image; set "
             "data.empty.method none"
         )
-    config = dataclasses.replace(
-        config, patchgd=dataclasses.replace(patchgd, mode="full", remat=False)
-    )
+    config = dataclasses.replace(config, patchgd=dataclasses.replace(patchgd, mode="full"))
     return _shrunk(config) if method == "downscale" else config
+
+
+_READ_BY = {
+    "side": {"downscale"},
+    "pooling": {"patchwise", "fully-conv"},
+    "positions": {"fully-conv"},
+    "top_patches": {"ips"},
+}
+"""The methods that each setting of `BaselineConfig` is about."""
+
+
+def _check_read(config: TrainConfig) -> None:
+    """Refuses settings that the method would not look at."""
+    method, usual = config.method, BaselineConfig()
+    for name, methods in _READ_BY.items():
+        if getattr(config.baseline, name) != getattr(usual, name) and method not in methods:
+            raise ConfigError(
+                f"baseline.{name} is about method {' and '.join(sorted(methods))}, not {method}; "
+                "leave it out"
+            )
+    if method == "patchgd":
+        return
+    if config.patchgd.encoder_grad_scale != 1:
+        raise ConfigError(
+            "patchgd.encoder_grad_scale undoes what PatchGD does to the encoder's gradient; method "
+            f"{method} does not do it, so leave it out"
+        )
+    if config.patchgd.remat:
+        raise ConfigError(
+            f"patchgd.remat is about mode full of method patchgd; for {method}, use --model.remat "
+            "blocks or everything"
+        )
+    if method == "mil" and config.optimizer.freeze_stages:
+        raise ConfigError("method mil trains no stage of the encoder; leave freeze_stages out")
 
 
 def _shrunk(config: TrainConfig) -> TrainConfig:
@@ -92,6 +131,31 @@ def _shrunk(config: TrainConfig) -> TrainConfig:
 def method_model(method: MethodName, model: ModelConfig) -> ModelConfig:
     """The settings of the model that a method trains: without Z, a dense layer is the head."""
     return dataclasses.replace(model, head="linear", dropout=None) if method in _NO_Z else model
+
+
+def frozen_entries(
+    method: MethodName, model: ModelConfig, stages: int, *, patch: int, channels: int
+) -> frozenset[str]:
+    """The encoder's top-level entries that are not trained: for method mil, all of them.
+
+    Args:
+        method: of the run.
+        model: its encoder.
+        stages: `optimizer.freeze_stages`.
+        patch: side p of its patches.
+        channels: C.
+
+    Raises:
+        ConfigError: if the encoder has fewer stages than are to be frozen.
+    """
+    encoder = build_encoder(model, patch)
+    if method == "mil":
+        patches = jax.ShapeDtypeStruct((1, patch, patch, channels), jnp.float32)
+        variables = jax.eval_shape(partial(encoder.init, train=False), jax.random.key(0), patches)
+        return frozenset(variables["params"])
+    if not stages:
+        return frozenset()
+    return encoder_layers(encoder, patch=patch, channels=channels).until(stages)
 
 
 def make_method(method: MethodName, baseline: BaselineConfig, patchgd: PatchGDConfig) -> Method:

@@ -80,11 +80,17 @@ def pooled(logits: jax.Array, counts: jax.Array | None, pooling: Pooling) -> jax
             and a tie is broken by the mean of their probabilities.
 
     Returns:
-        `float [B, O]`, logits; of a vote, those of the classes' shares in it.
+        `float [B, O]`, logits; of a vote, those of the classes' shares in it. Without a patch they
+        say nothing, 0 or -inf.
     """
-    where = None if counts is None else counts[..., None]
+    if counts is None:
+        counts = jnp.ones(logits.shape[:2], bool)
+    number = jnp.maximum(counts.sum(1), 1)[:, None]
+
+    def mean(values: jax.Array) -> jax.Array:
+        return jnp.where(counts[..., None], values, 0).sum(1) / number
+
     if pooling == "mean":
-        return logits.mean(1, where=where)
+        return mean(logits)
     votes = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=logits.dtype)
-    faint = jax.nn.softmax(logits) * _FAINT
-    return jnp.log((votes + faint).mean(1, where=where))
+    return jnp.log(mean(votes + jax.nn.softmax(logits) * _FAINT))

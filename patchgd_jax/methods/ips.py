@@ -21,18 +21,14 @@ from patchgd_jax.gradients import Batch, Gradient, full_gradient, patch_mask, re
 from patchgd_jax.grid import Grid
 from patchgd_jax.methods.base import Metrics, scores
 from patchgd_jax.patch_model import Parts, PatchModel
-from patchgd_jax.sampling import group_size, without_repeats
+from patchgd_jax.sampling import without_repeats
 from patchgd_jax.step import eval_fill
 from patchgd_jax.tasks import SINGLE_LABEL, Task
 
 
 def selected(grid: Grid, *, top: int | None, inner_steps: int) -> int:
-    """M: `top`, or as many patches as PatchGD re-encodes at a time, and no more than there are.
-
-    Raises:
-        ConfigError: if `top` is None and there are more inner steps than patches.
-    """
-    return min(grid.num_patches, top or group_size(grid.num_patches, inner_steps))
+    """M: `top`, or as many patches as PatchGD re-encodes at a time, and no more than there are."""
+    return min(grid.num_patches, top or -(-grid.num_patches // inner_steps))
 
 
 def require_attention(model: PatchModel, grid: Grid, width: int) -> None:

@@ -153,7 +153,11 @@ def patchwise_step(
 
         start = (jax.tree.map(jnp.zeros_like, state.params), state.model_state)
         (grads, model_state), (losses, logits) = lax.scan(accumulate, start, steps)
-        gradient = Gradient(grads, model_state, losses.mean(), logits[-1])
+        # A small image has no patch in some groups: the last that has answers for it.
+        some = (steps[1] < grid.num_patches).any(2)
+        last = jnp.where(some, jnp.arange(some.shape[0])[:, None], 0).max(0)
+        answers = logits[last, jnp.arange(last.shape[0])]
+        gradient = Gradient(grads, model_state, losses.mean(), answers)
         return apply_gradient(state, gradient, batch, optimizer, task, 1.0)
 
     steps = jax.tree.map(
