@@ -36,6 +36,7 @@ from series_data import CLASSES, NOISE, Samples, counting_a_quarter, make_sample
 
 import patchgd_jax as pgd
 from patchgd_jax.compiling import use_compilation_cache
+from patchgd_jax.memory.compiled import allotted
 from patchgd_jax.models.heads import AttentionHead
 
 SEEDS = 3
@@ -185,7 +186,7 @@ def compare(
             accuracy=right / scale.validation,
             examples=scale.validation,
             loss=loss / scale.validation,
-            step_memory_mib=compiled.memory_analysis().temp_size_in_bytes / 2**20,
+            step_memory_mib=allotted(compiled).total / 2**20,
             seconds=seconds,
             images_per_s=scale.train / seconds,
             images=scale.train,
