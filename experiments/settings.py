@@ -155,7 +155,7 @@ COMPARED: tuple[MethodName, ...] = ("patchgd", "downscale", "patchwise", "gd", "
 """The papers' methods, and the two that users try first."""
 
 BUDGETS = ("8GiB", "16GiB", "24GiB")
-"""Memory of the graphics cards for which the papers compare the methods."""
+"""Memory of common graphics cards, which the methods are compared at; not the papers' list."""
 
 IMAGENET = {
     "resnet50": "resnet50-imagenet1k-v1",

@@ -1,10 +1,11 @@
 """UltraMNIST with ResNet-50: PatchGD and the other methods at the same memory.
 
 Command:   python experiments/ultramnist_resnet50.py --scale cpu
-Time:      cpu: about ten minutes on two cores; paper: days on one GPU
-Expected:  cpu: PatchGD above `downscale` and `patchwise`, which have no more than its memory and
-           cannot read a digit, or not add digits up; `gd` near PatchGD, for the memory of the whole
-           image. paper: PatchGD above `gd` at each budget (arXiv 2301.13817)
+Time:      cpu: about twelve minutes on two cores; paper: days on one GPU
+Expected:  cpu: PatchGD 38 % with the memory of one patch an image, `patchwise` 25 % and `downscale`
+           11 % (chance) with no more; `gd` 39 % and `gd-extended` 48 % with four times the memory.
+           The best guess without reading a sum is 36 %. paper: PatchGD above `gd` at each budget
+           (arXiv 2301.13817)
 
 At scale cpu the encoder is a small CNN and the images are those of `settings.DigitSums`; at scale
 paper they are UltraMNIST's at 512 px, and the batch is the largest that a budget has room for.
