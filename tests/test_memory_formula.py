@@ -255,7 +255,7 @@ request = PlanRequest(
     patchgd=PatchGDConfig(patch=500, fraction=0.001),
 )
 rows, refused = method_table(request, "cpu")
-assert len(rows) == 10 and not refused, refused
+assert len(rows) == 12 and not refused, refused
 lines = Path("/proc/self/status").read_text().splitlines()
 print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 """

@@ -291,7 +291,7 @@ def test_a_plan_in_text_json_and_a_picture(tmp_path):
     plan = make_plan(options)
     figures = json.loads(json.dumps(plan["json"]))
     rows = {row["method"]: row for row in figures["methods"]}
-    assert len(rows) == 10
+    assert len(rows) == 12
     for row in rows.values():
         assert row["fits"] == (row["expected"] <= 20 * MIB)
     assert rows["gd"]["total"] > rows["exact"]["total"]

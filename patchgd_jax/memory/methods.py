@@ -18,7 +18,13 @@ from patchgd_jax.grid import WholeImage
 from patchgd_jax.memory.request import PlanRequest, tree_bytes
 from patchgd_jax.methods import WHOLE_IMAGE, frozen_entries, make_method, method_model
 from patchgd_jax.methods.ips import require_attention, selected
-from patchgd_jax.models import build_encoder, build_model, encoder_norm, map_side
+from patchgd_jax.models import (
+    build_encoder,
+    build_model,
+    encoder_entry,
+    encoder_norm,
+    map_side,
+)
 from patchgd_jax.models.conv import SHORTEST, traced_for
 from patchgd_jax.models.depth import encoder_layers
 from patchgd_jax.optimizer import make_optimizer
@@ -236,6 +242,13 @@ def require_supported(request: PlanRequest, method: Method) -> None:
                 "mode exact needs model.norm group, or patchgd.norm_policy frozen: batch "
                 "statistics taken chunk by chunk are not those of the whole image"
             )
+    height, width, _ = request.image
+    tables = encoder_entry(model.encoder).side_multiple > 1
+    if method in ("gd", "gd-extended", "gd-remat") and tables and height != width:
+        raise ConfigError(
+            f"an image that is not square: the planner knows the table of positions of "
+            f"{model.encoder} for square ones only"
+        )
     if method == "fully-conv":
         build_encoder(model, request.patchgd.patch, window=1)
     if method == "mil" and request.augment.active:
