@@ -24,6 +24,11 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def _told(argument: str) -> str:
+    """An argument; of a path from the root, which others do not have, the last part."""
+    return Path(argument).name if os.path.isabs(argument) else argument
+
+
 def record(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Writes `<folder>/<name>.json`: the figures, versions, device, command and commit."""
     import jax
@@ -37,7 +42,7 @@ def record(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
     installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
     content = {
         "figures": figures,
-        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *map(_told, sys.argv[1:])]),
         "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
         "date": time.strftime("%Y-%m-%d"),
         "device": f"{device.platform}: {device.device_kind}",

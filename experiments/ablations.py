@@ -18,7 +18,7 @@ from runner import main
 from runs import Row, Scale
 from settings import SMOKE, DigitSums, changed, published
 
-CPU = DigitSums(train_images=2400, val_images=400)
+CPU = DigitSums(train_images=1600, val_images=400)
 
 Changes = Mapping[str, dict[str, Any]]
 CPU_CHANGES: Changes = {
