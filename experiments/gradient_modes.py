@@ -2,8 +2,9 @@
 
 Command:   python experiments/gradient_modes.py --scale cpu
 Time:      cpu: about ten minutes on two cores; paper: weeks on one GPU
-Expected:  `accumulate`, `exact` and `full` within each other's intervals; `full` takes several
-           times the memory, and `full, recomputed` less of it for more time
+Expected:  `accumulate`, `exact` and `full` within each other's intervals (36 to 37 %), at 8, 13
+           and 33 MiB; `full, recomputed` has the memory of `exact`; `patchgd`, which updates after
+           every inner step, 27 % at the same learning rate
 """
 
 from __future__ import annotations
