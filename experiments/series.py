@@ -3,7 +3,7 @@
 Command:   python experiments/series.py --scale cpu
 Time:      2.5 minutes of processor time; up to 8 minutes on two cores that do other work as well
 Expected:  `results/series.md`: accumulate, exact and full within each other's intervals (75 to
-           77 %), accumulate and exact at a third of full's memory or less; patchgd 70 %; the whole
+           77 %), accumulate and exact at about a third of full's memory; patchgd 70 %; the whole
            series 81 %, whose convolutions also see the tones that chunks cut in two; the shrunk
            series 30 %. Chance is 25 %, and counting in a quarter of each series gives 55 %.
 

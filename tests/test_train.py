@@ -46,7 +46,7 @@ CASES = {
             "sample_per": "image",
         }
     ),
-    "UltraMNIST": changed(data={"task": "digit-sum", "size": (96, 96)}),
+    "UltraMNIST": changed(data={"task": "digit-sum", "size": (96, 96), "object_ratio": None}),
 }  # fmt: skip
 
 
