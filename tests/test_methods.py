@@ -628,10 +628,23 @@ def test_mil_keeps_features_and_the_encoder(tiny_encoder, tmp_path, monkeypatch)
     runs = []
     compile_train = FeatureExecution._compile_train
 
+    class Counted:
+        """A compiled program that counts its calls."""
+
+        def __init__(self, compiled):
+            self.compiled = compiled
+
+        def __call__(self, *arguments):
+            runs.append(1)
+            return self.compiled(*arguments)
+
+        def memory_analysis(self):
+            return self.compiled.memory_analysis()
+
     def counted(self, state, number):
         program = compile_train(self, state, number)
         encode = self._encode[number]
-        self._encode[number] = encode._replace(run=lambda *a: runs.append(1) or encode.run(*a))
+        self._encode[number] = encode._replace(run=Counted(encode.run))
         return program
 
     monkeypatch.setattr(FeatureExecution, "_compile_train", counted)
