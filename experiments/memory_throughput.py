@@ -1,10 +1,11 @@
 """Memory and speed of a training step against the side of the image, by method.
 
 Command:   python experiments/memory_throughput.py --scale cpu
-Time:      cpu: about eight minutes on two cores; paper: an hour on one GPU
-Expected:  the memory of `gd` grows with the pixels; that of PatchGD stays with its patches, but for
-           the images themselves and Z; `downscale` has the memory of its side at any side. Images
-           per second fall with the pixels for all but `downscale`
+Time:      cpu: about four minutes on two cores; paper: an hour on one GPU
+Expected:  cpu: the memory of `gd` grows with the pixels (19, 61, 226 MiB), that of PatchGD stays with
+           its patches (21 MiB), and `downscale` has the memory of its side. Images per second fall
+           with the pixels for all but `downscale`. Recomputing the whole encoder saves nothing
+           where one image is all that it sees at once
 
 Nothing is trained to the end: a step is compiled, and five are timed. A method that does not fit is
 a row that says so.
