@@ -2,8 +2,8 @@
 
 Command:   python experiments/memory_throughput.py --scale cpu
 Time:      cpu: about four minutes on two cores; paper: an hour on one GPU
-Expected:  cpu: the memory of `gd` grows with the pixels (19, 61, 226 MiB), that of PatchGD stays with
-           its patches (21 MiB), and `downscale` has the memory of its side. Images per second fall
+Expected:  cpu: the memory of `gd` grows with the pixels (19, 61, 226 MiB), that of PatchGD stays
+           with its patches (21 MiB), and `downscale` has that of its side. Images per second fall
            with the pixels for all but `downscale`. Recomputing the whole encoder saves nothing
            where one image is all that it sees at once
 
