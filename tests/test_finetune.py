@@ -339,7 +339,7 @@ def test_an_averaged_run_is_evaluated_by_its_average_and_resumes_bit_for_bit(tmp
 def test_the_command_line_tunes_and_predicts(command, tmp_path):
     """New flags in a real process: grades, frozen stages, rates, averages, augmentation."""
     flags = [
-        "--data.task", "digit-sum", "--data.size", 64, 64, "--data.scale", "relative",
+        "--data.task", "digit-sum", "--data.size", 64, 64, "--data.object-ratio", 0.1, 0.3,
         "--model.head", "transformer", "--task.name", "ordinal", "--task.label-smoothing", 0.05,
         "--task.class-weights", *[1] * 9, 2, "--optimizer.freeze-stages", 1,
         "--optimizer.layer-decay", 0.8, "--optimizer.encoder-learning-rate", 5e-4,
