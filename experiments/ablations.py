@@ -18,6 +18,8 @@ from runner import main
 from runs import Row, Scale
 from settings import SMOKE, DigitSums, changed, published
 
+from patchgd_jax.config import StreamConfig
+
 CPU = DigitSums(train_images=1600, val_images=400)
 
 Changes = Mapping[str, dict[str, Any]]
@@ -28,6 +30,7 @@ CPU_CHANGES: Changes = {
     "head linear": {"model": {"head": "linear"}},
     "head cnn-original": {"model": {"head": "cnn-original"}},
     "head cnn-smaller-feat": {"model": {"head": "cnn-smaller-feat"}},
+    "head conv": {"model": {"head": "conv"}},
     "patch 64": {"patchgd": {"patch": 64, "fraction": 1 / 4}},
     "epsilon 1": {"patchgd": {"mode": "patchgd", "epsilon": 1}},
     "epsilon 4": {"patchgd": {"mode": "patchgd", "epsilon": 4}},
@@ -51,19 +54,31 @@ PAPER_CHANGES: Changes = {
     "epsilon 1": {"patchgd": {"mode": "patchgd", "epsilon": 1}},
     "own patches for each image": {"patchgd": {"sample_per": "image"}},
 }
+REPEATED: Changes = {
+    "400 images four times": {"stream": StreamConfig(enabled=True)},
+    "400 images four times, Z of the epoch before": {
+        "stream": StreamConfig(enabled=True, max_age=60)
+    },
+}
+"""On a quarter of the images in four epochs of 50 steps, streamed."""
 SMOKE_CHANGES: Changes = {"base": {}, "head linear": {"model": {"head": "linear"}}}
-LATENTS = {"smoke": (), "cpu": (16, 256)}
-"""Each has an encoder of its own to start from."""
+LATENTS = (16, 256)
+STRIDES = (2, 8)
+"""Of the stem, which is 4. These and the latents have encoders of their own to start from."""
 
 
 def rows(scale: Scale, folder: Path) -> list[Row]:
     if scale == "paper":
         base = changed(published("resnet50"), patchgd={"patch": 32, "fraction": 1 / 8})
         return [Row(label, changed(base, **change)) for label, change in PAPER_CHANGES.items()]
-    task, changes = {"smoke": (SMOKE, SMOKE_CHANGES), "cpu": (CPU, CPU_CHANGES)}[scale]
+    if scale == "smoke":
+        return [SMOKE.row(label, **change) for label, change in SMOKE_CHANGES.items()]
+    quarter = replace(CPU, train_images=CPU.train_images // 4)
     return [
-        *(task.row(label, **change) for label, change in changes.items()),
-        *(replace(task, latent_dim=n).row(f"latent {n}") for n in LATENTS[scale]),
+        *(CPU.row(label, **change) for label, change in CPU_CHANGES.items()),
+        *(quarter.row(label, epochs=4, **change) for label, change in REPEATED.items()),
+        *(replace(CPU, latent_dim=n).row(f"latent {n}") for n in LATENTS),
+        *(replace(CPU, stem_stride=n).row(f"stem stride {n}") for n in STRIDES),
     ]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from report import STEP_MEMORY, curves
 from runner import main
 from runs import Row, Scale
-from settings import SMOKE, DigitSums, changed, published
+from settings import OTHERS, SMOKE, DigitSums, changed, published
 
 from patchgd_jax import TrainConfig
 from patchgd_jax.config import BaselineConfig
@@ -49,8 +49,9 @@ def rows(scale: Scale, folder: Path) -> list[Row]:
             "patchgd": config,
             "patchgd, exact": changed(config, patchgd={"mode": "exact", "norm_policy": "frozen"}),
             "gd": changed(config, method="gd"),
-            "gd, recomputed": changed(config, method="gd", model={"remat": "everything"}),
+            "gd, recomputed": changed(config, method="gd", model={"remat": "blocks"}),
             "downscale": changed(config, method="downscale", baseline=shrunk),
+            **{name: changed(config, method=name) for name in ("patchwise", *OTHERS)},
         }
         for method in methods if scale != "smoke" else ("patchgd", "gd"):
             made.append(

@@ -26,7 +26,7 @@ from settings import SMOKE, DigitSums, changed, published
 CPU = DigitSums(train_images=1600, val_images=400)
 
 BATCH: Mapping[str, dict[str, Any]] = {
-    "batch, inner": {"patchgd": {"norm_policy": "inner"}},
+    "batch, inner": {},
     "batch, paper": {"patchgd": {"norm_policy": "paper"}},
     "batch, frozen": {"patchgd": {"norm_policy": "frozen"}},
     "batch, inner, linear schedule": {"optimizer": {"schedule": "linear"}},
@@ -44,10 +44,11 @@ def rows(scale: Scale, folder: Path) -> list[Row]:
         )
         return [Row(label, changed(base, **change)) for label, change in BATCH.items()]
     task = {"smoke": SMOKE, "cpu": CPU}[scale]
-    batch = replace(task, norm="batch")
+    inner = replace(task, norm_policy="inner")
     if scale == "smoke":
-        return [batch.row(label, **BATCH[label]) for label in ("batch, inner", "batch, paper")]
-    return [task.row("group"), *(batch.row(label, **change) for label, change in BATCH.items())]
+        return [inner.row(label, **BATCH[label]) for label in ("batch, inner", "batch, paper")]
+    group = replace(inner, norm="group").row("group")
+    return [group, *(inner.row(label, **change) for label, change in BATCH.items())]
 
 
 if __name__ == "__main__":

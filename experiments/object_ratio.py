@@ -20,7 +20,7 @@ from settings import SMOKE, DigitSums, changed, published
 
 from patchgd_jax.config import BaselineConfig, MethodName
 
-METHODS: tuple[MethodName, ...] = ("patchgd", "downscale", "gd")
+METHODS: tuple[MethodName, ...] = ("patchgd", "downscale", "patchwise", "mil", "ips", "gd")
 CPU = DigitSums(train_images=3200, val_images=400)
 DIGIT_PX = {"smoke": (6,), "cpu": (8, 14, 24), "paper": (14, 28, 56, 112)}
 """Smallest side of a digit; the largest is a quarter more."""
@@ -45,7 +45,8 @@ def rows(scale: Scale, folder: Path) -> list[Row]:
         else:
             task = {"smoke": SMOKE, "cpu": CPU}[scale]
             task = replace(task, digit_px=(digit_px, round(1.25 * digit_px)))
-            side, methods = task.side, [task.method(method) for method in METHODS]
+            names = METHODS if scale == "cpu" else METHODS[:2]
+            side, methods = task.side, [task.method(method) for method in names]
         made += [
             replace(
                 row,

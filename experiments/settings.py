@@ -37,7 +37,11 @@ class DigitSums:
     batch: int = 8
     pretraining_images: int = 24_000
     pretraining_batch: int = 32
+    pretraining_rate: float = 2e-3
+    pretraining_patches: int = 2
+    """Patches along a side of an image with a single digit."""
     encoder: str = "small-cnn"
+    stem_stride: int | None = None
     norm: Literal["group", "batch"] = "batch"
     norm_policy: Literal["inner", "paper", "frozen"] = "frozen"
     latent_dim: int = 64
@@ -66,7 +70,11 @@ class DigitSums:
                 val_size=self.val_images,
             ),
             model=ModelConfig(
-                encoder=self.encoder, norm=self.norm, latent_dim=self.latent_dim, head=self.head
+                encoder=self.encoder,
+                stem_stride=self.stem_stride,
+                norm=self.norm,
+                latent_dim=self.latent_dim,
+                head=self.head,
             ),
             patchgd=PatchGDConfig(
                 patch=self.patch,
@@ -84,9 +92,9 @@ class DigitSums:
 
     @property
     def pretraining(self) -> Row:
-        """The run that every method's encoder comes from: one digit in two by two patches."""
+        """The run that every method's encoder comes from: one digit in few patches."""
         low, high = self.digit_px
-        side = 2 * self.patch
+        side = self.pretraining_patches * self.patch
         config = changed(
             self.config,
             data={
@@ -100,14 +108,16 @@ class DigitSums:
             },
             # Attention has to be learned first; a mean teaches the encoder sooner.
             model={"head": "linear"},
-            patchgd={"fraction": 0.5, "norm_policy": "inner"},
-            optimizer={"learning_rate": 2e-3, "encoder_learning_rate": None},
+            patchgd={"fraction": min(1.0, 2 / self.pretraining_patches**2), "norm_policy": "inner"},
+            optimizer={"learning_rate": self.pretraining_rate, "encoder_learning_rate": None},
             batch_size=self.pretraining_batch,
         )
         label = (
             f"single digits of {low} to {high} px in {side} px, {self.encoder}, {self.norm}, "
             f"latent {self.latent_dim}"
         )
+        if self.stem_stride is not None:
+            label += f", stem stride {self.stem_stride}"
         return Row(label, config)
 
     def row(self, label: str, columns: dict[str, Any] | None = None, **changes: Any) -> Row:
@@ -153,6 +163,9 @@ def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
 
 COMPARED: tuple[MethodName, ...] = ("patchgd", "downscale", "patchwise", "gd", "gd-extended")
 """The papers' methods, and the two that users try first."""
+
+OTHERS: tuple[MethodName, ...] = ("fully-conv", "mil", "ips")
+"""Methods of other work, whose answer comes from patches or positions."""
 
 BUDGETS = ("8GiB", "16GiB", "24GiB")
 """Memory of common graphics cards, which the methods are compared at; not the papers' list."""

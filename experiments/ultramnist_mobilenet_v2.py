@@ -15,11 +15,11 @@ from pathlib import Path
 
 from runner import main
 from runs import Row, Scale
-from settings import SMOKE, DigitSums, published, published_rows
+from settings import COMPARED, SMOKE, DigitSums, published, published_rows
 
 CPU = DigitSums(
-    encoder="mobilenet-v2", side=64, batch=16, train_images=320, val_images=200,
-    pretraining_images=1024,
+    encoder="mobilenet-v2", stem_stride=1, side=96, train_images=3200, val_images=400,
+    pretraining_images=64_000, pretraining_rate=6e-3, pretraining_patches=1,
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def rows(scale: Scale, folder: Path) -> list[Row]:
     if scale == "paper":
         return published_rows(published("mobilenet-v2"))
     task = {"smoke": SMOKE, "cpu": CPU}[scale]
-    return [task.method(method) for method in ("patchgd", "downscale", "gd")]
+    return [task.method(method) for method in (COMPARED if scale == "cpu" else COMPARED[:2])]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from runner import main
 from runs import Row, Scale
-from settings import COMPARED, SMOKE, DigitSums, published, published_rows
+from settings import COMPARED, OTHERS, SMOKE, DigitSums, published, published_rows
+
+from patchgd_jax.config import BaselineConfig
 
 CPU = DigitSums(train_images=9600)
 
@@ -25,8 +27,13 @@ CPU = DigitSums(train_images=9600)
 def rows(scale: Scale, folder: Path) -> list[Row]:
     if scale == "paper":
         return published_rows(published("resnet50"))
-    task = {"smoke": SMOKE, "cpu": CPU}[scale]
-    return [task.method(method) for method in COMPARED]
+    if scale == "smoke":
+        return [SMOKE.method(method) for method in COMPARED]
+    return [
+        *(CPU.method(method) for method in (*COMPARED, *OTHERS)),
+        CPU.row("ips, 4 patches", method="ips", baseline=BaselineConfig(top_patches=4)),
+        CPU.row("gd, recomputed", method="gd", model={"remat": "blocks"}),
+    ]
 
 
 if __name__ == "__main__":
