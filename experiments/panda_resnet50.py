@@ -19,29 +19,33 @@ from runs import Row, Scale
 from settings import IMAGENET, changed, published_rows
 
 from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig, get_preset
-from patchgd_jax.config import BaselineConfig, SplitConfig
+from patchgd_jax.config import BaselineConfig, MethodName, SplitConfig
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from tiny_panda import make_tiny_panda
 
-SLIDES = {"smoke": 14, "cpu": 105}
+SLIDES = {"smoke": 14, "cpu": 140}
 FOLDS = {"smoke": 2, "cpu": 3}
-SIDES = {"smoke": (64,), "cpu": (256, 512), "paper": (512, 2048, 4096)}
+SIDES = {"smoke": (64,), "cpu": (128, 256), "paper": (512, 2048, 4096)}
+PATCH, SAMPLED = 32, 4
+"""Of the small scales; an inner step encodes as many patches at every side."""
+METHODS: tuple[MethodName, ...] = ("patchgd", "downscale", "gd")
 FRACTION = {512: 0.3, 2048: 0.1, 4096: 0.1}
 """The papers' sampling fraction at each side."""
 
 
 def small(scale: Scale, side: int, slides: Path) -> TrainConfig:
-    """PatchGD with a small CNN."""
+    """PatchGD with a small CNN, whose head reads the mean of Z: dots are to be counted."""
+    grid = (side // PATCH) ** 2
     return TrainConfig(
         data=DataConfig(
             panda=str(slides), size=(side, side), split=SplitConfig(folds=FOLDS[scale])
         ),
-        model=ModelConfig(norm="group", latent_dim=32),
-        patchgd=PatchGDConfig(patch=min(64, side // 2), fraction=0.25),
+        model=ModelConfig(norm="group", latent_dim=32, head="linear"),
+        patchgd=PatchGDConfig(patch=PATCH, fraction=min(1.0, SAMPLED / grid), mode="accumulate"),
         batch_size=4,
         eval_batch_size=4,
-        epochs={"smoke": 1, "cpu": 6}[scale],
+        epochs={"smoke": 1, "cpu": 30}[scale],
         eval_every=10_000,
     )
 
@@ -78,13 +82,21 @@ def rows(scale: Scale, folder: Path) -> list[Row]:
     slides = folder.absolute() / "slides"
     if not (slides / "train.csv").exists():
         make_tiny_panda(slides, SLIDES[scale])
-    made = []
-    for side in SIDES[scale]:
-        config = small(scale, side, slides)
-        made.append(Row(f"patchgd, {side} px", config, {"method": "patchgd", "side": side}))
-        shrunk = changed(config, method="downscale", baseline=BaselineConfig(side=side // 2))
-        made.append(Row(f"downscale, {side} px", shrunk, {"method": "downscale", "side": side}))
-    return made
+    # The pixels of the patches of an inner step.
+    baselines = {"downscale": BaselineConfig(side=round(PATCH * SAMPLED**0.5))}
+    return [
+        Row(
+            f"{method}, {side} px",
+            changed(
+                small(scale, side, slides),
+                method=method,
+                baseline=baselines.get(method, BaselineConfig()),
+            ),
+            {"method": method, "side": side},
+        )
+        for side in SIDES[scale]
+        for method in (METHODS if scale == "cpu" else METHODS[:2])
+    ]
 
 
 if __name__ == "__main__":
