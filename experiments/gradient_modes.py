@@ -26,6 +26,8 @@ MODES: Mapping[str, dict[str, Any]] = {
     "full": {"mode": "full"},
     "full, recomputed": {"mode": "full", "remat": True},
 }
+SLOWER = (2, 4, 8)
+"""Divisors of the learning rates for mode patchgd, which updates sixteen times as often."""
 
 
 def rows(scale: Scale, folder: Path) -> list[Row]:
@@ -35,7 +37,21 @@ def rows(scale: Scale, folder: Path) -> list[Row]:
         return [Row(label, changed(base, patchgd=mode)) for label, mode in MODES.items()]
     task = {"smoke": SMOKE, "cpu": CPU}[scale]
     labels = ("accumulate", "exact", "full") if scale == "smoke" else tuple(MODES)
-    return [task.row(label, patchgd=MODES[label]) for label in labels]
+    made = [task.row(label, patchgd=MODES[label]) for label in labels]
+    if scale == "cpu":
+        slower = [
+            task.row(
+                f"patchgd, 1/{n} of the rate",
+                patchgd=MODES["patchgd"],
+                optimizer={
+                    "learning_rate": task.learning_rate / n,
+                    "encoder_learning_rate": task.encoder_learning_rate / n,
+                },
+            )
+            for n in SLOWER
+        ]
+        made[1:1] = slower
+    return made
 
 
 if __name__ == "__main__":
