@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from functools import partial
 
 import jax
@@ -622,10 +623,19 @@ def test_patchwise_on_images_with_fewer_patches_than_groups():
 
 
 def test_mil_keeps_features_and_the_encoder(tiny_encoder, tmp_path, monkeypatch):
-    """From the second visit on nothing is encoded; the encoder is what it was."""
+    """What is kept is neither encoded nor read again; the encoder is what it was."""
+    from patchgd_jax.data.ultramnist import UltraMnist
     from patchgd_jax.execution import FeatureExecution
 
-    runs = []
+    runs, reads = [], []
+    read = UltraMnist.__getitem__
+
+    def counted_read(self, index):
+        if self.split == "train" and "read-examples" in threading.current_thread().name:
+            reads.append(index)
+        return read(self, index)
+
+    monkeypatch.setattr(UltraMnist, "__getitem__", counted_read)
     compile_train = FeatureExecution._compile_train
 
     class Counted:
@@ -648,10 +658,17 @@ def test_mil_keeps_features_and_the_encoder(tiny_encoder, tmp_path, monkeypatch)
         return program
 
     monkeypatch.setattr(FeatureExecution, "_compile_train", counted)
-    train(run_of("mil"), tmp_path / "run")
-    assert len(runs) == BASE.data.train_size // BASE.images_per_step
+    # With one thread two of the eight batches of an epoch are read ahead.
+    few = dataclasses.replace(run_of("mil"), batch_size=2, reader_threads=1, epochs=4)
+    train(few, tmp_path / "run")
+    assert len(runs) == BASE.data.train_size // few.images_per_step
+    assert set(np.bincount(reads)) <= {1, 2}
+    train(dataclasses.replace(few, reader_threads=4), tmp_path / "ahead")
+    heads = [TrainedModel(tmp_path / run, "last").params["head"] for run in ("run", "ahead")]
+    for x, y in zip(*map(jax.tree.leaves, heads), strict=True):
+        np.testing.assert_array_equal(x, y)
     first = TrainedModel(tmp_path / "run", "last").params["encoder"]
-    train(dataclasses.replace(run_of("mil"), epochs=1), tmp_path / "short")
+    train(dataclasses.replace(few, epochs=1), tmp_path / "short")
     short = TrainedModel(tmp_path / "short", "last").params["encoder"]
     for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(short), strict=True):
         np.testing.assert_array_equal(x, y)

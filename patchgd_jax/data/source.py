@@ -81,14 +81,14 @@ def as_regions(source: ExampleSource) -> RegionExamples:
     return cast(RegionExamples, source)
 
 
-class Unread:
-    """The examples of a source without their pixels; as stateless and picklable as the source.
+class ReadOtherwise:
+    """The examples of a source, of which a subclass reads in another way.
 
     Args:
         source: the examples.
     """
 
-    def __init__(self, source: RegionExamples) -> None:
+    def __init__(self, source: ExampleSource) -> None:
         self.source = source
 
     def __len__(self) -> int:
@@ -117,6 +117,19 @@ class Unread:
     def describe(self, index: int) -> str:
         """The source's name of the example."""
         return self.source.describe(index)
+
+
+class Unread(ReadOtherwise):
+    """The examples of a source without their pixels; as stateless and picklable as the source.
+
+    Args:
+        source: the examples.
+    """
+
+    source: RegionExamples
+
+    def __init__(self, source: RegionExamples) -> None:
+        super().__init__(source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The example's `entry`."""
