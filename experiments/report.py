@@ -127,7 +127,9 @@ def accuracy_against_memory(summaries: Sequence[Summary], path: Path) -> None:
         for summary in summaries
         if summary.accuracy is not None and summary.step_memory_mib is not None
     ]
+    by_memory = sorted(points, key=lambda point: point[1])
     for number, (summary, memory, accuracy) in enumerate(points):
+        above = by_memory.index((summary, memory, accuracy)) % 2
         axes.errorbar(
             memory,
             accuracy,
@@ -140,8 +142,8 @@ def accuracy_against_memory(summaries: Sequence[Summary], path: Path) -> None:
         axes.annotate(
             summary.label,
             (memory, accuracy),
-            # Neighbours in memory are often neighbours in the list: not all on one side.
-            xytext=(6, 4 if number % 2 else -11),
+            # Neighbours in memory may be so in accuracy as well: not all on one side.
+            xytext=(6, 4 if above else -11),
             textcoords="offset points",
             fontsize=7,
         )
