@@ -37,13 +37,15 @@ def record(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
         command = ["git", *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=RESULTS).stdout.strip()
 
+    # Results of other programs, written before, change nothing of this one.
+    changed = git("status", "--porcelain", "--", ":(top)", ":(top,exclude)*/results/*")
     device = jax.devices()[0]
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch")
     installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
     content = {
         "figures": figures,
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *map(_told, sys.argv[1:])]),
-        "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
+        "commit": git("rev-parse", "HEAD") + ("+changes" if changed else ""),
         "date": time.strftime("%Y-%m-%d"),
         "device": f"{device.platform}: {device.device_kind}",
         "processor": processor(),
