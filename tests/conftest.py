@@ -17,6 +17,23 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
+# Most of these modules' time is the compiler's, and none of what they prove is about its work: they
+# look at what runs do and leave, not at numbers, memory or speed of a single program.
+QUICKLY_COMPILED = {"test_dry_run"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled(request):
+    """Programs of the modules named above are compiled without optimizations, in processes too."""
+    if request.module.__name__ not in QUICKLY_COMPILED:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
 
 @pytest.fixture
 def float64():
