@@ -19,13 +19,17 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # Most of these modules' time is the compiler's, and none of what they prove is about its work: they
 # look at what runs do and leave, not at numbers, memory or speed of a single program.
-QUICKLY_COMPILED = {"test_dry_run"}
+QUICKLY_COMPILED = {"test_cli", "test_dry_run", "test_executions", "test_experiments", "test_train"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly_compiled(request):
-    """Programs of the modules named above are compiled without optimizations, in processes too."""
-    if request.module.__name__ not in QUICKLY_COMPILED:
+    """Programs of the modules named above are compiled without optimizations, in processes too.
+
+    Not those of the slow tests, which train for long.
+    """
+    slow = request.config.getoption("markexpr") == "slow"
+    if slow or request.module.__name__ not in QUICKLY_COMPILED:
         yield
         return
     jax.config.update("jax_disable_most_optimizations", True)
