@@ -1,10 +1,10 @@
 """UltraMNIST with MobileNetV2: PatchGD and the other methods at the same memory.
 
 Command:   python experiments/ultramnist_mobilenet_v2.py --scale cpu
-Time:      cpu: about 70 minutes on one core; paper: days on one GPU
+Time:      cpu: about 70 minutes on one core, beside other work; paper: days on one GPU
 Expected:  cpu: as with the small CNN of `ultramnist_resnet50.py`, after a third of the images:
-           PatchGD 29 %, `patchwise` 18 % and `downscale` 10 % (chance) at 53 to 62 MiB, `gd` 28 % and
-           `gd-extended` 39 % at 250 MiB
+           PatchGD 29 %, `patchwise` 18 % and `downscale` 10 % (chance) at 53 to 62 MiB, `gd` 28 %
+           and `gd-extended` 39 % at 250 MiB
 
 At scale cpu MobileNetV2 has its stem at stride 1, because small digits do not outlive a stride of
 32, and the images are 96 px; at scale smoke the encoder is the small CNN, because compiling
