@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from report import accuracy_intervals
 from runner import main
 from runs import Row, Scale
 from settings import SMOKE, DigitSums, changed, published
@@ -54,4 +55,4 @@ def rows(scale: Scale, folder: Path) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main("norm_policies", rows)
+    main("norm_policies", rows, accuracy_intervals)

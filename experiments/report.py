@@ -159,6 +159,35 @@ def accuracy_against_memory(summaries: Sequence[Summary], path: Path) -> None:
     plt.close(figure)
 
 
+def accuracy_intervals(summaries: Sequence[Summary], path: Path) -> None:
+    """A line for each row: its accuracy with the interval, and the memory of its step."""
+    plt = _pyplot()
+    known = [summary for summary in summaries if summary.accuracy is not None][::-1]
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.3 * len(known)), layout="constrained")
+    places = range(len(known))
+    axes.errorbar(
+        [100 * (summary.accuracy or 0) for summary in known],
+        places,
+        xerr=_errors(known),
+        fmt="o",
+        capsize=3,
+    )
+    axes.set_yticks(places, [summary.label for summary in known])
+    memory = axes.secondary_yaxis("right")
+    memory.set_yticks(
+        places,
+        [
+            "" if summary.step_memory_mib is None else f"{summary.step_memory_mib:.1f}"
+            for summary in known
+        ],
+    )
+    memory.set_ylabel("step, MiB (by XLA)")
+    axes.set_xlabel("validation accuracy, %")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def curves(x: str, by: str, panels: Mapping[str, str], xlabel: str) -> Figure:
     """A figure with a line for each value of a column, over another column.
 
