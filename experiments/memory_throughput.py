@@ -1,11 +1,12 @@
 """Memory and speed of a training step against the side of the image, by method.
 
 Command:   python experiments/memory_throughput.py --scale cpu
-Time:      cpu: about four minutes on two cores; paper: an hour on one GPU
-Expected:  cpu: the memory of `gd` grows with the pixels (19, 61, 226 MiB), that of PatchGD stays
-           with its patches (21 MiB), and `downscale` has that of its side. Images per second fall
-           with the pixels for all but `downscale`. Recomputing the whole encoder saves nothing
-           where one image is all that it sees at once
+Time:      cpu: about three minutes on two cores; paper: an hour on one GPU
+Expected:  cpu: the memory of `gd` and `fully-conv` grows with the pixels (19, 61, 226 MiB), that of
+           PatchGD, `patchwise` and `ips` stays with their patches (20 to 21 MiB), and `downscale`
+           has that of its side. Images per second fall with the pixels for all but `downscale`, and
+           `mil`, whose features are there once an image was seen. Recomputing the blocks saves 2 to
+           7 % of this encoder's memory
 
 Nothing is trained to the end: a step is compiled, and five are timed. A method that does not fit is
 a row that says so.

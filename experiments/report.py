@@ -226,8 +226,9 @@ def curves(x: str, by: str, panels: Mapping[str, str], xlabel: str) -> Figure:
             axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
             axes.minorticks_off()
             axes.grid(alpha=0.3)
-            if known:
-                axes.legend(fontsize=8)
+        lines, names = row[0][0].get_legend_handles_labels()
+        if lines:
+            figure.legend(lines, names, loc="outside right upper", fontsize=8)
         figure.savefig(path, dpi=120)
         plt.close(figure)
 
