@@ -19,10 +19,10 @@ import numpy as np
 from record import record
 
 from patchgd_jax import DataConfig, TrainConfig, get_preset
-from patchgd_jax.data.tfds_builder import make_dataset
-from patchgd_jax.data.tiling import tile_image
-from patchgd_jax.data.ultramnist import UltraMnist
-from patchgd_jax.train import train
+from patchgd_jax.data.images.tiling import tile_image
+from patchgd_jax.data.synthetic.tfds_builder import make_dataset
+from patchgd_jax.data.synthetic.ultramnist import UltraMnist
+from patchgd_jax.runs.train import train
 
 SLIDE_SIDE, SLIDES = 8192, 20
 STEPS = 24

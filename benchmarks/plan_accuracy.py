@@ -18,8 +18,8 @@ import jax
 from record import RESULTS, record
 
 import patchgd_jax as pgd
-from patchgd_jax.compiling import use_compilation_cache
-from patchgd_jax.memory import (
+from patchgd_jax.engine.compiling import use_compilation_cache
+from patchgd_jax.planner import (
     Calibration,
     Formula,
     Line,

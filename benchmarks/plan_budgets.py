@@ -33,13 +33,13 @@ from typing import Any
 import jax
 
 import patchgd_jax as pgd
-from patchgd_jax.auto_settings import settled
-from patchgd_jax.compiling import use_compilation_cache
 from patchgd_jax.config import from_dict, to_dict
-from patchgd_jax.memory import PeakMeter, calibrate, calibration, parse_size, step_of
-from patchgd_jax.memory.request import tree_bytes
-from patchgd_jax.progress import Progress
-from patchgd_jax.run_plan import plan_of
+from patchgd_jax.engine.compiling import use_compilation_cache
+from patchgd_jax.planner import PeakMeter, calibrate, calibration, parse_size, step_of
+from patchgd_jax.planner.auto_settings import settled
+from patchgd_jax.planner.request import tree_bytes
+from patchgd_jax.planner.run_plan import plan_of
+from patchgd_jax.runs.progress import Progress
 
 STEPS = 50
 READER_MIB = 8
@@ -100,7 +100,7 @@ class Limit(Progress):
 
 def child() -> None:
     """Trains under a limit and prints the peak."""
-    from patchgd_jax.train import train
+    from patchgd_jax.runs.train import train
 
     given = json.load(sys.stdin)
     (Path(given["group"]) / "cgroup.procs").write_text(str(os.getpid()))

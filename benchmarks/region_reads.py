@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 from record import record
 
-from patchgd_jax.data.regions import RegionSource, open_regions
+from patchgd_jax.data.images.regions import RegionSource, open_regions
 
 SIDE, TILE, PATCH = 16_384, 512, 256
 READS = 2000

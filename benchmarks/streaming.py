@@ -33,8 +33,8 @@ from PIL import Image
 from record import record
 
 import patchgd_jax as pgd
-from patchgd_jax.models.heads import AttentionHead
-from patchgd_jax.streaming import StreamedStep
+from patchgd_jax.engine.streaming.step import StreamedStep
+from patchgd_jax.models.heads.simple import AttentionHead
 
 KEY = jax.random.key(0)
 ROUNDS = 5

@@ -16,9 +16,9 @@ from runs import ORIGIN, TRAINED
 from patchgd_jax import TrainConfig
 from patchgd_jax.config import from_dict
 from patchgd_jax.errors import PatchGDError
-from patchgd_jax.progress import ConsoleProgress
-from patchgd_jax.run_folder import CONFIG
-from patchgd_jax.train import resume, train
+from patchgd_jax.runs.folder import CONFIG
+from patchgd_jax.runs.progress import ConsoleProgress
+from patchgd_jax.runs.train import resume, train
 
 
 def work(folder: Path) -> None:

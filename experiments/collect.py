@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from runs import TRAINED, Run, told
 
-from patchgd_jax.run_folder import CONFIG, SUMMARY
+from patchgd_jax.runs.folder import CONFIG, SUMMARY
 
 RESAMPLES = 10_000
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import jax
 
 from patchgd_jax import TrainConfig
-from patchgd_jax.data.channels import with_channels
-from patchgd_jax.files import write_json
-from patchgd_jax.methods import settled_method
-from patchgd_jax.out_of_memory import out_of_memory_told
-from patchgd_jax.progress import Progress
-from patchgd_jax.recorder import peak_memory
-from patchgd_jax.run_folder import SUMMARY
-from patchgd_jax.signals import StopRequest
-from patchgd_jax.train import Run
+from patchgd_jax.baselines.registry import settled_method
+from patchgd_jax.data.sources.channels import with_channels
+from patchgd_jax.io.files import write_json
+from patchgd_jax.runs.folder import SUMMARY
+from patchgd_jax.runs.out_of_memory import out_of_memory_told
+from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.recorder import peak_memory
+from patchgd_jax.runs.signals import StopRequest
+from patchgd_jax.runs.train import Run
 
 STEPS = 5
 """Steps that are timed, after one that is not."""

@@ -25,8 +25,8 @@ from report import Figure, accuracy_against_memory, write_report
 from runs import FAILURE, SCALES, Row, Run, Scale, runs_of
 
 from patchgd_jax.errors import ConfigError, DiskError, PatchGDError, unknown_name
-from patchgd_jax.files import write_json
-from patchgd_jax.signals import StopRequest, interrupted
+from patchgd_jax.io.files import write_json
+from patchgd_jax.runs.signals import StopRequest, interrupted
 
 RESULTS = Path(__file__).parent / "results"
 _SEEDS = {"smoke": 1, "cpu": 3, "paper": 3}

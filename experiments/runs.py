@@ -17,13 +17,13 @@ from patchgd_jax import TrainConfig
 from patchgd_jax._version import __version__
 from patchgd_jax.config import flatten, to_dict
 from patchgd_jax.errors import ConfigError
-from patchgd_jax.files import write_json
-from patchgd_jax.run_folder import SUMMARY
+from patchgd_jax.io.files import write_json
+from patchgd_jax.runs.folder import SUMMARY
 
 Scale = Literal["smoke", "cpu", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 
-# Inside the folder of a run of the runner; `run` is what `patchgd_jax.train` makes.
+# Inside the folder of a run of the runner; `run` is what `patchgd_jax.runs.train` makes.
 TRAINED, ORIGIN, FAILURE = "run", "origin.json", "failure.json"
 _FINAL_FAILURES = (4, 5)
 """Exit codes that are a result: it does not fit the memory, it diverged. The same run would only

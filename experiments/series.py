@@ -35,9 +35,9 @@ from runs import code_identity, told
 from series_data import CLASSES, NOISE, Samples, counting_a_quarter, make_samples
 
 import patchgd_jax as pgd
-from patchgd_jax.compiling import use_compilation_cache
-from patchgd_jax.memory.compiled import allotted
-from patchgd_jax.models.heads import AttentionHead
+from patchgd_jax.engine.compiling import use_compilation_cache
+from patchgd_jax.models.heads.simple import AttentionHead
+from patchgd_jax.planner.compiled import allotted
 
 SEEDS = 3
 FRACTION = 0.25

@@ -1,5 +1,5 @@
 """`python -m patchgd_jax` is the `patchgd-jax` command."""
 
-from patchgd_jax.cli import run
+from patchgd_jax.cli.main import run
 
 run()

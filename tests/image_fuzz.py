@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from test_safe_image import tiff
 
-from patchgd_jax.data.safe_image import ImageReadError, read_header, read_image
+from patchgd_jax.data.images.safe_image import ImageReadError, read_header, read_image
 
 SECONDS = 5
 

@@ -30,15 +30,15 @@ from patchgd_jax import (
     make_optimizer,
     train_step,
 )
-from patchgd_jax.models.heads import CNNHead, LinearHead
-from patchgd_jax.models.small_cnn import SmallCNN
-from patchgd_jax.sharding import (
+from patchgd_jax.engine.sharding.placement import (
     make_mesh,
     param_shardings,
     shard_batch,
     sharded_eval_step,
     sharded_train_step,
 )
+from patchgd_jax.models.encoders.small_cnn import SmallCNN
+from patchgd_jax.models.heads.simple import CNNHead, LinearHead
 
 KEY = jax.random.key(5)
 STEPS = 3

@@ -17,8 +17,8 @@ import numpy as np
 from toy import recording_sgd, toy_batch, toy_model, toy_params
 
 from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, init_state, train_step
-from patchgd_jax.distributed import check_same, initialize, watched
-from patchgd_jax.sharding import (
+from patchgd_jax.engine.distributed import check_same, initialize, watched
+from patchgd_jax.engine.sharding.placement import (
     DATA,
     PATCH,
     make_mesh,

@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from patchgd_jax import ModelConfig, PatchGDConfig, PatchGrid, build_model, init_state
-from patchgd_jax.compiling import compiler_options
-from patchgd_jax.sharding import (
+from patchgd_jax.engine.compiling import compiler_options
+from patchgd_jax.engine.sharding.placement import (
     DATA,
     PATCH,
     Bands,

@@ -11,11 +11,11 @@ import pytest
 from toy import max_relative, recording_sgd, toy_batch, toy_model, toy_params
 
 from patchgd_jax import AugmentConfig, ConfigError, PatchGDConfig, PatchGrid, TrainConfig
-from patchgd_jax.augment import augment_patches, augmentation, jitter, turn_and_flip
-from patchgd_jax.gradients import read_z, stream
-from patchgd_jax.latents import chunked_ids, encode_patches, fill
-from patchgd_jax.step import init_state, train_step
-from patchgd_jax.tasks import SINGLE_LABEL
+from patchgd_jax.core.augment import augment_patches, augmentation, jitter, turn_and_flip
+from patchgd_jax.core.gradients import read_z, stream
+from patchgd_jax.core.latents import chunked_ids, encode_patches, fill
+from patchgd_jax.core.step import init_state, train_step
+from patchgd_jax.core.tasks import SINGLE_LABEL
 
 KEY = jax.random.key(23)
 EVERYTHING = AugmentConfig(flips=True, turns=True, brightness=0.3, contrast=0.4, saturation=0.5)

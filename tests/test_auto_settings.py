@@ -11,19 +11,19 @@ import pytest
 from test_files import config_for, write_csv, write_images
 
 from patchgd_jax import ConfigError, DataConfig, ModelConfig, PatchGDConfig, TrainConfig
-from patchgd_jax.auto_settings import is_settled, settled
 from patchgd_jax.config import StreamConfig
-from patchgd_jax.cross_validation import cross_validate
-from patchgd_jax.memory import (
+from patchgd_jax.planner import (
     MemoryBudgetError,
     PlanRequest,
     compiled_total,
     device_limit,
     free_memory,
 )
-from patchgd_jax.progress import Progress
-from patchgd_jax.run_folder import RunFolder
-from patchgd_jax.run_plan import RunPlan, plan_of
+from patchgd_jax.planner.auto_settings import is_settled, settled
+from patchgd_jax.planner.run_plan import RunPlan, plan_of
+from patchgd_jax.runs.cross_validation import cross_validate
+from patchgd_jax.runs.folder import RunFolder
+from patchgd_jax.runs.progress import Progress
 
 MIB = 2**20
 BASE = TrainConfig(
@@ -117,7 +117,7 @@ def test_both_are_the_usual_fraction_if_one_image_fits_and_then_the_batch(
 
 def test_without_a_budget_it_is_what_is_free(law, monkeypatch):
     monkeypatch.setattr(
-        "patchgd_jax.auto_settings.free_memory", lambda device: (340 * MIB, "what is free")
+        "patchgd_jax.planner.auto_settings.free_memory", lambda device: (340 * MIB, "what is free")
     )
     told = Notes()
     # Of which 256 MiB are for images that wait.
@@ -171,7 +171,7 @@ def test_every_fold_of_a_cross_validation_has_the_same(law, tmp_path, monkeypatc
         (path / "summary.json").write_text(json.dumps({"best": {"step": 1, "loss": 1.0}}))
         return {"best": {"step": 1, "loss": 1.0}}
 
-    monkeypatch.setattr("patchgd_jax.cross_validation.train", train)
+    monkeypatch.setattr("patchgd_jax.runs.cross_validation.train", train)
     cross_validate(config, tmp_path / "folds", budget="30MiB")
     assert len(seen) == 5
     assert len(set(seen)) == 1

@@ -12,9 +12,9 @@ from skimage.filters import threshold_otsu
 from test_fitting import Recorded
 
 from patchgd_jax.config import BackgroundConfig
-from patchgd_jax.data.array_regions import ArrayRegions
-from patchgd_jax.data.background import _window_means, patch_mask
-from patchgd_jax.data.regions import open_regions
+from patchgd_jax.data.images.array_regions import ArrayRegions
+from patchgd_jax.data.images.background import _window_means, patch_mask
+from patchgd_jax.data.images.regions import open_regions
 from patchgd_jax.errors import ConfigError
 
 OTSU = BackgroundConfig(method="otsu")

@@ -8,8 +8,8 @@ import os
 import pytest
 
 from patchgd_jax import CheckpointError, DiskError
-from patchgd_jax.data.bad_images import BadImages
-from patchgd_jax.data.bad_records import BadRecord
+from patchgd_jax.data.loading.bad_images import BadImages
+from patchgd_jax.data.loading.bad_records import BadRecord
 
 ROWS = [
     (7, "images/7.png", "OSError: image file is truncated"),
@@ -69,7 +69,7 @@ def test_a_failed_write_leaves_the_old_list(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("patchgd_jax.files.fsync_path", fail)
+    monkeypatch.setattr("patchgd_jax.io.files.fsync_path", fail)
     with pytest.raises(DiskError, match=r"bad_images.csv: No space left on device"):
         bad.add(*ROWS[1])
     assert rows(BadImages(tmp_path)) == ROWS[:1]

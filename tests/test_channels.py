@@ -19,11 +19,11 @@ from patchgd_jax import (
     DataError,
     TrainConfig,
 )
-from patchgd_jax.cli import main
+from patchgd_jax.cli.main import main
 from patchgd_jax.config import AugmentConfig
-from patchgd_jax.data.channels import with_channels
-from patchgd_jax.data.regions import open_regions
-from patchgd_jax.train import train
+from patchgd_jax.data.images.regions import open_regions
+from patchgd_jax.data.sources.channels import with_channels
+from patchgd_jax.runs.train import train
 
 
 def noise(*shape, dtype=np.uint8, seed=0):

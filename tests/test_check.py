@@ -14,12 +14,12 @@ from PIL import Image
 from pyramids import halved, tissue
 from test_safe_image import bomb, tiff
 
-from patchgd_jax.data import regions
-from patchgd_jax.data.check import check_images
-from patchgd_jax.data.check_report import Problem, write_bad_list
-from patchgd_jax.data.regions import open_regions
-from patchgd_jax.data.safe_image import ImageReadError, read_header
-from patchgd_jax.data.table import make_table
+from patchgd_jax.data.images import regions
+from patchgd_jax.data.images.regions import open_regions
+from patchgd_jax.data.images.safe_image import ImageReadError, read_header
+from patchgd_jax.data.inspect.check import check_images
+from patchgd_jax.data.inspect.check_report import Problem, write_bad_list
+from patchgd_jax.data.tables.table import make_table
 from patchgd_jax.errors import DiskError
 
 

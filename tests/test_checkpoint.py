@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from patchgd_jax import CheckpointError, DiskError, TrainState
-from patchgd_jax.checkpoint import Checkpoints
+from patchgd_jax.runs.checkpoint import Checkpoints
 
 
 def make_state(seed=0, width=8):

@@ -286,7 +286,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_batch(comman
     told = re.search(r"error: step (\d+): .*batch (\d+): examples \d+", result.stderr)
     assert told, result.stderr
     assert int(told[1]) == int(told[2]) + 1
-    from patchgd_jax.checkpoint import Checkpoints
+    from patchgd_jax.runs.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(tmp_path / "nan" / "checkpoints")
     assert checkpoints.steps(), "the run must have saved before it diverged"
@@ -355,7 +355,7 @@ def test_a_signal_while_compiling_ends_at_once(tmp_path):
 
 def test_a_second_signal_ends_the_process_without_saving():
     code = (
-        "import os, signal\nfrom patchgd_jax.signals import StopRequest\n"
+        "import os, signal\nfrom patchgd_jax.runs.signals import StopRequest\n"
         "with StopRequest() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print(stop.signal_number, flush=True)\n"
@@ -369,7 +369,7 @@ def test_a_second_signal_ends_the_process_without_saving():
 
 def assert_same_run(a, b):
     """Bit for bit: every parameter, optimizer moment and metric but the wall-clock ones."""
-    from patchgd_jax.checkpoint import Checkpoints
+    from patchgd_jax.runs.checkpoint import Checkpoints
 
     def without_clock(folder):
         return [{k: v for k, v in line.items() if k != "perf"} for line in lines_of(folder)]
@@ -389,7 +389,7 @@ def test_the_encoder_of_another_run_is_taken_over(run, command, tmp_path):
     arguments = ["train", *MICRO, "--init-encoder", folder, "--optimizer.learning-rate", 1e-30]
     result = command(*arguments, "--run-dir", "second")
     assert result.returncode == 0, result.stderr
-    from patchgd_jax.checkpoint import Checkpoints
+    from patchgd_jax.runs.checkpoint import Checkpoints
 
     first = Checkpoints(folder / "checkpoints")
     second = Checkpoints(tmp_path / "second" / "checkpoints")

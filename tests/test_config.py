@@ -17,9 +17,9 @@ from patchgd_jax import (
     get_preset,
 )
 from patchgd_jax.config import from_dict, to_dict
-from patchgd_jax.data.sources import RunData
-from patchgd_jax.experiment import make_model, training_grids
-from patchgd_jax.preprocess import Preprocess
+from patchgd_jax.data.preprocess import Preprocess
+from patchgd_jax.data.run_data import RunData
+from patchgd_jax.engine.setup import make_model, training_grids
 
 
 def grids_of(config):

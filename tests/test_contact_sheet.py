@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patchgd_jax.data.contact_sheet import SheetEntry, contact_sheet
+from patchgd_jax.core.grid import PatchGrid
+from patchgd_jax.data.inspect.contact_sheet import SheetEntry, contact_sheet
 from patchgd_jax.errors import DataError, DiskError
-from patchgd_jax.grid import PatchGrid
 
 GREEN = (0, 215, 90)
 

@@ -17,7 +17,7 @@ from toy import max_relative
 from virtual_devices import several_devices
 
 from patchgd_jax import ConfigError
-from patchgd_jax.distributed import check_same, initialize, watched
+from patchgd_jax.engine.distributed import check_same, initialize, watched
 
 HERE = Path(__file__).parent
 WORKER = HERE / "mesh_process.py"
@@ -63,7 +63,7 @@ RESTORE = """
 import sys, jax, numpy as np, orbax.checkpoint as ocp
 jax.config.update("jax_enable_x64", True)
 from mesh_process import RULES, first_state, model_and_batch
-from patchgd_jax.sharding import make_mesh, param_shardings
+from patchgd_jax.engine.sharding.placement import make_mesh, param_shardings
 state = first_state(model_and_batch()[0])
 mesh = make_mesh(f"patch={jax.device_count()}", batch_size=4, strata=8)
 like = jax.tree.map(

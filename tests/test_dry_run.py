@@ -9,8 +9,8 @@ from test_cli import MICRO
 from test_files import config_for, write_csv, write_images
 
 from patchgd_jax import CheckpointError
-from patchgd_jax.dry_run import dry_run
-from patchgd_jax.execution import ResidentExecution
+from patchgd_jax.engine.registry import ResidentExecution
+from patchgd_jax.runs.dry_run import dry_run
 
 
 def test_the_command_leaves_no_run_folder(command, tmp_path):
@@ -56,7 +56,7 @@ def test_every_padded_size_is_compiled_and_the_memory_compared(tmp_path, monkeyp
 
 
 def test_what_is_restored_otherwise_than_saved_is_told(monkeypatch, tmp_path):
-    from patchgd_jax.checkpoint import Checkpoints
+    from patchgd_jax.runs.checkpoint import Checkpoints
 
     restore = Checkpoints.restore
 

@@ -23,9 +23,9 @@ from patchgd_jax import (
     register_encoder,
     register_head,
 )
-from patchgd_jax.models import build_encoder, encoder_norm
-from patchgd_jax.models.convnext_v2 import GRN
-from patchgd_jax.models.published import PUBLISHED, flax_path, to_flax_layout
+from patchgd_jax.models.encoders.convnext_v2 import GRN
+from patchgd_jax.models.registry import build_encoder, encoder_norm
+from patchgd_jax.weights.published import PUBLISHED, flax_path, to_flax_layout
 
 TORCH = "the reference implementation is in PyTorch: pip install torch"
 KEY = jax.random.key(2)
@@ -299,7 +299,7 @@ class MyHead(nn.Module):
 
 
 def test_a_user_adds_an_encoder_and_a_head_by_name(monkeypatch):
-    import patchgd_jax.models as models
+    import patchgd_jax.models.registry as models
 
     monkeypatch.setattr(models, "ENCODERS", dict(ENCODERS))
     monkeypatch.setattr(models, "HEADS", dict(HEADS))

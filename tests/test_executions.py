@@ -21,14 +21,14 @@ from test_train import BASE, changed
 from virtual_devices import several_devices
 
 from patchgd_jax import ConfigError
-from patchgd_jax.checkpoint import Checkpoints
 from patchgd_jax.config import DataConfig, StreamConfig
-from patchgd_jax.data import regions
-from patchgd_jax.data.bands import Band, BandExamples
-from patchgd_jax.data.source import as_regions
-from patchgd_jax.data.sources import make_data
-from patchgd_jax.predict import TrainedModel
-from patchgd_jax.train import resume, train
+from patchgd_jax.data.images import regions
+from patchgd_jax.data.loading.bands import Band, BandExamples
+from patchgd_jax.data.protocols import as_regions
+from patchgd_jax.data.run_data import make_data
+from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.runs.predict import TrainedModel
+from patchgd_jax.runs.train import resume, train
 
 
 def streamed(config, **settings):
@@ -106,7 +106,7 @@ def test_predict_reads_large_images_by_patches(tmp_path, monkeypatch):
     model = TrainedModel(tmp_path / "run")
     paths = sorted((tmp_path / "run" / "examples").glob("*.png"))
     wanted = model.predict_files(paths)
-    monkeypatch.setattr("patchgd_jax.predict.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("patchgd_jax.runs.predict.RESIDENT_BYTES", 0)
     monkeypatch.setattr(model, "read", lambda path: pytest.fail("read whole"))
     got = model.predict_files(paths)
     for one, two in zip(wanted, got, strict=True):

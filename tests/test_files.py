@@ -21,13 +21,13 @@ from patchgd_jax import (
     TrainConfig,
 )
 from patchgd_jax.config import BackgroundConfig, ColumnsConfig, SplitConfig
-from patchgd_jax.cross_validation import RESULT, cross_validate
-from patchgd_jax.data.sources import make_data
-from patchgd_jax.experiment import training_grids
-from patchgd_jax.predict import TrainedModel
-from patchgd_jax.preprocess import Preprocess
-from patchgd_jax.progress import Progress
-from patchgd_jax.train import resume, train
+from patchgd_jax.data.preprocess import Preprocess
+from patchgd_jax.data.run_data import make_data
+from patchgd_jax.engine.setup import training_grids
+from patchgd_jax.runs.cross_validation import RESULT, cross_validate
+from patchgd_jax.runs.predict import TrainedModel
+from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.train import resume, train
 
 TINY = {
     "model": ModelConfig(latent_dim=8),

@@ -34,12 +34,12 @@ from patchgd_jax import (
     train_step,
     with_average,
 )
-from patchgd_jax.checkpoint import Checkpoints
-from patchgd_jax.experiment import make_run_optimizer, run_frozen
-from patchgd_jax.predict import TrainedModel
-from patchgd_jax.pretrained import starting_point
-from patchgd_jax.progress import Progress
-from patchgd_jax.train import resume, train
+from patchgd_jax.engine.setup import make_run_optimizer, run_frozen
+from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.runs.predict import TrainedModel
+from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.train import resume, train
+from patchgd_jax.weights.matching import starting_point
 
 KEY = jax.random.key(17)
 LENGTH = {"total_steps": 9, "steps_per_epoch": 9, "updates_per_step": 1}
@@ -268,7 +268,7 @@ def test_everything_at_once_compiles_once_and_keeps_frozen_stages():
 
     def counted(state, batch, key):
         traces.append(1)
-        from patchgd_jax.tasks import make_task
+        from patchgd_jax.core.tasks import make_task
 
         return train_step(
             state, batch, key, model=model, optimizer=optimizer, grid=grid,
@@ -295,7 +295,7 @@ class _StoppedError(Exception):
 
 
 def test_an_averaged_run_is_evaluated_by_its_average_and_resumes_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr("patchgd_jax.execution.resident.compiler_options", lambda: UNOPTIMISED)
+    monkeypatch.setattr("patchgd_jax.engine.resident.compiler_options", lambda: UNOPTIMISED)
     config = tune(freeze_stages=1, ema_decay=0.8, learning_rate=3e-3)
     # Less to compile.
     model = ModelConfig(latent_dim=8, remat="none")

@@ -11,13 +11,13 @@ from PIL import Image
 from pyramids import levels_of, tissue, write_pages
 
 from patchgd_jax.config import DataConfig
-from patchgd_jax.data import fitting
-from patchgd_jax.data.array_regions import ArrayRegions
-from patchgd_jax.data.digit_regions import DigitRegions
-from patchgd_jax.data.fitting import best_level, fitted_shape, read_resized
-from patchgd_jax.data.regions import open_regions
-from patchgd_jax.data.tiff_regions import TiffRegions
-from patchgd_jax.data.ultramnist import UltraMnist
+from patchgd_jax.data.images import fitting
+from patchgd_jax.data.images.array_regions import ArrayRegions
+from patchgd_jax.data.images.fitting import best_level, fitted_shape, read_resized
+from patchgd_jax.data.images.regions import open_regions
+from patchgd_jax.data.images.tiff_regions import TiffRegions
+from patchgd_jax.data.synthetic.digit_regions import DigitRegions
+from patchgd_jax.data.synthetic.ultramnist import UltraMnist
 
 IMAGE = tissue(480, 720)
 

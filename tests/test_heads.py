@@ -17,8 +17,8 @@ from patchgd_jax import (
     attention_map,
     build_model,
 )
-from patchgd_jax.models.adaptive_head import adaptive_average_pool
-from patchgd_jax.models.transformer_head import TransformerHead, position_codes
+from patchgd_jax.models.heads.adaptive import adaptive_average_pool
+from patchgd_jax.models.heads.transformer import TransformerHead, position_codes
 
 KEY = jax.random.key(3)
 ANY_GRID = sorted(name for name, entry in HEADS.items() if not entry.fixed_grid)

@@ -47,7 +47,7 @@ def test_damaged_files_decode_or_raise_our_error(tmp_path, count, seed):
 
 BOMB = """
 import resource, sys, time
-from patchgd_jax.data.safe_image import ImageReadError, read_header, read_image
+from patchgd_jax.data.images.safe_image import ImageReadError, read_header, read_image
 read_image(sys.argv[1], channels=1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for read in (read_header, lambda path: read_image(path, channels=3)):

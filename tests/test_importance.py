@@ -25,11 +25,11 @@ from patchgd_jax import (
     train_step,
 )
 from patchgd_jax.config import StreamConfig
-from patchgd_jax.gradients import inner_gradient
-from patchgd_jax.importance import importance_groups, probabilities, weighted_group
-from patchgd_jax.latents import chunked_ids
-from patchgd_jax.streaming import StreamedStep
-from patchgd_jax.tasks import SINGLE_LABEL
+from patchgd_jax.contrib.importance import importance_groups, probabilities, weighted_group
+from patchgd_jax.core.gradients import inner_gradient
+from patchgd_jax.core.latents import chunked_ids
+from patchgd_jax.core.tasks import SINGLE_LABEL
+from patchgd_jax.engine.streaming.step import StreamedStep
 
 POLICIES = ["loss", "attention", "staleness"]
 GRID = PatchGrid(8, 12, 4)

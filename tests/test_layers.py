@@ -11,10 +11,10 @@ import pytest
 from jax import lax
 from toy import max_relative
 
-from patchgd_jax.models import cpu_conv
-from patchgd_jax.models.conv import Patchify, conv2d, depthwise_conv2d
-from patchgd_jax.models.norm import Normalize, batch_norm
-from patchgd_jax.models.pool import global_max_pool, max_pool_3x3
+from patchgd_jax.models.layers.conv import Patchify, conv2d, depthwise_conv2d
+from patchgd_jax.models.layers.cpu import conv as cpu_conv
+from patchgd_jax.models.layers.norm import Normalize, batch_norm
+from patchgd_jax.models.layers.pool import global_max_pool, max_pool_3x3
 
 
 def xla_conv(x, w, stride, padding):

@@ -18,10 +18,10 @@ from patchgd_jax import (
     init_state,
     train_step,
 )
-from patchgd_jax.models.convnext_v2 import ConvNeXtV2
-from patchgd_jax.models.resnet import BasicBlock, Bottleneck, ResNet
-from patchgd_jax.models.small_cnn import SmallCNN
-from patchgd_jax.models.vit import ViT
+from patchgd_jax.models.encoders.convnext_v2 import ConvNeXtV2
+from patchgd_jax.models.encoders.resnet import BasicBlock, Bottleneck, ResNet
+from patchgd_jax.models.encoders.small_cnn import SmallCNN
+from patchgd_jax.models.encoders.vit import ViT
 
 KEY = jax.random.key(29)
 GRID = PatchGrid(64, 96, 32)

@@ -12,21 +12,23 @@ import numpy as np
 import pytest
 
 from patchgd_jax import ConfigError, ModelConfig, OptimizerConfig, PatchGDConfig, PatchGrid
-from patchgd_jax.compiling import compiler_options
-from patchgd_jax.memory import (
+from patchgd_jax.engine.compiling import compiler_options
+from patchgd_jax.models.encoders import convnext_v2
+from patchgd_jax.models.layers.conv import traced_for
+from patchgd_jax.models.layers.cpu import conv as cpu_conv
+from patchgd_jax.models.layers.remat import rematerialise
+from patchgd_jax.models.registry import build_encoder, build_model
+from patchgd_jax.planner import (
     Formula,
     PlanRequest,
     encoder_table,
     method_table,
     step_of,
 )
-from patchgd_jax.memory.formula import profile_encoder
-from patchgd_jax.memory.liveness import TracedProgram
-from patchgd_jax.memory.methods import encoder_shapes
-from patchgd_jax.memory.request import tree_bytes
-from patchgd_jax.models import build_encoder, build_model, convnext_v2, cpu_conv
-from patchgd_jax.models.conv import traced_for
-from patchgd_jax.models.remat import rematerialise
+from patchgd_jax.planner.formula import profile_encoder
+from patchgd_jax.planner.liveness import TracedProgram
+from patchgd_jax.planner.methods import encoder_shapes
+from patchgd_jax.planner.request import tree_bytes
 
 MIB = 2**20
 KEY = jax.eval_shape(lambda: jax.random.key(0))
@@ -253,7 +255,7 @@ def test_planning_a_100_000_px_image_allocates_nothing():
     code = """
 from pathlib import Path
 from patchgd_jax import ModelConfig, PatchGDConfig
-from patchgd_jax.memory import PlanRequest, method_table
+from patchgd_jax.planner import PlanRequest, method_table
 request = PlanRequest(
     image=(100_000, 100_000, 3), batch=1, eval_batch=1, model=ModelConfig(norm="group"),
     patchgd=PatchGDConfig(patch=500, fraction=0.001),

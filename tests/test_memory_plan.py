@@ -10,8 +10,9 @@ import jax
 import pytest
 
 from patchgd_jax import ConfigError, ModelConfig, OptimizerConfig, PatchGDConfig
+from patchgd_jax.cli.plan import PlanOptions, make_plan, plan_command, train_arguments
 from patchgd_jax.config import DataConfig, TrainConfig
-from patchgd_jax.memory import (
+from patchgd_jax.planner import (
     Calibration,
     Formula,
     Line,
@@ -30,7 +31,7 @@ from patchgd_jax.memory import (
     show_size,
     solve,
 )
-from patchgd_jax.memory.explain import (
+from patchgd_jax.planner.explain import (
     conv_weights,
     dense_weights,
     hand_activation_bytes,
@@ -39,13 +40,12 @@ from patchgd_jax.memory.explain import (
     image_bytes,
     parameter_copies,
 )
-from patchgd_jax.memory.measure import Measured, _calibrations, other_size
-from patchgd_jax.memory.report import _told_apart
-from patchgd_jax.plan_command import PlanOptions, make_plan, plan_command, train_arguments
+from patchgd_jax.planner.measure import Measured, _calibrations, other_size
+from patchgd_jax.planner.report import _told_apart
 
 MIB = 2**20
 # By name, which in its package is the function's.
-MODULE = sys.modules["patchgd_jax.memory.measure"]
+MODULE = sys.modules["patchgd_jax.planner.measure"]
 
 
 def small(**changes) -> PlanRequest:
@@ -120,7 +120,7 @@ def test_sizes_are_shown_with_their_unit():
 
 def test_a_cpus_limit_is_the_control_groups_if_that_is_less(tmp_path, monkeypatch):
     path = tmp_path / "memory.max"
-    monkeypatch.setattr("patchgd_jax.memory.size._CGROUP", (path,))
+    monkeypatch.setattr("patchgd_jax.planner.size._CGROUP", (path,))
     device = jax.devices("cpu")[0]
     machine, _ = device_limit(device)
     path.write_text("max\n")

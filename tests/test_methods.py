@@ -36,27 +36,27 @@ from patchgd_jax import (
     register_encoder,
     train_step,
 )
-from patchgd_jax.auto_settings import settled
-from patchgd_jax.checkpoint import Checkpoints
+from patchgd_jax.baselines.answers import answers_loss, pooled
+from patchgd_jax.baselines.base import one_update
+from patchgd_jax.baselines.fully_conv import fully_conv_gradient
+from patchgd_jax.baselines.ips import only, select_patches
+from patchgd_jax.baselines.patchwise import patchwise_eval, patchwise_gradient
+from patchgd_jax.baselines.registry import make_method, settled_method
 from patchgd_jax.config import METHODS, BackgroundConfig, SplitConfig
-from patchgd_jax.cross_validation import cross_validate
-from patchgd_jax.dry_run import dry_run
-from patchgd_jax.gradients import full_gradient, stream
-from patchgd_jax.latents import chunked_ids
-from patchgd_jax.memory import Formula, PlanRequest, compile_program, step_of
-from patchgd_jax.methods import make_method, settled_method
-from patchgd_jax.methods.answers import answers_loss, pooled
-from patchgd_jax.methods.base import one_update
-from patchgd_jax.methods.fully_conv import fully_conv_gradient
-from patchgd_jax.methods.ips import only, select_patches
-from patchgd_jax.methods.patchwise import patchwise_eval, patchwise_gradient
-from patchgd_jax.models import map_side
-from patchgd_jax.models.conv import stem_side
-from patchgd_jax.models.pool import max_pool, mean_pool
-from patchgd_jax.predict import TrainedModel
-from patchgd_jax.run_plan import plan_of
-from patchgd_jax.tasks import SINGLE_LABEL, make_task
-from patchgd_jax.train import resume, train
+from patchgd_jax.core.gradients import full_gradient, stream
+from patchgd_jax.core.latents import chunked_ids
+from patchgd_jax.core.tasks import SINGLE_LABEL, make_task
+from patchgd_jax.models.layers.conv import stem_side
+from patchgd_jax.models.layers.pool import max_pool, mean_pool
+from patchgd_jax.models.registry import map_side
+from patchgd_jax.planner import Formula, PlanRequest, compile_program, step_of
+from patchgd_jax.planner.auto_settings import settled
+from patchgd_jax.planner.run_plan import plan_of
+from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.runs.cross_validation import cross_validate
+from patchgd_jax.runs.dry_run import dry_run
+from patchgd_jax.runs.predict import TrainedModel
+from patchgd_jax.runs.train import resume, train
 
 KEY = jax.random.key(3)
 BASELINES = [name for name in METHODS if name != "patchgd"]
@@ -495,7 +495,7 @@ class Tiny(nn.Module):
 @pytest.fixture
 def tiny_encoder(monkeypatch):
     """The encoder `tiny`, as a user registers one."""
-    monkeypatch.setattr("patchgd_jax.models.ENCODERS", dict(ENCODERS))
+    monkeypatch.setattr("patchgd_jax.models.registry.ENCODERS", dict(ENCODERS))
     register_encoder("tiny", Tiny)
 
 
@@ -624,8 +624,8 @@ def test_patchwise_on_images_with_fewer_patches_than_groups():
 
 def test_mil_keeps_features_and_the_encoder(tiny_encoder, tmp_path, monkeypatch):
     """What is kept is neither encoded nor read again; the encoder is what it was."""
-    from patchgd_jax.data.ultramnist import UltraMnist
-    from patchgd_jax.execution import FeatureExecution
+    from patchgd_jax.data.synthetic.ultramnist import UltraMnist
+    from patchgd_jax.engine.registry import FeatureExecution
 
     runs, reads = [], []
     read = UltraMnist.__getitem__

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from patchgd_jax.metrics import Results
-from patchgd_jax.tasks import SINGLE_LABEL
+from patchgd_jax.core.metrics import Results
+from patchgd_jax.core.tasks import SINGLE_LABEL
 
 
 def slow_metrics(labels, predictions, classes):

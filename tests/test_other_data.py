@@ -13,10 +13,10 @@ from tiny_panda import make_tiny_panda
 
 from patchgd_jax import DataConfig, DataError, PatchGDConfig, TrainConfig
 from patchgd_jax.config import BackgroundConfig, PandaConfig, SplitConfig
-from patchgd_jax.data.bad_images import BAD_IMAGES
-from patchgd_jax.data.sources import make_data
-from patchgd_jax.predict import TrainedModel
-from patchgd_jax.train import resume, train
+from patchgd_jax.data.loading.bad_images import BAD_IMAGES
+from patchgd_jax.data.run_data import make_data
+from patchgd_jax.runs.predict import TrainedModel
+from patchgd_jax.runs.train import resume, train
 
 
 @pytest.fixture(scope="module")

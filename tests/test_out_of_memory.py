@@ -11,10 +11,10 @@ import jax
 import pytest
 
 from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig
-from patchgd_jax.cli import main
-from patchgd_jax.memory import MemoryBudgetError
-from patchgd_jax.out_of_memory import out_of_memory_told
-from patchgd_jax.train import train
+from patchgd_jax.cli.main import main
+from patchgd_jax.planner import MemoryBudgetError
+from patchgd_jax.runs.out_of_memory import out_of_memory_told
+from patchgd_jax.runs.train import train
 
 BASE = TrainConfig(
     data=DataConfig(
@@ -61,7 +61,7 @@ def test_the_run_says_what_is_saved_and_what_would_fit(error, tmp_path):
 
 def test_the_command_ends_with_4(tmp_path, monkeypatch, capsys):
     """Through the command's own code, with a step that fails as XLA's do."""
-    from patchgd_jax.execution import ResidentExecution
+    from patchgd_jax.engine.registry import ResidentExecution
 
     def step(self, state, batch):
         raise jax.errors.JaxRuntimeError(FAILURE)
@@ -113,8 +113,8 @@ def test_other_failures_stay_what_they_are(tmp_path):
 LIMITED = """
 import resource, sys
 import psutil
-from patchgd_jax.cli import main
-from patchgd_jax.execution import ResidentExecution
+from patchgd_jax.cli.main import main
+from patchgd_jax.engine.registry import ResidentExecution
 
 compile = ResidentExecution.compile
 

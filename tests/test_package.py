@@ -92,7 +92,8 @@ def test_the_version_is_written_once():
 
 CACHE = (
     "import jax; jax.config.update('jax_compilation_cache_dir', None);"
-    "from patchgd_jax.compiling import use_compilation_cache; print(use_compilation_cache());"
+    "from patchgd_jax.engine.compiling import use_compilation_cache;"
+    "print(use_compilation_cache());"
     "print(jax.config.jax_compilation_cache_dir)"
 )
 

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from patchgd_jax.data.padding import MAX_SIZES, padded_sizes
+from patchgd_jax.data.images.padding import MAX_SIZES, padded_sizes
 
 
 def area(shapes, boxes):

@@ -7,8 +7,10 @@ import pytest
 from tiny_panda import GRADES, SIZES, make_tiny_panda, slide_id, tissue, write_rows
 
 from patchgd_jax.config import PandaConfig
-from patchgd_jax.data.array_regions import ArrayRegions
-from patchgd_jax.data.panda import (
+from patchgd_jax.data.images.array_regions import ArrayRegions
+from patchgd_jax.data.images.regions import open_regions
+from patchgd_jax.data.images.safe_image import ImageReadError
+from patchgd_jax.data.sources.panda import (
     GRADE_OF_GLEASON,
     PandaTable,
     choose_level,
@@ -16,9 +18,7 @@ from patchgd_jax.data.panda import (
     panda_strata,
     read_panda,
 )
-from patchgd_jax.data.regions import open_regions
-from patchgd_jax.data.safe_image import ImageReadError
-from patchgd_jax.data.table import ImageTable
+from patchgd_jax.data.tables.table import ImageTable
 from patchgd_jax.errors import DataError
 
 ALL = PandaConfig()
@@ -290,7 +290,7 @@ def test_the_stand_in_can_be_learnt(panda):
 
 
 def test_a_table_can_be_used_where_any_other_is(panda):
-    from patchgd_jax.data.table import select
+    from patchgd_jax.data.tables.table import select
 
     table = read_panda(panda, ALL)
     part = select(table, [4, 1])

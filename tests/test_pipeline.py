@@ -18,9 +18,9 @@ import pytest
 from sources import Numbers, Watched
 
 from patchgd_jax import ConfigError, DataError
-from patchgd_jax.data import workers
-from patchgd_jax.data.order import TrainOrder
-from patchgd_jax.data.pipeline import RecordError, TrainBatches, eval_batches
+from patchgd_jax.data.loading import workers
+from patchgd_jax.data.loading.order import TrainOrder
+from patchgd_jax.data.loading.pipeline import RecordError, TrainBatches, eval_batches
 
 
 def take(source, count, *, batch_size=6, seed=0, start=0, threads=1, **options):
@@ -473,7 +473,7 @@ SCRIPT = """
 import os, signal, sys, time
 import psutil
 from sources import Numbers
-from patchgd_jax.data.pipeline import TrainBatches
+from patchgd_jax.data.loading.pipeline import TrainBatches
 
 def stream():
     return TrainBatches(Numbers(20), batch_size=4, seed=0, start=0, threads=1, workers=2)

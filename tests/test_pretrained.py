@@ -27,13 +27,13 @@ from patchgd_jax import (
     TrainConfig,
     build_model,
 )
-from patchgd_jax.checkpoint import Checkpoints
-from patchgd_jax.cli import main
-from patchgd_jax.export import export_header, export_tensors
-from patchgd_jax.preprocess import Preprocess
-from patchgd_jax.pretrained import StartingPoint, starting_point
-from patchgd_jax.progress import Progress
-from patchgd_jax.weight_files import read_weights, write_safetensors
+from patchgd_jax.cli.main import main
+from patchgd_jax.data.preprocess import Preprocess
+from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.runs.export import export_header, export_tensors
+from patchgd_jax.runs.progress import Progress
+from patchgd_jax.weights.files import read_weights, write_safetensors
+from patchgd_jax.weights.matching import StartingPoint, starting_point
 
 RESNET = ["--model.encoder", "resnet18", "--data.channels", 3]
 PREPROCESS = Preprocess((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0, tuple("0123456789"), ((32, 32),))

@@ -14,9 +14,9 @@ from flax.traverse_util import flatten_dict
 from published_shapes import CONVNEXTS, PARAMETERS, convnext_v2_timm, published_shapes
 
 from patchgd_jax import ENCODERS, ConfigError, ModelConfig
-from patchgd_jax.models import build_encoder
-from patchgd_jax.models.positions import interpolate_positions
-from patchgd_jax.models.published import (
+from patchgd_jax.models.layers.positions import interpolate_positions
+from patchgd_jax.models.registry import build_encoder
+from patchgd_jax.weights.published import (
     LATENT_LAYER,
     PUBLISHED,
     flax_path,

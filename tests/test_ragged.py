@@ -21,7 +21,7 @@ from patchgd_jax import (
     sample_groups,
     train_step,
 )
-from patchgd_jax.sampling import without_repeats
+from patchgd_jax.core.sampling import without_repeats
 
 KEY = jax.random.key(11)
 SIZES = [(13, 9), (5, 18), (4, 4), (16, 20)]

@@ -26,15 +26,15 @@ from pyramids import (
 )
 
 from patchgd_jax.config import DataConfig
-from patchgd_jax.data import regions, tiff_levels
-from patchgd_jax.data.array_regions import ArrayRegions
-from patchgd_jax.data.digit_regions import DigitRegions
-from patchgd_jax.data.openslide_regions import OpenSlideRegions
-from patchgd_jax.data.regions import open_regions
-from patchgd_jax.data.safe_image import ImageReadError, read_image
-from patchgd_jax.data.tiff_regions import TiffRegions
-from patchgd_jax.data.tile_cache import TileCache
-from patchgd_jax.data.ultramnist import UltraMnist
+from patchgd_jax.data.images import regions, tiff_levels
+from patchgd_jax.data.images.array_regions import ArrayRegions
+from patchgd_jax.data.images.openslide_regions import OpenSlideRegions
+from patchgd_jax.data.images.regions import open_regions
+from patchgd_jax.data.images.safe_image import ImageReadError, read_image
+from patchgd_jax.data.images.tiff_regions import TiffRegions
+from patchgd_jax.data.images.tile_cache import TileCache
+from patchgd_jax.data.synthetic.digit_regions import DigitRegions
+from patchgd_jax.data.synthetic.ultramnist import UltraMnist
 from patchgd_jax.errors import ConfigError, DataError
 
 IMAGE = tissue(352, 512)

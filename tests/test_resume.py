@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from test_cli import assert_same_run, lines_of
 
-from patchgd_jax.checkpoint import Checkpoints
+from patchgd_jax.runs.checkpoint import Checkpoints
 
 # The worker kills itself, with the signal that nothing can catch, right after a given step.
 WORKER = """
 import os, signal, sys
 from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig
-from patchgd_jax.train import resume, train
+from patchgd_jax.runs.train import resume, train
 
 folder, kill_at, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
@@ -28,12 +28,13 @@ def on_step(step):
 
 if where:
     # Dies at the n-th call of a function, before it does anything.
-    import pathlib, patchgd_jax.checkpoint, patchgd_jax.train
+    import pathlib
+    from patchgd_jax.runs import checkpoint, train as training
     owners = {
-        "rename": pathlib.Path, "replace": pathlib.Path, "evaluate": patchgd_jax.train,
-        "write_json": patchgd_jax.checkpoint, "mark_best": patchgd_jax.checkpoint.Checkpoints,
-        "prune": patchgd_jax.checkpoint.Checkpoints, "rmtree": patchgd_jax.checkpoint.shutil,
-        "_write_manifest": patchgd_jax.checkpoint.Checkpoints,
+        "rename": pathlib.Path, "replace": pathlib.Path, "evaluate": training,
+        "write_json": checkpoint, "mark_best": checkpoint.Checkpoints,
+        "prune": checkpoint.Checkpoints, "rmtree": checkpoint.shutil,
+        "_write_manifest": checkpoint.Checkpoints,
     }
     original, calls = getattr(owners[where], where), []
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patchgd_jax.data.safe_image import ImageHeader, ImageReadError, read_header, read_image
+from patchgd_jax.data.images.safe_image import ImageHeader, ImageReadError, read_header, read_image
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (20, 30), dtype=np.uint8)

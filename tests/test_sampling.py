@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from patchgd_jax import ConfigError, PatchGDConfig, sample_groups
-from patchgd_jax.sampling import group_size
+from patchgd_jax.core.sampling import group_size
 
 KEY = jax.random.key(3)
 

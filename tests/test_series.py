@@ -28,8 +28,8 @@ from patchgd_jax import (
     sample_groups,
     train_step,
 )
-from patchgd_jax.gradients import stream
-from patchgd_jax.models.heads import AttentionHead
+from patchgd_jax.core.gradients import stream
+from patchgd_jax.models.heads.simple import AttentionHead
 
 ROOT = Path(__file__).parent.parent
 KEY = jax.random.key(7)

@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 from virtual_devices import several_devices
 
 from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, sample_groups
-from patchgd_jax.latents import chunked_strata
-from patchgd_jax.sampling import inclusion_probability, strata_lists
-from patchgd_jax.sharding import (
+from patchgd_jax.core.latents import chunked_strata
+from patchgd_jax.core.sampling import inclusion_probability, strata_lists
+from patchgd_jax.engine.sharding.placement import (
     Bands,
     check_rules,
     make_mesh,

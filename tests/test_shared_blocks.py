@@ -10,8 +10,8 @@ import pytest
 from flax import linen as nn
 
 from patchgd_jax import ModelConfig, PatchGDConfig
-from patchgd_jax.memory import Formula, PlanRequest, formula
-from patchgd_jax.memory.shared_blocks import shared_blocks
+from patchgd_jax.planner import Formula, PlanRequest, formula
+from patchgd_jax.planner.shared_blocks import shared_blocks
 
 
 def rows(encoder: str, remat: str, platform: str):

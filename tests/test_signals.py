@@ -8,15 +8,15 @@ import signal
 import pytest
 
 from patchgd_jax import Interrupted
-from patchgd_jax.signals import StopRequest
+from patchgd_jax.runs.signals import StopRequest
 
 
 def test_a_signal_to_a_process_and_its_group_is_one_request(monkeypatch):
     """As `timeout` sends it; one that comes later ends the process."""
     ended = []
-    monkeypatch.setattr("patchgd_jax.signals.os._exit", ended.append)
+    monkeypatch.setattr("patchgd_jax.runs.signals.os._exit", ended.append)
     now = [100.0]
-    monkeypatch.setattr("patchgd_jax.signals.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("patchgd_jax.runs.signals.time.monotonic", lambda: now[0])
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from patchgd_jax.config import SplitConfig
-from patchgd_jax.data.splits import absent_labels, split_table
-from patchgd_jax.data.table import ImageTable, select
+from patchgd_jax.data.tables.splits import absent_labels, split_table
+from patchgd_jax.data.tables.table import ImageTable, select
 from patchgd_jax.errors import DataError
 
 

@@ -12,7 +12,7 @@ from test_step import GRIDS, KEY, real_groups, run_toy, step_once
 from toy import recording_sgd, toy_batch, toy_model, toy_params
 
 from patchgd_jax import AugmentConfig, PatchGDConfig, PatchGrid, init_state, train_step
-from patchgd_jax.staleness import drift, mean_age, squared_change
+from patchgd_jax.core.staleness import drift, mean_age, squared_change
 
 
 def slow_age(groups, num_patches):

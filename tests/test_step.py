@@ -26,15 +26,15 @@ from patchgd_jax import (
     sample_groups,
     train_step,
 )
-from patchgd_jax.gradients import (
+from patchgd_jax.core.gradients import (
     exact_gradient,
     full_gradient,
     inner_gradient,
     listed_patches,
     stream,
 )
-from patchgd_jax.latents import chunked_ids, write_latents
-from patchgd_jax.step import global_norm
+from patchgd_jax.core.latents import chunked_ids, write_latents
+from patchgd_jax.core.step import global_norm
 
 KEY = jax.random.key(7)
 GRIDS = [

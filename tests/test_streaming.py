@@ -30,9 +30,9 @@ from patchgd_jax import (
     train_step,
     with_average,
 )
-from patchgd_jax.latent_store import LatentStore
-from patchgd_jax.patch_feed import ChunkIds, PatchFeed, PatchReader
-from patchgd_jax.streaming import StreamedStep
+from patchgd_jax.engine.streaming.feed import ChunkIds, PatchFeed, PatchReader
+from patchgd_jax.engine.streaming.latent_store import LatentStore
+from patchgd_jax.engine.streaming.step import StreamedStep
 
 KEY = jax.random.key(7)
 GRID = PatchGrid(13, 18, 5, 3, background=9)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from patchgd_jax.config import ColumnsConfig
-from patchgd_jax.data.class_folders import read_class_folders
-from patchgd_jax.data.csv_table import read_csv
-from patchgd_jax.data.labels import natural_key, parse_labels
-from patchgd_jax.data.regions import SLIDE_SUFFIXES
-from patchgd_jax.data.table import select
+from patchgd_jax.data.images.regions import SLIDE_SUFFIXES
+from patchgd_jax.data.tables.class_folders import read_class_folders
+from patchgd_jax.data.tables.csv_table import read_csv
+from patchgd_jax.data.tables.labels import natural_key, parse_labels
+from patchgd_jax.data.tables.table import select
 from patchgd_jax.errors import ConfigError, DataError
 
 COLUMNS = ColumnsConfig()

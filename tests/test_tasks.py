@@ -24,9 +24,9 @@ from patchgd_jax import (
     make_task,
     train_step,
 )
-from patchgd_jax.metrics import Results
-from patchgd_jax.models.heads import LinearHead
-from patchgd_jax.tasks import MultiLabel, Ordinal, Regression, SingleLabel
+from patchgd_jax.core.metrics import Results
+from patchgd_jax.core.tasks import MultiLabel, Ordinal, Regression, SingleLabel
+from patchgd_jax.models.heads.simple import LinearHead
 
 KEY = jax.random.key(11)
 WEIGHTS = (0.5, 2.0, 1.0, 0.0, 3.0)

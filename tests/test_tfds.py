@@ -22,16 +22,16 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from patchgd_jax import ConfigError, DataConfig, DataError, TrainConfig
-from patchgd_jax.data import tfds_builder
-from patchgd_jax.data.channels import with_channels
-from patchgd_jax.data.png_folder import make_folder
-from patchgd_jax.data.safe_image import decode_image, read_image
-from patchgd_jax.data.sources import make_data
-from patchgd_jax.data.tfds_builder import UltraMnistBuilder, config_name, make_dataset
-from patchgd_jax.data.tfds_source import TfdsSource, stored_channels
-from patchgd_jax.data.ultramnist import UltraMnist
+from patchgd_jax.data.images.safe_image import decode_image, read_image
+from patchgd_jax.data.run_data import make_data
+from patchgd_jax.data.sources.channels import with_channels
+from patchgd_jax.data.sources.tfds_source import TfdsSource, stored_channels
+from patchgd_jax.data.synthetic import tfds_builder
+from patchgd_jax.data.synthetic.png_folder import make_folder
+from patchgd_jax.data.synthetic.tfds_builder import UltraMnistBuilder, config_name, make_dataset
+from patchgd_jax.data.synthetic.ultramnist import UltraMnist
 from patchgd_jax.errors import DiskError
-from patchgd_jax.progress import Progress
+from patchgd_jax.runs.progress import Progress
 
 DATA = DataConfig(
     digits="font", task="digit-sum", size=(60, 80), downscale=2, train_size=12, val_size=5
@@ -105,8 +105,8 @@ def test_round_trip_without_tensorflow_and_network(tmp_path, channels):
             import tensorflow_datasets as tfds
             from patchgd_jax.config import DataConfig, from_dict
             from patchgd_jax.data import tfds_builder
-            from patchgd_jax.data.tfds_source import TfdsSource, stored_channels
-            from patchgd_jax.data.ultramnist import UltraMnist
+            from patchgd_jax.data.sources.tfds_source import TfdsSource, stored_channels
+            from patchgd_jax.data.synthetic.ultramnist import UltraMnist
 
             config, root = from_dict(DataConfig, json.loads(sys.argv[1])), sys.argv[2]
             importlib.reload(tfds_builder)
@@ -289,7 +289,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
         MAKE
         + """
     import resource
-    from patchgd_jax.data.png_folder import make_folder
+    from patchgd_jax.data.synthetic.png_folder import make_folder
     from patchgd_jax.errors import DiskError
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
     for make in (tfds_builder.make_dataset, make_folder):
@@ -337,7 +337,7 @@ def test_an_error_half_way_leaves_no_folder(tmp_path, monkeypatch):
                 raise DataError("broken")
             return super().__getitem__(index)
 
-    monkeypatch.setattr("patchgd_jax.data.png_folder.UltraMnist", Breaks)
+    monkeypatch.setattr("patchgd_jax.data.synthetic.png_folder.UltraMnist", Breaks)
     monkeypatch.setattr(tfds_builder, "UltraMnist", Breaks)
     for make in (make_folder, make_dataset):
         with pytest.raises(DataError, match="broken"):

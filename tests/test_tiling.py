@@ -12,10 +12,10 @@ from PIL import Image
 from pyramids import levels_of, tissue, write_pages, write_svs, write_zarr
 from test_regions import damage
 
-from patchgd_jax.data import tiling
-from patchgd_jax.data.regions import open_regions
-from patchgd_jax.data.safe_image import ImageReadError
-from patchgd_jax.data.tiling import tile_image
+from patchgd_jax.data.images import tiling
+from patchgd_jax.data.images.regions import open_regions
+from patchgd_jax.data.images.safe_image import ImageReadError
+from patchgd_jax.data.images.tiling import tile_image
 from patchgd_jax.errors import ConfigError, DiskError
 
 IMAGE = tissue(331, 517)

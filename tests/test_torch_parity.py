@@ -31,8 +31,8 @@ from patchgd_jax import (
     sample_groups,
     train_step,
 )
-from patchgd_jax.gradients import inner_gradient, stream
-from patchgd_jax.models.heads import CNNHead
+from patchgd_jax.core.gradients import inner_gradient, stream
+from patchgd_jax.models.heads.simple import CNNHead
 
 torch = pytest.importorskip(
     "torch", reason="the reference implementation is in PyTorch: pip install torch"

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig
-from patchgd_jax.predict import TrainedModel
-from patchgd_jax.train import train
+from patchgd_jax.runs.predict import TrainedModel
+from patchgd_jax.runs.train import train
 
 BASE = TrainConfig(
     data=DataConfig(
@@ -84,7 +84,7 @@ def test_trained_evaluated_and_predicted(name, tmp_path):
 
 
 def model_source(config):
-    from patchgd_jax.data.sources import make_data
+    from patchgd_jax.data.run_data import make_data
 
     return make_data(config).validation
 

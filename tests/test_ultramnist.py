@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from patchgd_jax import ConfigError, DataConfig, DataError
-from patchgd_jax.data.digits import load_digits
-from patchgd_jax.data.shortcuts import shortcut_scores
-from patchgd_jax.data.shrink import shrink
-from patchgd_jax.data.ultramnist import UltraMnist, _enlarge, _noise, multisets
+from patchgd_jax.data.images.shrink import shrink
+from patchgd_jax.data.synthetic.digits import load_digits
+from patchgd_jax.data.synthetic.shortcuts import shortcut_scores
+from patchgd_jax.data.synthetic.ultramnist import UltraMnist, _enlarge, _noise, multisets
 
 MOST_FREQUENT = DataConfig(digits="font", size=(128, 160), val_size=40)
 DIGIT_SUM = DataConfig(digits="font", task="digit-sum", size=(512, 600), scale="absolute")

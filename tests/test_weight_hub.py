@@ -12,9 +12,10 @@ import platformdirs
 import pytest
 from test_pretrained import assert_equal_trees, config_of, random_trees, start_of, write_export
 
-from patchgd_jax import ConfigError, DataError, DiskError, weight_hub
-from patchgd_jax.models.published import PUBLISHED
-from patchgd_jax.weight_hub import PINNED, PinnedFile, locate_weights
+from patchgd_jax import ConfigError, DataError, DiskError
+from patchgd_jax.weights import hub as weight_hub
+from patchgd_jax.weights.hub import PINNED, PinnedFile, locate_weights
+from patchgd_jax.weights.published import PUBLISHED
 
 CONTENT = bytes(range(256)) * 40
 HASH = hashlib.sha256(CONTENT).hexdigest()

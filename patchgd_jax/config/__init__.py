@@ -15,8 +15,8 @@ from patchgd_jax.config.data import (
 from patchgd_jax.config.model import AugmentConfig, ModelConfig, TaskConfig
 from patchgd_jax.config.optimizer import OptimizerConfig
 from patchgd_jax.config.patchgd import PatchGDConfig
-from patchgd_jax.config.plain import flatten, from_dict, to_dict
 from patchgd_jax.config.run import StreamConfig, TrainConfig
+from patchgd_jax.config.serialization import flatten, from_dict, to_dict
 
 __all__ = [
     "METHODS",

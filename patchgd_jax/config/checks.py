@@ -5,7 +5,7 @@ from __future__ import annotations
 from patchgd_jax.errors import ConfigError
 
 NOT_SETTLED = (
-    "{} is auto, which is not a number yet; patchgd_jax.auto_settings.settled makes it one"
+    "{} is auto, which is not a number yet; patchgd_jax.planner.auto_settings.settled makes it one"
 )
 
 

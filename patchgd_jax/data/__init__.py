@@ -1,1 +1,1 @@
-"""Examples: where they come from and how they become batches."""
+"""Data: tables, images, sources, loading and inspection."""

@@ -1,0 +1,1 @@
+"""Methods that PatchGD is compared with, as steps of the same training loop."""

@@ -1,0 +1,1 @@
+"""The method: patch grid, sampling, latent block Z, gradients and the train step."""

@@ -1,0 +1,154 @@
+"""From an OptimizerConfig to an optax chain whose schedule counts outer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from patchgd_jax.config import OptimizerConfig
+from patchgd_jax.core.model import Parts, Tree
+from patchgd_jax.errors import ConfigError
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def make_schedule(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> Schedule:
+    """The learning rate at an outer step.
+
+    The rate rises linearly from `peak / warmup_steps` to the peak over `warmup_steps`. Then
+    `linear` falls so that it would reach zero at `decay_factor * total_steps` (the official
+    PatchGD schedule, which ends near half of the peak for the factor 2), and `cosine` falls to
+    zero at `total_steps`.
+    """
+    peak = config.learning_rate
+    after = max(1, total_steps - warmup_steps)
+    match config.schedule:
+        case "linear":
+            horizon = max(1, round(config.decay_factor * total_steps) - warmup_steps)
+            decay = optax.linear_schedule(peak, 0.0, horizon)
+        case "cosine":
+            decay = optax.cosine_decay_schedule(peak, after)
+        case "constant":
+            decay = optax.constant_schedule(peak)
+    if warmup_steps == 0:
+        return decay
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, max(1, warmup_steps - 1))
+    return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def make_optimizer(
+    config: OptimizerConfig,
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+    updates_per_step: int,
+    depth: Mapping[str, int] | None = None,
+) -> optax.GradientTransformation:
+    """Builds the optimizer.
+
+    Args:
+        config: update rule, schedule, decay, clipping, the encoder's rates and averaging.
+        total_steps: outer steps of the run.
+        steps_per_epoch: outer steps of an epoch.
+        updates_per_step: updates of one outer step; the rate is the same for all of them.
+        depth: of each of the encoder's top-level entries: `encoder_layers(...).depth`.
+
+    Raises:
+        ConfigError: if `layer_decay` is set, and there is no `depth`.
+    """
+    warmup_steps = min(total_steps, round(config.warmup_epochs * steps_per_epoch))
+    per_outer_step = make_schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
+
+    def rate(count: jax.Array) -> jax.Array:
+        return per_outer_step(count // updates_per_step)
+
+    match config.name:
+        case "adam":
+            rule = optax.adam(rate)
+        case "adamw":
+            rule = optax.adamw(rate, weight_decay=config.weight_decay)
+        case "sgd":
+            rule = optax.sgd(rate, momentum=config.momentum)
+    steps = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    steps.append(rule)
+    if config.encoder_learning_rate is not None or config.layer_decay != 1:
+        # Each rule's update is its rate times something that does not depend on it.
+        ratio = (config.encoder_learning_rate or config.learning_rate) / config.learning_rate
+        steps.append(_scale_encoder(ratio, config.layer_decay, depth))
+    optimizer = steps[0] if len(steps) == 1 else optax.chain(*steps)
+    return with_average(optimizer, config.ema_decay)
+
+
+def _scale_encoder(
+    ratio: float, decay: float, depth: Mapping[str, int] | None
+) -> optax.GradientTransformation:
+    """Multiplies the updates of the encoder by `ratio`, and by `decay` per block after them."""
+    if decay != 1 and depth is None:
+        raise ConfigError("optimizer.layer_decay needs the depth of the encoder's parameters")
+
+    def scale(updates: Parts, params: Parts | None) -> Parts:
+        def scaled(tree: Tree, factor: float) -> Tree:
+            return jax.tree.map(lambda u: u * factor, tree)
+
+        encoder = updates["encoder"]
+        if depth is None or decay == 1:
+            return {**updates, "encoder": scaled(encoder, ratio)}
+        last = max(depth.values())
+        factors = {name: ratio * decay ** (last - depth[name]) for name in encoder}
+        return {
+            **updates,
+            "encoder": {name: scaled(tree, factors[name]) for name, tree in encoder.items()},
+        }
+
+    return optax.stateless(scale)
+
+
+class AverageState(NamedTuple):
+    """The state of an optimizer that also averages the parameters."""
+
+    updates: jax.Array
+    """`int32 []`, how many there were."""
+    average: Parts
+    """Of the parameters that are trained."""
+    inner: Tree
+
+
+def with_average(
+    optimizer: optax.GradientTransformation, decay: float | None
+) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the parameters beside an optimizer's state.
+
+    With the parameters `p_0` before the first update and `p_i` after update `i`, the average is
+    `a_0 = p_0`, `a_i = decay * a_(i - 1) + (1 - decay) * p_i`.
+
+    Args:
+        optimizer: any optax transformation.
+        decay: in [0, 1); None for the optimizer as it is.
+    """
+    if decay is None:
+        return optimizer
+
+    def init(params: Parts) -> AverageState:
+        # Copies: a donated state must not hold one buffer twice.
+        average = jax.tree.map(jnp.copy, params)
+        return AverageState(jnp.zeros((), jnp.int32), average, optimizer.init(params))
+
+    def update(
+        grads: Parts, state: AverageState, params: Parts | None = None
+    ) -> tuple[Parts, AverageState]:
+        updates, inner = optimizer.update(grads, state.inner, params)
+        after = optax.apply_updates(params, updates)
+
+        def mean(average: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
+            # Parameters may have been replaced since `init`, by another run's encoder say.
+            average = jnp.where(state.updates == 0, before, average)
+            return decay * average + (1 - decay) * after
+
+        average = jax.tree.map(mean, state.average, params, after)
+        return updates, AverageState(state.updates + 1, average, inner)
+
+    return optax.GradientTransformation(init, update)

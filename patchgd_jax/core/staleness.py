@@ -1,0 +1,104 @@
+"""How stale Z is while the head reads it: the age of its entries, and how far they have drifted."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from patchgd_jax.core.latents import read_latents
+
+
+def never_sampled(batch: int, num_patches: int) -> jax.Array:
+    """The inner step in which each entry was computed, before the first: -1, for the fill.
+
+    Returns:
+        `int32 [B, N]`.
+    """
+    return jnp.full((batch, num_patches), -1, jnp.int32)
+
+
+def sampled_now(computed: jax.Array, ids: jax.Array, number: jax.Array) -> jax.Array:
+    """When each entry was computed, after an inner step.
+
+    Args:
+        computed: `int32 [B, N]`, from `never_sampled` or here.
+        ids: `int [B, k]`, the inner step's group; those of at least N are dropped.
+        number: `int []`, of the inner step.
+
+    Returns:
+        `int32 [B, N]`.
+    """
+    row = jnp.arange(ids.shape[0])[:, None]
+    return computed.at[row, ids].set(number.astype(computed.dtype), mode="drop")
+
+
+def mean_age(ids: jax.Array, num_patches: int, real: jax.Array | None = None) -> jax.Array:
+    """The mean age of the entries of Z that the head reads, over patches and inner steps.
+
+    An entry's age is the number of inner steps since the one that computed it: 0 where it is
+    encoded in this very step. The fill counts as the step before the first, so what is never
+    sampled is `j + 1` old in inner step `j`.
+
+    Args:
+        ids: `int [J, B, k]`, the groups of an outer step; those of at least N are dropped.
+        num_patches: N.
+        real: `bool [B, N]`, the patches that count. None: all.
+
+    Returns:
+        `float []`, in inner steps.
+    """
+    inner_steps, batch, _ = ids.shape
+    count = jnp.maximum(batch * num_patches if real is None else real.sum(), 1)
+
+    def read(computed: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        number, group = step
+        computed = sampled_now(computed, group, number)
+        # Not a sum of integers, which many patches and steps could overflow.
+        ages = (number - computed).astype(jnp.float32)
+        return computed, ages.sum(where=real) / count
+
+    steps = (jnp.arange(inner_steps), ids)
+    return lax.scan(read, never_sampled(batch, num_patches), steps)[1].mean()
+
+
+def squared_change(
+    old: jax.Array, new: jax.Array, ids: jax.Array, weight: jax.Array | None = None
+) -> jax.Array:
+    """How much the entries that were encoded anew have changed.
+
+    Args:
+        old: Z before, `[B, N, D]`.
+        new: Z after, `[B, N, D]`.
+        ids: `int [B, k]`, which they are; those of at least N do not count.
+        weight: `float [B]`, of the examples; those of weight 0 are padding. None: all count.
+
+    Returns:
+        `float [2]`: the sums of squares of the change and of the old entries. Those of several
+        parts of a batch add up.
+    """
+    dtype = jnp.promote_types(old.dtype, jnp.float32)
+    before, after = (read_latents(z, ids).astype(dtype) for z in (old, new))
+    if weight is not None:
+        used = (weight > 0)[:, None, None]
+        before, after = jnp.where(used, before, 0), jnp.where(used, after, 0)
+    change = after - before
+    return jnp.stack([jnp.vdot(change, change), jnp.vdot(before, before)])
+
+
+def drift(changes: jax.Array) -> jax.Array:
+    """The relative change `|new - old| / |old|` of an entry since it was last computed.
+
+    Whatever makes a patch's latent another one is in it, not updates of the encoder alone: dropout,
+    changes of a patch that are drawn anew (`augment.same_draw` False), and batch statistics, which
+    are those of the group in an inner step, but the moving ones in a fill (unless `norm_policy` is
+    paper or frozen): then a drift of 1 says nothing about the updates.
+
+    Args:
+        changes: `float [J, 2]`, from `squared_change`.
+
+    Returns:
+        `float []`, the mean over the inner steps; one whose old entries are all zero counts 0.
+    """
+    change, size = changes[:, 0], changes[:, 1]
+    return jnp.where(size > 0, jnp.sqrt(change / jnp.where(size > 0, size, 1)), 0).mean()

@@ -1,0 +1,1 @@
+"""Image files: decoding, regions of pyramids, fitting, background and padding."""

@@ -1,0 +1,155 @@
+"""Regions of arrays, of `.npy` files, and of image files that are small enough to be one."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from patchgd_jax.data.images.pixels import DTYPES, to_uint8
+from patchgd_jax.data.images.region_base import ClippedRegions
+from patchgd_jax.data.images.safe_image import MAX_PIXELS, ImageReadError, read_header, read_image
+from patchgd_jax.errors import DataError
+
+
+class ArrayRegions(ClippedRegions):
+    """Regions of an array in memory, or of a memory-mapped one; a single level.
+
+    Args:
+        array: `bool`, `uint8` or `uint16`, `[H, W]` or `[H, W, C]` with C 1 or 3; not copied.
+        background: uint8 value outside the image.
+        channels: 1 or 3. None: the array's own.
+        mpp: micrometres per pixel, if known.
+
+    Raises:
+        DataError: if the array has another shape or type.
+    """
+
+    def __init__(
+        self,
+        array: np.ndarray,
+        background: int = 0,
+        *,
+        channels: Literal[1, 3] | None = None,
+        mpp: float | None = None,
+    ) -> None:
+        if array.ndim == 2:
+            array = array[..., None]
+        if array.ndim != 3 or array.shape[-1] not in (1, 3) or array.size == 0:
+            raise DataError(
+                f"an image of shape {array.shape}; it must be [H, W] or [H, W, C] with C 1 or 3"
+            )
+        if array.dtype.name not in DTYPES:
+            raise DataError(f"an image of {array.dtype}; it must be one of {', '.join(DTYPES)}")
+        self._array: np.ndarray | None = array
+        super().__init__(
+            {"array": array, "background": background, "channels": channels, "mpp": mpp},
+            [(array.shape[0], array.shape[1])],
+            channels=channels or array.shape[-1],
+            background=background,
+            mpp=mpp,
+        )
+
+    def _inside(self, level: int, y: int, x: int, height: int, width: int) -> np.ndarray:
+        if self._array is None:
+            raise ValueError("the image is closed")
+        window = self._array[y : y + height, x : x + width]
+        out = to_uint8(window, channels=self.channels, background=self.background)
+        return np.array(out) if out is window else out
+
+    def close(self) -> None:
+        """Lets go of the array; reading afterwards is an error."""
+        self._array = None
+
+
+class NpyRegions(ArrayRegions):
+    """Regions of a memory-mapped `.npy` file.
+
+    Args:
+        path: the file; see `ArrayRegions` for what it may hold.
+        channels: 1 or 3. None: what the file has.
+        background: uint8 value outside the image.
+
+    Raises:
+        ImageReadError: if the file is truncated, no array, or no image.
+    """
+
+    def __init__(
+        self, path: str | Path, *, channels: Literal[1, 3] | None, background: int = 0
+    ) -> None:
+        self.path = Path(path)
+        try:
+            array = np.load(self.path, mmap_mode="r")
+            super().__init__(array, background, channels=channels)
+        except (OSError, ValueError, EOFError, SyntaxError, DataError) as error:
+            raise ImageReadError(path, str(error)) from error
+        # A memory map would be pickled with all its pixels.
+        self._arguments = {"path": path, "channels": channels, "background": background}
+
+
+class FlatRegions(ClippedRegions):
+    """Regions of an image file that can only be decoded as a whole; a single level.
+
+    The header is read at once, the pixels with the first region; they stay in memory.
+
+    Args:
+        path: PNG, JPEG, WebP, BMP or TIFF.
+        channels: 1 or 3. None: what the file has.
+        background: uint8 value outside the image and under transparent pixels.
+        max_pixels: largest accepted height times width.
+
+    Raises:
+        ImageReadError: as `read_header`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        channels: Literal[1, 3] | None,
+        background: int = 0,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._pixels: np.ndarray | None = None
+        self._closed = False
+        # The limit is applied here, to say what can be done.
+        header = read_header(path, max_pixels=sys.maxsize)
+        height, width = header.height, header.width
+        if height * width > max_pixels:
+            raise ImageReadError(
+                path,
+                f"it has {height} x {width} px, too many to decode it as a whole; convert it once "
+                "with `patchgd-jax data tile`",
+            )
+        channels = channels or header.channels
+        arguments = {
+            "path": path,
+            "channels": channels,
+            "background": background,
+            "max_pixels": max_pixels,
+        }
+        super().__init__(arguments, [(height, width)], channels=channels, background=background)
+
+    def _inside(self, level: int, y: int, x: int, height: int, width: int) -> np.ndarray:
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"{self.path} is closed")
+            if self._pixels is None:
+                pixels = read_image(**self._arguments)
+                if pixels.shape[:2] != self.level_shapes[0]:
+                    raise ImageReadError(
+                        self.path, "it has changed since it was opened: its size is another"
+                    )
+                self._pixels = pixels
+            pixels = self._pixels
+        return pixels[y : y + height, x : x + width].copy()
+
+    def close(self) -> None:
+        """Drops the pixels; reading afterwards is an error."""
+        with self._lock:
+            self._pixels, self._closed = None, True

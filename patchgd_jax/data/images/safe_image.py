@@ -1,0 +1,363 @@
+"""Reads image files that may be hostile, damaged or unusual, into one plain form."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, cast
+
+import numpy as np
+
+from patchgd_jax.errors import DataError
+from patchgd_jax.io.text import printable
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageFile
+
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
+MAX_PIXELS = 178_956_970
+"""Pixels an image may have: the limit above which Pillow itself refuses to decode."""
+
+_GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B")
+_COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+_ORIENTATION = 0x0112
+# TIFF tags.
+_BITS, _COMPRESSION, _PHOTOMETRIC, _TILE_SIDES = 258, 259, 262, (322, 323)
+_PARTS = ((273, 279), (324, 325))
+"""Offsets and byte counts of strips and of tiles."""
+
+
+class ImageReadError(DataError):
+    """An image file that cannot be used.
+
+    Args:
+        path: the file.
+        reason: why, in words.
+    """
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"cannot read image {printable(str(path))}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker process hands its errors over pickled.
+        return type(self), (self.path, self.reason)
+
+
+class ImageHeader(NamedTuple):
+    """What a file says of its image."""
+
+    width: int
+    """Pixels, after the orientation of EXIF is applied."""
+    height: int
+    channels: Literal[1, 3]
+    """1 for grey, 3 for colour; transparency does not count."""
+    format: str
+    """One of `FORMATS`."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A file that keeps all the rules that need no pixel."""
+
+    image: ImageFile.ImageFile
+    header: ImageHeader
+    turn: int
+    """EXIF orientation still to be applied after decoding; 1: none."""
+    bits: int
+    """Bits of a channel in the file."""
+    inverted: bool
+    """Whether 0 means white (16-bit TIFFs; Pillow inverts the others)."""
+
+
+def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """Reads what a file says of its image, and decodes no pixel.
+
+    Args:
+        path: the file; its kind is found from its content.
+        max_pixels: largest accepted height times width.
+
+    Returns:
+        Size, channels and format of what `read_image` would give.
+
+    Raises:
+        ImageReadError: as `read_image`, except for damage that only decoding finds.
+    """
+    with _opened(Path(path), max_pixels) as opened:
+        return opened.header
+
+
+def read_image(
+    path: str | Path,
+    *,
+    channels: Literal[1, 3],
+    background: int = 0,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """Reads an image file.
+
+    Orientation from EXIF is applied if it stands before the pixels, as browsers do. Alpha and
+    transparent colours are composited over the background, 12- and 16-bit grey is scaled to 8 bits
+    (16-bit colour keeps its high bytes), palettes and CMYK are converted. Of a phone's picture with
+    more behind it (MPO) the first is read. Colour profiles are ignored.
+
+    Args:
+        path: the file; its kind is found from its content.
+        channels: 1 for grey, 3 for RGB.
+        background: uint8 value under transparent pixels.
+        max_pixels: largest accepted height times width, checked before any pixel is decoded. For
+            WebP, Pillow's own limit holds as well.
+
+    Returns:
+        `uint8 [H, W, channels]`, C-contiguous.
+
+    Raises:
+        ImageReadError: if the file is missing, truncated, too large, animated or no image.
+    """
+    with _opened(Path(path), max_pixels) as opened:
+        return _decoded(opened, channels, background)
+
+
+def decode_image(
+    data: bytes,
+    name: str,
+    *,
+    channels: Literal[1, 3],
+    background: int = 0,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """Decodes an image file held in memory, by the rules of `read_image`.
+
+    Args:
+        data: the file's content.
+        name: what errors call it.
+        channels: 1 for grey, 3 for RGB.
+        background: uint8 value under transparent pixels.
+        max_pixels: largest accepted height times width.
+
+    Returns:
+        `uint8 [H, W, channels]`, C-contiguous.
+
+    Raises:
+        ImageReadError: if the data is truncated, too large, animated or no image.
+    """
+    with _opened(name, max_pixels, io.BytesIO(data)) as opened:
+        return _decoded(opened, channels, background)
+
+
+def _decoded(opened: _Opened, channels: int, background: int) -> np.ndarray:
+    if opened.header.format == "TIFF":
+        from PIL import Image
+
+        image = cast(Any, opened.image)
+        # Where Pillow itself makes room for a TIFF, it applies its limit for the whole process.
+        image.im = cast(Any, Image).core.new(image.mode, getattr(image, "_tile_size", image.size))
+    opened.image.load()
+    pixels = _to_uint8(opened, channels, background)
+    return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], channels))
+
+
+def _file(path: Path) -> BinaryIO:
+    if not path.exists():
+        raise ImageReadError(path, "there is no such file")
+    if not path.is_file():
+        raise ImageReadError(path, "it is not a file")
+    return path.open("rb")
+
+
+@contextmanager
+def _opened(path: str | Path, max_pixels: int, data: BinaryIO | None = None) -> Iterator[_Opened]:
+    """Opens a file and checks it; also turns whatever goes wrong later into `ImageReadError`."""
+    try:
+        with data or _file(Path(path)) as file:
+            start = file.read(26)
+            kind = _sniff(start)
+            if kind is None:
+                raise ImageReadError(path, f"it is none of {', '.join(FORMATS)}")
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            try:
+                image = _reader(kind)(file)
+            except SyntaxError as error:
+                reason = f"it is a {kind} file of an unknown sort, or damaged at its start"
+                raise ImageReadError(path, f"{reason} ({error})") from error
+            with image:
+                yield _checked(path, image, kind, start, size, max_pixels)
+    except ImageReadError:
+        raise
+    except MemoryError as error:
+        raise ImageReadError(path, "there is not enough memory for it") from error
+    except Exception as error:
+        # Pillow's decoders let a dozen kinds out for damaged files, struct.error among them.
+        raise ImageReadError(path, printable(str(error)) or type(error).__name__) from error
+
+
+def _sniff(start: bytes) -> str | None:
+    if start.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if start.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
+        return "WEBP"
+    return "BMP" if start.startswith(b"BM") else None
+
+
+def _reader(kind: str) -> type[ImageFile.ImageFile]:
+    # Image.open would apply a limit of pixels that is global to the process, by a warning whose
+    # filter is global as well; and it would map files into memory, where one that shrinks kills
+    # the process.
+    from PIL import (
+        BmpImagePlugin,
+        JpegImagePlugin,
+        PngImagePlugin,
+        TiffImagePlugin,
+        WebPImagePlugin,
+    )
+
+    return {
+        "PNG": PngImagePlugin.PngImageFile,
+        "JPEG": JpegImagePlugin.JpegImageFile,
+        "TIFF": TiffImagePlugin.TiffImageFile,
+        "WEBP": WebPImagePlugin.WebPImageFile,
+        "BMP": BmpImagePlugin.BmpImageFile,
+    }[kind]
+
+
+def _checked(
+    path: str | Path,
+    image: ImageFile.ImageFile,
+    kind: str,
+    start: bytes,
+    size: int,
+    max_pixels: int,
+) -> _Opened:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageReadError(
+            path, f"it claims {width} x {height} px, more than the {max_pixels} px allowed"
+        )
+    if width == 0 or height == 0:
+        raise ImageReadError(path, "it has no pixels")
+    if getattr(image, "is_animated", False):
+        raise ImageReadError(path, "it has several frames; save one of them")
+    if image.mode in ("F", "I"):
+        raise ImageReadError(path, f"its pixels are 32-bit ({image.mode}); save it with 8 or 16")
+    if image.mode not in _GREY + _COLOUR:
+        raise ImageReadError(path, f"its colours are {image.mode}; save it as RGB")
+    turn = _orientation(image)
+    swapped = turn in (5, 6, 7, 8)
+    bits = start[24] if kind == "PNG" else 8
+    inverted = False
+    if kind == "TIFF":
+        tags = cast(Any, image).tag_v2
+        _check_parts(path, tags, size, max_pixels)
+        bits = max(tags.get(_BITS, (1,)))
+        inverted = image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC, 0) == 0
+        # Pillow turns TIFFs itself: when it opens them, the size of those with the tag, and when it
+        # decodes them, the pixels.
+        swapped = swapped and _ORIENTATION not in tags
+        turn = 1
+    if swapped:
+        width, height = height, width
+    grey = image.mode in _GREY or _has_grey_palette(image)
+    header = ImageHeader(width, height, 1 if grey else 3, kind)
+    return _Opened(image, header, turn, bits, inverted)
+
+
+def _has_grey_palette(image: ImageFile.ImageFile) -> bool:
+    """Whether all colours of an image's palette are grey, those that no pixel has among them."""
+    if image.mode not in ("P", "PA") or image.palette is None:
+        return False
+    from PIL import Image
+
+    # The image's own getpalette would decode its pixels.
+    rawmode, entries = image.palette.getdata()
+    pixel = Image.new("P", (1, 1))
+    pixel.putpalette(entries, rawmode)
+    colours = np.array(pixel.getpalette("RGB")).reshape(-1, 3)
+    return bool((colours == colours[:, :1]).all())
+
+
+def _check_parts(path: str | Path, tags: Any, size: int, max_pixels: int) -> None:
+    """Refuses a TIFF whose tiles are too large for memory, or whose parts lie behind its end."""
+    tile = [tags.get(tag, 1) for tag in _TILE_SIDES]
+    if tile[0] * tile[1] > max_pixels:
+        raise ImageReadError(
+            path, f"its tiles claim {tile[0]} x {tile[1]} px, more than the {max_pixels} px allowed"
+        )
+    for offset_tag, count_tag in _PARTS:
+        offsets = np.array(tags.get(offset_tag, ()), np.int64)
+        counts = np.array(tags.get(count_tag, ()), np.int64)[: len(offsets)]
+        if tags.get(_COMPRESSION, 1) == 1:
+            # Some programs write a wrong count here, which nobody needs.
+            counts = counts.clip(0, 1)
+        end = (offsets[: len(counts)] + counts).max(initial=0, where=counts > 0)
+        if end > size:
+            raise ImageReadError(path, f"it is truncated: {size} of at least {end} bytes are there")
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    from PIL import Image
+
+    try:
+        # A PNG's own getexif would decode the pixels to look behind them.
+        return Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except Exception:
+        # The pixels of a file whose EXIF block is damaged may well be whole.
+        return 1
+
+
+def _to_uint8(opened: _Opened, channels: int, background: int) -> np.ndarray:
+    """`uint8 [H, W]` or `[H, W, 3]` of a decoded image."""
+    from PIL import Image
+
+    image: Image.Image = opened.image
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I;16"):
+        image = _from_16_bits(opened, transparent)
+    elif transparent is not None and image.mode in ("L", "RGB"):
+        # Pillow has scaled the pixels to 8 bits, but not the colour that means transparent.
+        image.info["transparency"] = _to_8_bits(transparent, opened.bits)
+    elif image.mode == "La":
+        image = image.convert("LA")
+    if image.mode == "RGBa" or "A" in image.getbands() or "transparency" in image.info:
+        over = Image.new("RGBA", image.size, (background,) * 3 + (255,))
+        over.alpha_composite(image.convert("RGBA"))
+        image = over
+    image = image.convert("L" if channels == 1 else "RGB")
+    turns = Image.Transpose
+    turned = {
+        2: turns.FLIP_LEFT_RIGHT,
+        3: turns.ROTATE_180,
+        4: turns.FLIP_TOP_BOTTOM,
+        5: turns.TRANSPOSE,
+        6: turns.ROTATE_270,
+        7: turns.TRANSVERSE,
+        8: turns.ROTATE_90,
+    }.get(opened.turn)
+    return np.asarray(image if turned is None else image.transpose(turned), np.uint8)
+
+
+def _from_16_bits(opened: _Opened, transparent: int | None) -> Image.Image:
+    """An image of mode L or LA; convert("L") would cut everything above 255 off."""
+    from PIL import Image
+
+    values = np.asarray(opened.image)
+    scaled = np.round(np.arange(65_536) * (255 / (2**opened.bits - 1)))
+    scaled = scaled.clip(0, 255).astype(np.uint8)
+    grey = (255 - scaled if opened.inverted else scaled)[values]
+    if transparent is None:
+        return Image.fromarray(grey)
+    return Image.fromarray(np.dstack([grey, np.where(values == transparent, 0, 255)]).astype("u1"))
+
+
+def _to_8_bits(value: int | tuple[int, ...], bits: int) -> int | tuple[int, ...]:
+    if isinstance(value, tuple):
+        return tuple(v >> (bits - 8) for v in value)
+    return (value & (2**bits - 1)) * 255 // (2**bits - 1)

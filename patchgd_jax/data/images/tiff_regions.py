@@ -1,0 +1,137 @@
+"""Regions of tiled TIFF files (BigTIFF, SVS, OME-TIFF, NDPI), read tile by tile."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from patchgd_jax.data.images.pixels import to_uint8
+from patchgd_jax.data.images.region_base import ClippedRegions
+from patchgd_jax.data.images.safe_image import ImageReadError
+from patchgd_jax.data.images.tiff_levels import read_pyramid
+from patchgd_jax.data.images.tile_cache import TileCache
+
+
+class TiffRegions(ClippedRegions):
+    """Regions of a TIFF; only the tiles they touch are read and decoded.
+
+    Tiles missing in the file are background. The orientation must be upright; colour profiles are
+    ignored.
+
+    Args:
+        path: the file.
+        channels: 1 or 3. None: what the file has.
+        background: uint8 value outside the image, in missing tiles and under transparent pixels.
+        cache_bytes: bytes of decoded tiles to keep.
+
+    Raises:
+        ImageReadError: if the file is truncated, damaged, or of a kind that is not supported.
+        ConfigError: if tifffile or imagecodecs is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        channels: Literal[1, 3] | None,
+        background: int = 0,
+        cache_bytes: int = 64 * 2**20,
+    ) -> None:
+        self.path = Path(path)
+        self._pyramid = read_pyramid(self.path)
+        self._cache = TileCache(cache_bytes)
+        try:
+            self._file = self.path.open("rb", buffering=0)
+        except OSError as error:
+            raise ImageReadError(path, str(error)) from error
+        super().__init__(
+            {
+                "path": path,
+                "channels": channels,
+                "background": background,
+                "cache_bytes": cache_bytes,
+            },
+            [level.shape for level in self._pyramid.levels],
+            channels=channels or self._pyramid.channels,
+            background=background,
+            mpp=self._pyramid.mpp,
+            tile=self._pyramid.levels[0].tile,
+        )
+
+    def _inside(self, level: int, y: int, x: int, height: int, width: int) -> np.ndarray:
+        if self._file.closed:
+            raise ValueError(f"{self.path} is closed")
+        there = self._pyramid.levels[level]
+        rows, cols = there.tile
+        out = np.empty((height, width, self.channels), np.uint8)
+        for row in range(y // rows, -(-(y + height) // rows)):
+            for col in range(x // cols, -(-(x + width) // cols)):
+                top, left = row * rows, col * cols
+                a, b = max(y, top), min(y + height, top + rows)
+                c, d = max(x, left), min(x + width, left + cols)
+                part = out[a - y : b - y, c - x : d - x]
+                if there.counts[row * there.cols + col] == 0:
+                    part[...] = self.background
+                    continue
+                load = functools.partial(self._load, level, row, col)
+                tile = self._cache.get((level, row, col), load)
+                part[...] = tile[a - top : b - top, c - left : d - left]
+        return out
+
+    def _load(self, level: int, row: int, col: int) -> np.ndarray:
+        """Reads and decodes a tile: `uint8 [h, w, C]`, no larger than what of it is image."""
+        pyramid, there = self._pyramid, self._pyramid.levels[level]
+        height = min(there.tile[0], there.shape[0] - row * there.tile[0])
+        width = min(there.tile[1], there.shape[1] - col * there.tile[1])
+        try:
+            planes = [
+                self._decode(level, plane * there.rows * there.cols + row * there.cols + col)
+                for plane in range(there.planes)
+            ]
+            pixels = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=-1)
+            if pixels.shape[0] < height or pixels.shape[1] < width:
+                raise ValueError(f"it holds {pixels.shape[0]} x {pixels.shape[1]} px only")
+        except Exception as error:
+            # Each codec has error classes of its own.
+            reason = str(error) or type(error).__name__
+            raise ImageReadError(
+                self.path,
+                f"the tile at row {row}, column {col} of level {level} is damaged: {reason}",
+            ) from error
+        if pixels.shape != (height, width, pyramid.colours):
+            # A view would keep more bytes alive than the cache counts.
+            pixels = pixels[:height, :width, : pyramid.colours].copy()
+        if pyramid.ycbcr:
+            pixels = _rgb(pixels)
+        if pyramid.inverted:
+            pixels = ~pixels
+        return to_uint8(
+            pixels, channels=self.channels, background=self.background, alpha=pyramid.alpha
+        )
+
+    def _decode(self, level: int, index: int) -> np.ndarray:
+        """One tile of one plane, as its codec gives it: `[h, w, S]`."""
+        there = self._pyramid.levels[level]
+        count = int(there.counts[index])
+        # pread has no file position to share, so threads need no lock.
+        data = os.pread(self._file.fileno(), count, int(there.offsets[index]))
+        if len(data) != count:
+            raise ValueError(f"only {len(data)} of its {count} bytes are there")
+        return there.decode(data, index, **there.tables)[0][0]
+
+    def close(self) -> None:
+        """Closes the file and drops its tiles; reading afterwards is an error."""
+        self._file.close()
+        self._cache.clear()
+
+
+def _rgb(ycbcr: np.ndarray) -> np.ndarray:
+    from PIL import Image
+
+    height, width = ycbcr.shape[:2]
+    image = Image.frombytes("YCbCr", (width, height), np.ascontiguousarray(ycbcr).tobytes())
+    return np.asarray(image.convert("RGB"))

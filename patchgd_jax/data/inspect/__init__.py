@@ -1,0 +1,1 @@
+"""Inspection of data before training: checks, reports and contact sheets."""

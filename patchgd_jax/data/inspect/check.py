@@ -1,0 +1,244 @@
+"""Checks the image files of a table before a run does: `patchgd-jax data check`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from patchgd_jax.data.images.regions import RegionSource, is_flat
+from patchgd_jax.data.images.safe_image import ImageReadError, read_header, read_image
+from patchgd_jax.data.inspect.check_report import CheckReport, Problem
+from patchgd_jax.data.sources.channels import ADVICE, common_channels
+from patchgd_jax.data.tables.splits import Split, absent_labels
+from patchgd_jax.data.tables.table import ImageTable
+from patchgd_jax.io.text import printable
+
+_SWEEP = 2048
+"""Side in pixels of the regions that an image is decoded in."""
+
+
+class OpenRegions(Protocol):
+    """Opens an image that is read by regions."""
+
+    def __call__(self, path: Path, *, channels: None) -> RegionSource:
+        """Opens it.
+
+        Raises:
+            ImageReadError: if it cannot be used.
+        """
+        ...
+
+
+def check_images(
+    table: ImageTable,
+    splits: Split,
+    *,
+    channels: Literal[1, 3] | None,
+    open_image: OpenRegions,
+    decode: bool = False,
+    threads: int = 4,
+    on_image: Callable[[int], object] = lambda done: None,
+) -> CheckReport:
+    """Opens every file of a table, counts what is in it, and looks for copies and leaks.
+
+    Problems are files that cannot be read, the same content (by SHA-256) under different labels or
+    in different splits, groups in different splits, and images that are grey where most are in
+    colour, or the other way round.
+
+    Args:
+        table: the images.
+        splits: `int [m]` indices of each split's images, as of `split_table`.
+        channels: what the images are to be read as, so that they may be of both kinds. None: as
+            they are.
+        open_image: `open_regions`, or what opens the files that `is_flat` is not true of.
+        decode: decode all pixels, which finds every damage; otherwise only headers are read.
+        threads: files to look at at once; with `decode` each may need a whole image of memory.
+        on_image: called with the number of files that have been opened.
+    """
+    home = {int(index): name for name, indices in splits.items() for index in indices}
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            facts: list[_Facts | str] = []
+            for found in pool.map(lambda p: _look(p, open_image, decode), table.paths):
+                facts.append(found)
+                on_image(len(facts))
+            good = [index for index, found in enumerate(facts) if isinstance(found, _Facts)]
+            copies = _copies(table, good, pool)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    problems = [(index, found) for index, found in enumerate(facts) if isinstance(found, str)]
+    problems += _torn_groups(table, home)
+    if channels is None:
+        problems += _other_channels(facts)
+    notes = []
+    harmless = []
+    for first, *others in copies:
+        for index in others:
+            reasons = _copy_problems(table, home, first, index)
+            problems += [(index, reason) for reason in reasons]
+            if not reasons:
+                harmless.append(f"{table.paths[index].name} = {table.paths[first].name}")
+    if harmless:
+        more = ", ..." if len(harmless) > 3 else ""
+        examples = printable(", ".join(harmless[:3]))
+        notes.append(f"{len(harmless)} images are copies of others: {examples}{more}")
+    known = [found for found in facts if isinstance(found, _Facts)]
+    return CheckReport(
+        images={name: len(indices) for name, indices in splits.items()},
+        labels={name: _label_counts(table, indices) for name, indices in splits.items()},
+        sizes={
+            side: (min(values), float(np.median(values)), max(values))
+            for side, values in (
+                ("height", [found.height for found in known]),
+                ("width", [found.width for found in known]),
+            )
+            if values
+        },
+        longer_sides=_by_power_of_two(max(found.height, found.width) for found in known),
+        formats=dict(Counter(found.format for found in known).most_common()),
+        decoded=decode,
+        problems=tuple(
+            Problem(table.rows[index], str(table.paths[index]), reason)
+            for index, reason in sorted(problems, key=lambda problem: problem[0])
+        ),
+        notes=(*absent_labels(table, splits), *_channel_notes(known, channels), *notes),
+    )
+
+
+class _Facts(NamedTuple):
+    height: int
+    width: int
+    channels: int
+    """1 or 3, what the file has."""
+    format: str
+
+
+def _look(path: Path, open_image: OpenRegions, decode: bool) -> _Facts | str:
+    """What a file holds, or why it cannot be used."""
+    try:
+        if not is_flat(path):
+            return _look_at_regions(path, open_image, decode)
+        header = read_header(path)
+        if decode:
+            read_image(path, channels=header.channels)
+        return _Facts(header.height, header.width, header.channels, header.format)
+    except ImageReadError as error:
+        return error.reason
+
+
+def _look_at_regions(path: Path, open_image: OpenRegions, decode: bool) -> _Facts:
+    source = open_image(path, channels=None)
+    try:
+        if decode:
+            for level, (height, width) in enumerate(source.level_shapes):
+                for y in range(0, height, _SWEEP):
+                    for x in range(0, width, _SWEEP):
+                        rows, columns = min(_SWEEP, height - y), min(_SWEEP, width - x)
+                        source.read(y, x, rows, columns, level)
+        return _Facts(*source.level_shapes[0], source.channels, "regions")
+    finally:
+        source.close()
+
+
+def _copies(table: ImageTable, indices: Sequence[int], pool: ThreadPoolExecutor) -> list[list[int]]:
+    """Images of the same content: the indices of each set of two or more, rising."""
+    by_size: dict[int, list[int]] = {}
+    for index in indices:
+        if table.paths[index].is_file():
+            by_size.setdefault(table.paths[index].stat().st_size, []).append(index)
+    candidates = [index for same in by_size.values() if len(same) > 1 for index in same]
+    by_content: dict[bytes, list[int]] = {}
+    digests = pool.map(lambda index: _digest(table.paths[index]), candidates)
+    for index, digest in zip(candidates, digests, strict=True):
+        by_content.setdefault(digest, []).append(index)
+    return [same for same in by_content.values() if len(same) > 1]
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _copy_problems(table: ImageTable, home: Mapping[int, str], first: int, index: int) -> list[str]:
+    other = f"the content of {printable(table.paths[first].name)}"
+    if table.rows[first]:
+        other += f" (line {table.rows[first]})"
+    reasons = []
+    if not np.array_equal(table.labels[first], table.labels[index]):
+        labels = f"{_label(table, index)} here and {_label(table, first)} there"
+        reasons.append(f"{other} under another label: {labels}")
+    if home.get(first) != home.get(index):
+        reasons.append(f"{other}, which is in the split {home.get(first)}, is in {home.get(index)}")
+    return reasons
+
+
+def _torn_groups(table: ImageTable, home: Mapping[int, str]) -> list[tuple[int, str]]:
+    """The first image of a group in each split but the group's first."""
+    seen: dict[str, dict[str, int]] = {}
+    problems = []
+    for index, group in enumerate(table.groups or ()):
+        splits = seen.setdefault(group, {})
+        split = home.get(index, "none")
+        if split not in splits:
+            if splits:
+                first = next(iter(splits))
+                name = printable(group)
+                problems.append((index, f"group {name!r} is in the splits {first} and {split}"))
+            splits[split] = index
+    return problems
+
+
+def _label(table: ImageTable, index: int) -> str:
+    label = table.labels[index]
+    if table.labels.ndim == 2:
+        names = [name for name, has in zip(table.class_names, label, strict=True) if has > 0.5]
+        return printable(";".join(names) or "none")
+    return printable(table.class_names[label]) if table.class_names else f"{label:g}"
+
+
+def _label_counts(table: ImageTable, indices: np.ndarray) -> dict[str, float]:
+    labels = table.labels[indices]
+    if not table.class_names:
+        if not len(labels):
+            return {}
+        mean = float(labels.mean(dtype=np.float64))
+        return {"min": float(labels.min()), "mean": mean, "max": float(labels.max())}
+    if labels.ndim == 2:
+        counts = (labels > 0.5).sum(0)
+    else:
+        counts = np.bincount(labels, minlength=len(table.class_names))
+    return dict(zip(table.class_names, counts.tolist(), strict=True))
+
+
+def _by_power_of_two(sides: Iterable[int]) -> dict[str, int]:
+    powers = Counter(int(math.log2(side)) for side in sides)
+    return {f"{2**power}-{2 ** (power + 1) - 1} px": powers[power] for power in sorted(powers)}
+
+
+def _other_channels(facts: Sequence[_Facts | str]) -> list[tuple[int, str]]:
+    """The images that are grey where most are in colour, or the other way round."""
+    channels = common_channels([f.channels if isinstance(f, _Facts) else None for f in facts])
+    most, rare = channels.kinds
+    return [(index, f"it is {rare}, most are {most}; {ADVICE}") for index in channels.others]
+
+
+def _channel_notes(known: Sequence[_Facts], channels: int | None) -> list[str]:
+    grey = sum(found.channels == 1 for found in known)
+    colour = sum(found.channels == 3 for found in known)
+    if channels is None and known and not (grey and colour):
+        return [f"all images are {'in colour' if colour else 'grey'}, and are read so"]
+    if channels == 1 and colour:
+        return [f"{colour} of {len(known)} images are coloured; data.channels 1 makes them grey"]
+    if channels == 3 and grey and colour:
+        return [f"{grey} of {len(known)} images are grey, the others coloured"]
+    if channels == 3 and grey:
+        return ["all images are grey; data.channels 1 needs a third of the memory"]
+    return []

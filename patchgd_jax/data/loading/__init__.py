@@ -1,0 +1,1 @@
+"""Loading: order of examples, reading in the background, batches, and bad images."""

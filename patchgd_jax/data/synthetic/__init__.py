@@ -1,0 +1,1 @@
+"""Generated images of digits (UltraMNIST) and their export."""

@@ -1,0 +1,59 @@
+"""Generated images as a folder of PNG files with a CSV table of their labels."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import get_args
+
+from patchgd_jax.config import DataConfig
+from patchgd_jax.data.synthetic.digits import Split
+from patchgd_jax.data.synthetic.encoded import encoded_examples, require_generated
+from patchgd_jax.data.synthetic.ultramnist import UltraMnist
+from patchgd_jax.errors import ConfigError
+from patchgd_jax.io.staging import leftovers, staged_folder
+from patchgd_jax.runs.progress import Progress
+
+TABLE = "labels.csv"
+
+
+def make_folder(
+    config: DataConfig, seed: int, folder: str | Path, *, progress: Progress | None = None
+) -> Path:
+    """Writes both splits as PNG files and `labels.csv` with the columns path, label and split.
+
+    Args:
+        config: what the images look like and how many there are.
+        seed: of the whole data set.
+        folder: where to; it must not exist, or be empty. It appears when it is complete.
+        progress: told how far it is.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: if the folder is not empty, or the config names other images.
+        DiskError: if it cannot be written.
+    """
+    require_generated(config)
+    progress = progress or Progress()
+    folder = Path(folder).absolute()
+    for path in leftovers(folder):
+        progress.warn(f"{path} is unfinished work; delete it if no other process is writing it")
+    try:
+        with staged_folder(folder) as work, (work / TABLE).open("w", newline="") as table:
+            rows = csv.writer(table)
+            rows.writerow(["path", "label", "split"])
+            for split in get_args(Split):
+                source = UltraMnist(config, split, seed)
+                (work / split).mkdir()
+                digits = len(str(len(source) - 1))
+                for example in encoded_examples(source, progress):
+                    name = f"{split}/{example.index:0{digits}d}.png"
+                    (work / name).write_bytes(example.png)
+                    rows.writerow([name, example.label, split])
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{folder} is not empty; name another folder, or delete it to make it anew"
+        ) from error
+    return folder

@@ -1,0 +1,326 @@
+"""The generated images as a tensorflow-datasets set named `ultra_mnist`; needs no TensorFlow.
+
+Importing this module registers the set with tensorflow-datasets (and costs two seconds):
+`tfds.builder("ultra_mnist/512px-10classes-sklearn").download_and_prepare()` makes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from patchgd_jax.config import DataConfig
+from patchgd_jax.data.synthetic.digits import Split
+from patchgd_jax.data.synthetic.encoded import EncodedExample, encoded_examples, require_generated
+from patchgd_jax.data.synthetic.ultramnist import GENERATOR_VERSION, UltraMnist
+from patchgd_jax.errors import ConfigError, DiskError
+from patchgd_jax.io.staging import leftovers, staged_folder
+from patchgd_jax.runs.progress import Progress
+
+NAME = "ultra_mnist"
+
+_SHARD_BYTES = 256 * 2**20
+
+_LOOK = (
+    "task",
+    "classes",
+    "size",
+    "channels",
+    "digits",
+    "digit_count",
+    "label_share",
+    "object_ratio",
+    "scale",
+    "noise",
+    "downscale",
+    "train_size",
+    "val_size",
+)
+"""The settings that the pixels depend on."""
+
+_SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+@dataclasses.dataclass
+class UltraMnistConfig(tfds.core.BuilderConfig):
+    """What a set holds.
+
+    Attributes:
+        data: what the images look like and how many there are.
+        seed: of the whole data set.
+    """
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    seed: int = 0
+
+
+def _published(side: int, classes: int, digits: Any) -> UltraMnistConfig:
+    return UltraMnistConfig(
+        name=f"{side}px-{classes}classes-{digits}",
+        description=f"UltraMNIST, {side} px, {classes} classes, digits of {digits}",
+        data=DataConfig(
+            task="digit-sum",
+            classes=classes,
+            size=(side, side),
+            noise=classes == 28,
+            digits=digits,
+            train_size=28_000,
+            val_size=2_800,
+        ),
+    )
+
+
+# Importing a module anew would register a second class of the same name, which tfds refuses.
+_REGISTERED = any(
+    vars(cls).get("name") == NAME for cls in tfds.core.GeneratorBasedBuilder.__subclasses__()
+)
+
+
+class UltraMnistBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=_REGISTERED):  # type: ignore[call-arg]
+    """Freezes what `UltraMnist` generates: equal pixels, labels and boxes, in index order.
+
+    Its configs are named SIDEpx-CLASSESclasses-DIGITS. They all have 28,000 training and 2,800
+    validation images whose digits grow with the image; those of 28 classes have the benchmark's
+    background. An `UltraMnistConfig` of your own freezes anything else the generator can make.
+
+    Each example has `image` (PNG), `label`, `index` (the generator's, and the position in the
+    split), and for each digit in `boxes` its value `digit` and its `bbox`: top, left, bottom and
+    right as shares of the image's height and width.
+    """
+
+    name = NAME
+    VERSION = tfds.core.Version(f"{GENERATOR_VERSION}.0.0")
+    RELEASE_NOTES = {f"{GENERATOR_VERSION}.0.0": "pixels of the generator's version of that number"}  # noqa: RUF012
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        _published(side, classes, digits)
+        for classes, sides in ((10, (512, 1024, 2048, 4096)), (28, (2000, 4000)))
+        for side in sides
+        for digits in ("sklearn", "font")
+    ]
+
+    def __init__(self, *, file_format: Any = None, **arguments: Any) -> None:
+        # tfds' own default can neither be written nor be read at random without TensorFlow.
+        super().__init__(file_format=file_format or "array_record", **arguments)
+
+    def source(self, split: Split) -> UltraMnist:
+        """The generator of a split."""
+        return UltraMnist(self.builder_config.data, split, self.builder_config.seed)
+
+    def _info(self) -> Any:
+        config: DataConfig = self.builder_config.data
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Images of handwritten digits of very different sizes (arXiv 2206.12681).",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=config.image_shape, encoding_format="png"),
+                    "label": tfds.features.ClassLabel(
+                        names=[str(i) for i in range(config.classes)]
+                    ),
+                    "index": np.int64,
+                    "boxes": tfds.features.Sequence(
+                        {
+                            "digit": tfds.features.ClassLabel(num_classes=10),
+                            "bbox": tfds.features.BBoxFeature(),
+                        }
+                    ),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            # Index order, so that a set is the same whatever its number of files.
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(
+                generator=GENERATOR_VERSION, seed=self.builder_config.seed, data=_look(config)
+            ),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {split: self._generate_examples(split) for split in _SPLITS}
+
+    def _generate_examples(
+        self, split: Split, progress: Progress | None = None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for example in encoded_examples(self.source(split), progress):
+            yield example.index, _features(self.builder_config.data, example)
+
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
+        self.write_records(Path(self.data_dir), limit=download_config.max_examples_per_split)
+
+    def write_records(
+        self, folder: Path, *, limit: int | None = None, progress: Progress | None = None
+    ) -> None:
+        """Writes the record files of all splits and notes them in `info`.
+
+        tfds' own writer keeps a gigabyte of records in memory, and fails beyond that where there
+        is no TensorFlow; this one streams.
+
+        Args:
+            folder: an existing folder.
+            limit: number of examples per split at most. None: all.
+            progress: told how far it is.
+
+        Raises:
+            DiskError: if the files cannot be written.
+        """
+        splits = []
+        for split in _SPLITS:
+            size = len(self.source(split))
+            count = min(size, limit or size)
+            examples = islice(self._generate_examples(split, progress), count)
+            features = self.info.features
+            records = (features.serialize_example(features.encode_example(e)) for _, e in examples)
+            template = tfds.core.ShardedFileTemplate(
+                dataset_name=NAME,
+                data_dir=folder,
+                split=split,
+                filetype_suffix=self.info.file_format.file_suffix,
+            )
+            lengths, written = self._write_shards(records, count, template)
+            splits.append(
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=lengths,
+                    num_bytes=written,
+                    filename_template=template,
+                )
+            )
+        self.info.set_splits(tfds.core.SplitDict(splits))
+
+    def _write_shards(
+        self, records: Iterator[bytes], count: int, template: Any
+    ) -> tuple[list[int], int]:
+        """Writes files of about `_SHARD_BYTES`; returns their lengths and the bytes of all."""
+        first = next(records)
+        records = chain([first], records)
+        per_shard = max(1, _SHARD_BYTES // len(first))
+        lengths = [min(per_shard, count - start) for start in range(0, count, per_shard)]
+        sizes: list[int] = []
+
+        def take(length: int) -> Iterator[tuple[int, bytes]]:
+            for key, record in enumerate(islice(records, length)):
+                sizes.append(len(record))
+                yield key, record
+
+        for number, length in enumerate(lengths):
+            path = template.sharded_filepath(shard_index=number, num_shards=len(lengths))
+            try:
+                self._example_writer().write(os.fspath(path), take(length))
+            except ImportError as error:
+                raise ConfigError(
+                    f"no data set can be written here, {error}; install the package it names, or "
+                    "write PNG files instead"
+                ) from error
+            except RuntimeError as error:
+                raise DiskError(f"cannot write {path}: {error}") from error
+        return lengths, sum(sizes)
+
+
+def make_dataset(
+    config: DataConfig,
+    seed: int,
+    data_dir: str | Path | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Path:
+    """Freezes generated images to disk as a prepared tensorflow-datasets set.
+
+    Args:
+        config: what the images look like and how many there are.
+        seed: of the whole data set.
+        data_dir: tfds' folder of all sets. None: TFDS_DATA_DIR or ~/tensorflow_datasets.
+        progress: told how far it is.
+
+    Returns:
+        The set's folder, `DATA_DIR/ultra_mnist/CONFIG/VERSION`, to be used as `data.tfds`. It
+        appears when it is complete. The name of the config is readable and ends in a hash of all
+        settings, so different sets never share a folder.
+
+    Raises:
+        ConfigError: if the set is there already, or the config names other images.
+        DiskError: if it cannot be written.
+    """
+    require_generated(config)
+    progress = progress or Progress()
+    with _quiet_absl():
+        builder = UltraMnistBuilder(
+            config=UltraMnistConfig(name=config_name(config, seed), data=config, seed=seed),
+            data_dir=None if data_dir is None else os.fspath(data_dir),
+        )
+    final = Path(builder.data_dir)
+    if (final / "dataset_info.json").exists():
+        raise ConfigError(
+            f"{final} holds this data set already; use it with --data.tfds {final}, or delete it "
+            "to make it anew"
+        )
+    for path in leftovers(final):
+        progress.warn(f"{path} is unfinished work; delete it if no other process is writing it")
+    try:
+        with staged_folder(final) as work:
+            builder.write_records(work, progress=progress)
+            builder.info.write_to_directory(os.fspath(work))
+    except FileExistsError as error:
+        # Another process may have made the same set meanwhile; equal settings, equal pixels.
+        if not (final / "dataset_info.json").exists():
+            raise ConfigError(
+                f"{final} holds something that is no data set; move it away"
+            ) from error
+    return final
+
+
+def config_name(config: DataConfig, seed: int) -> str:
+    """A readable name of a set, different for different pixels: `512px-10classes-sklearn-HASH`."""
+    height, width = config.size
+    side = f"{height}px" if height == width else f"{height}x{width}px"
+    kind = f"{config.classes}classes" if config.task == "digit-sum" else config.task
+    settings = json.dumps([GENERATOR_VERSION, seed, _look(config)], sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    return f"{side}-{kind}-{config.digits}-{digest}"
+
+
+@contextmanager
+def _quiet_absl() -> Iterator[None]:
+    """Keeps back tfds' warning that a config is none of the class's own."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _look(config: DataConfig) -> dict[str, Any]:
+    look = {name: getattr(config, name) for name in _LOOK}
+    return {**look, "channels": config.num_channels}
+
+
+def _features(config: DataConfig, example: EncodedExample) -> dict[str, Any]:
+    height, width = config.size
+    return {
+        "image": example.png,
+        "label": example.label,
+        "index": example.index,
+        "boxes": [
+            {
+                "digit": digit.value,
+                "bbox": tfds.features.BBox(
+                    ymin=digit.y / height,
+                    xmin=digit.x / width,
+                    ymax=(digit.y + digit.side) / height,
+                    xmax=(digit.x + digit.side) / width,
+                ),
+            }
+            for digit in example.digits
+        ],
+    }

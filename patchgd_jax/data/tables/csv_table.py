@@ -1,0 +1,201 @@
+"""Reads the labels of images from a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from patchgd_jax.config import ColumnsConfig
+from patchgd_jax.data.tables.image_paths import ImageFinder, Problems
+from patchgd_jax.data.tables.labels import parse_labels, parse_number
+from patchgd_jax.data.tables.table import SPLITS, ImageTable, make_table
+from patchgd_jax.errors import DataError
+from patchgd_jax.io.text import has_control, printable
+
+
+def read_csv(
+    csv_file: str | Path,
+    root: str | Path | None,
+    columns: ColumnsConfig,
+    task_name: str,
+    *,
+    class_names: Sequence[str] | None = None,
+    allow_outside: bool = False,
+) -> ImageTable:
+    """Reads the labels of images from a CSV file: UTF-8, with a header, and with `,`, `;` or tabs.
+
+    Nothing in the file is ever computed. What the labels mean is said by `labels.parse_labels`.
+
+    Args:
+        csv_file: the file.
+        root: folder that the paths are relative to; None: the file's.
+        columns: names of the columns.
+        task_name: a name of `tasks.TASKS`.
+        class_names: the classes in the order of their indices; None: found from the labels.
+        allow_outside: whether images may lie outside of `root`.
+
+    Returns:
+        The images in the file's order. Rows without any text are left out.
+
+    Raises:
+        DataError: for a file that cannot be used, with the first ten reasons and their lines:
+            a column that is missing; a path that is empty, leads out of `root`, does not exist or
+            was named before; an empty or impossible label, group, split or weight; control
+            characters; labels that are all equal.
+    """
+    csv_file = Path(csv_file)
+    root = csv_file.parent if root is None else Path(root)
+    wanted = {name: column for name, column in vars(columns).items() if column is not None}
+    header, lines = _rows(_read_text(csv_file), csv_file, set(wanted.values()))
+    place = {name: _column(csv_file, header, name, column) for name, column in wanted.items()}
+    finder = ImageFinder(root, allow_outside)
+    problems = Problems(f"cannot use the labels in {printable(str(csv_file))}")
+    rows: list[_Row] = []
+    labels: list[tuple[int, str]] = []
+    named: dict[Path, _Row] = {}
+    count = absent = 0
+    for line, fields in lines:
+        count += 1
+        if len(fields) != len(header):
+            problems.add(line, f"it has {len(fields)} cells, but the header has {len(header)}")
+            continue
+        cells = {name: fields[column] for name, column in place.items()}
+        reasons = _wrong_cells(cells)
+        if not has_control(cells["label"]):
+            # Also of rows with other faults, to tell all faults at once.
+            labels.append((line, cells["label"]))
+        try:
+            path, real = finder.find(cells["path"])
+            row = _Row(line, path, cells)
+            first = named.setdefault(real, row)
+            if first is not row:
+                reasons.append(_named_again(first, row))
+        except FileNotFoundError as error:
+            absent += 1
+            reasons.append(str(error))
+        except ValueError as error:
+            reasons.append(str(error))
+        for reason in reasons:
+            problems.add(line, reason)
+        if not reasons:
+            rows.append(row)
+    if count == 0:
+        raise DataError(f"{csv_file} has no rows below its header")
+    if absent == count:
+        problems.add(None, f"none of its images exists; is data.root right? It is {root}")
+    parsed = parse_labels([label for _, label in labels], task_name, class_names)
+    for index, reason in parsed.problems:
+        if index is not None:
+            problems.add(labels[index][0], reason)
+        elif not problems:
+            problems.add(None, reason)
+    weights = np.array([row.cells.get("weight", "1") for row in rows], np.float32)
+    if not problems and not weights.any():
+        problems.add(None, "all weights are 0; give an image a positive one")
+    problems.report()
+    return make_table(
+        [row.path for row in rows],
+        root,
+        parsed.labels,
+        parsed.class_names,
+        groups=[row.cells["group"] for row in rows] if "group" in wanted else None,
+        splits=[row.cells["split"].lower() for row in rows] if "split" in wanted else None,
+        weights=weights if "weight" in wanted else None,
+        rows=[row.line for row in rows],
+    )
+
+
+class _Row(NamedTuple):
+    line: int
+    path: Path
+    cells: dict[str, str]
+    """Text by the fields of `ColumnsConfig`."""
+
+
+def _named_again(first: _Row, row: _Row) -> str:
+    how = "the same" if first.cells["label"] == row.cells["label"] else "another"
+    return (
+        f"{row.cells['path']!r} is the image of line {first.line} again, with {how} label; keep one"
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text (at byte {error.start}); save it as CSV UTF-8"
+        ) from error
+    if "\0" in text:
+        raise DataError(f"{path} has NUL characters in it; save it as CSV UTF-8")
+    if not text.strip():
+        raise DataError(f"{path} is empty; it needs a header and a row for each image")
+    return text
+
+
+def _rows(
+    text: str, path: Path, wanted: set[str]
+) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """The header, and the rows below it with the line on which each begins; none is empty."""
+
+    def rows(delimiter: str) -> Iterator[tuple[int, list[str]]]:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        while True:
+            line = reader.line_num + 1
+            try:
+                fields = [field.strip() for field in next(reader)]
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise DataError(f"{path} is damaged at line {line}: {error}") from error
+            if any(fields):
+                yield line, fields
+
+    def columns_found(delimiter: str) -> tuple[int, int]:
+        try:
+            _, names = next(rows(delimiter), (0, []))
+        except DataError:
+            return -1, 0
+        return len(wanted.intersection(names)), len(names)
+
+    reader = rows(max(",;\t", key=columns_found))
+    return next(reader, (0, []))[1], reader
+
+
+def _column(path: Path, header: Sequence[str], name: str, column: str) -> int:
+    setting = f"data.columns.{name}"
+    if header.count(column) == 1:
+        return header.index(column)
+    if header.count(column) > 1:
+        raise DataError(f"{path} has several columns {column!r}; {setting} needs a name of its own")
+    near = difflib.get_close_matches(column, header, n=1, cutoff=0.5)
+    names = ", ".join(map(printable, header[:20]))
+    hint = f"did you mean {printable(near[0])!r}?" if near else f"it has {names}."
+    raise DataError(f"{path} has no column {column!r}; {hint} Name it with {setting}")
+
+
+def _wrong_cells(cells: dict[str, str]) -> list[str]:
+    """What is wrong with a row, its file and its label's meaning apart."""
+    reasons = [
+        f"the {name} {printable(value)!r} has control characters"
+        for name, value in cells.items()
+        if name != "path" and has_control(value)
+    ]
+    if cells.get("group") == "":
+        reasons.append("the group is empty; give an image without others one of its own")
+    split = cells.get("split")
+    if split is not None and split.lower() not in SPLITS:
+        reasons.append(f"the split {printable(split)!r} is none of {', '.join(SPLITS)}")
+    if "weight" in cells:
+        weight = parse_number(cells["weight"])
+        if weight is None or weight < 0:
+            reasons.append(f"the weight {printable(cells['weight'])!r} is no number of at least 0")
+    return reasons

@@ -1,0 +1,120 @@
+"""Finds the image files that a table of labels or a folder names, and tells what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from patchgd_jax.errors import DataError
+from patchgd_jax.io.text import has_control, printable
+
+_MOST_PROBLEMS = 10
+
+
+class Problems:
+    """Collects what is wrong, to tell it all at once.
+
+    Args:
+        what: the first line of the error, without a colon.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._found: list[tuple[int, str]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, row: int | None, reason: str) -> None:
+        """Adds a problem of a line, or of the whole (None)."""
+        self._found.append((row or 0, reason))
+
+    def report(self) -> None:
+        """Ends with the first ten problems, if there are any.
+
+        Raises:
+            DataError: if there are.
+        """
+        if not self._found:
+            return
+        found = sorted(self._found, key=lambda problem: problem[0])
+        lines = [f"line {row}: {reason}" if row else reason for row, reason in found]
+        more = len(lines) - _MOST_PROBLEMS
+        tail = [f"and {more} more"] if more > 0 else []
+        raise DataError("\n  ".join([f"{self._what}:", *lines[:_MOST_PROBLEMS], *tail]))
+
+
+class Found(NamedTuple):
+    """An image file."""
+
+    path: Path
+    """The file as its path names it."""
+    real: Path
+    """The same without links; equal for two names of one file."""
+
+
+class ImageFinder:
+    """Finds the files of paths that others wrote.
+
+    Args:
+        root: folder that the paths are relative to.
+        allow_outside: whether they may lead out of it.
+    """
+
+    def __init__(self, root: Path, allow_outside: bool) -> None:
+        self.root = root
+        self._real_root = root.resolve()
+        self._allow_outside = allow_outside
+
+    def find(self, text: str) -> Found:
+        """Finds the file of a path.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if the path may not be used.
+        """
+        if not text:
+            raise ValueError("the path is empty")
+        if has_control(text):
+            raise ValueError(f"the path {printable(text)!r} has control characters")
+        path = self.root / text
+        try:
+            self.check_inside(path, text)
+            if not path.exists():
+                hint = "; write / between folders" if "\\" in text else ""
+                raise FileNotFoundError(f"there is no file {text!r}{hint}")
+            if not (path.is_file() or is_zarr(path)):
+                raise ValueError(f"{text!r} is not a file")
+            return Found(path, path.resolve())
+        except (FileNotFoundError, ValueError):
+            raise
+        except (OSError, RuntimeError) as error:
+            # A loop of links is a RuntimeError before Python 3.13.
+            raise ValueError(f"{text!r} cannot be opened: {error}") from error
+
+    def check_inside(self, path: Path, text: str) -> None:
+        """Refuses a path below the root that leads out of it, by itself or by a link.
+
+        Raises:
+            ValueError: if it does.
+        """
+        if self._allow_outside:
+            return
+        if ".." in Path(text).parts:
+            raise ValueError(f"{text!r} has .. in it; paths must stay inside {self.root}")
+        if not path.resolve().is_relative_to(self._real_root):
+            how = "is" if Path(text).is_absolute() else "is a link that leads"
+            raise ValueError(f"{text!r} {how} outside of {self.root}")
+
+
+def described_by(path: Path) -> Path:
+    """The file whose size and time stand for an image: itself, or the metadata of a Zarr folder."""
+    for name in ("zarr.json", ".zattrs", ".zgroup", ".zarray"):
+        if (path / name).is_file():
+            return path / name
+    return path
+
+
+def is_zarr(path: Path) -> bool:
+    """Whether a path is a folder that holds a Zarr image."""
+    return described_by(path) != path

@@ -1,0 +1,184 @@
+"""Divides the images of a table into training, validation and test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from patchgd_jax.config import SplitConfig
+from patchgd_jax.data.tables.table import SPLITS, ImageTable
+from patchgd_jax.errors import DataError
+
+_LISTED = 5
+
+Split = dict[str, np.ndarray]
+"""`train`, `validation` and `test`: `int64 [m]` indices into the table, rising; test may be
+empty."""
+
+
+def split_table(
+    table: ImageTable, config: SplitConfig, *, strata: np.ndarray | None = None
+) -> Split:
+    """Divides the images as their own splits say, or by folds.
+
+    Folds hold like shares of every class and keep groups together. They depend on the paths, labels
+    and groups and on the seed, not on the order of the rows. An image of several labels counts for
+    the rarest of them; regression is balanced by quantiles. With `strata`, `int [n]`, folds hold
+    like shares of these instead (by label where one is rarer than the folds).
+
+    Raises:
+        DataError: if a group is in two of the given splits; a class is in no image of a split, or
+            in fewer images or groups than there are folds; no image is left to train on or to
+            validate with.
+    """
+    if table.splits is None:
+        folds = _folds(table, config, strata)
+        return _fold_split(table, folds, config.validation_fold, config.test_fold)
+    names = np.array(table.splits)
+    split = {name: np.flatnonzero(names == name) for name in SPLITS}
+    _check(table, split)
+    return split
+
+
+def absent_labels(table: ImageTable, split: Split) -> tuple[str, ...]:
+    """Which labels of a multi-label table are in no image of a split, a line each.
+
+    No error, as it is for single labels: a label that is rarer than the splits would end any run.
+    """
+    if table.labels.ndim == 1:
+        return ()
+    has = table.labels > 0.5
+    notes = []
+    for name, indices in split.items():
+        for label in np.flatnonzero(~has[indices].any(0)) if len(indices) else ():
+            what = "it cannot be learnt" if name == "train" else "it is not scored there"
+            notes.append(
+                f"label {table.class_names[label]!r}{_on_lines(table, has[:, label])} is in no "
+                f"image of the split {name}: {what}"
+            )
+    return tuple(notes)
+
+
+def _on_lines(table: ImageTable, chosen: np.ndarray) -> str:
+    """Where in the CSV file some images are, `bool [n]`, in brackets; empty without one."""
+    lines = [table.rows[index] for index in np.flatnonzero(chosen)]
+    if not lines or not all(lines):
+        return ""
+    more = ", ..." if len(lines) > _LISTED else ""
+    return f" (line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:_LISTED]))}{more})"
+
+
+def _fold_split(table: ImageTable, folds: np.ndarray, fold: int, test_fold: int | None) -> Split:
+    held_out = (fold, -1 if test_fold is None else test_fold)
+    split = {
+        "train": np.flatnonzero(~np.isin(folds, held_out)),
+        "validation": np.flatnonzero(folds == held_out[0]),
+        "test": np.flatnonzero(folds == held_out[1]),
+    }
+    _check(table, split)
+    return split
+
+
+def _folds(table: ImageTable, config: SplitConfig, strata: np.ndarray | None = None) -> np.ndarray:
+    """The fold of each image, `int64 [n]`."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    if strata is None:
+        strata = _strata(table, config.folds)
+    else:
+        # What cannot be in every fold counts by its label alone, so that each has every class.
+        rare = np.bincount(strata)[strata] < config.folds
+        strata = np.where(rare, strata.max() + 1 + table.labels, strata)
+        strata = _common(strata, config.folds)
+    units = np.arange(len(table)) if table.groups is None else _numbered(table.groups)
+    what = "images" if table.groups is None else "groups"
+    if len(set(units.tolist())) < config.folds:
+        raise DataError(
+            f"{len(set(units.tolist()))} {what} cannot make {config.folds} folds; set "
+            "data.split.folds lower"
+        )
+    if _single(table):
+        for label in np.unique(table.labels):
+            has = table.labels == label
+            count = len(set(units[has].tolist()))
+            if count < config.folds:
+                units_there = what if count > 1 else what[:-1]
+                raise DataError(
+                    f"class {table.class_names[label]!r} has {count} {units_there}"
+                    f"{_on_lines(table, has)}, fewer than the "
+                    f"{config.folds} folds; set data.split.folds lower, or leave the class out"
+                )
+    # By path, so that moving a row changes nothing.
+    order = np.array(sorted(range(len(table)), key=lambda i: table.paths[i].as_posix()))
+    grouped = table.groups is not None
+    maker = StratifiedGroupKFold if grouped else StratifiedKFold
+    splitter = maker(config.folds, shuffle=True, random_state=config.seed)
+    parts = splitter.split(order, strata[order], units[order] if grouped else None)
+    folds = np.zeros(len(table), np.int64)
+    for fold, (_, chosen) in enumerate(parts):
+        folds[order[chosen]] = fold
+    return folds
+
+
+def _numbered(names: Sequence[str]) -> np.ndarray:
+    """The rank of each name among the different names, `int64 [n]`."""
+    return np.unique(np.array(names), return_inverse=True)[1]
+
+
+def _single(table: ImageTable) -> bool:
+    """Whether an image has one class."""
+    return table.labels.ndim == 1 and table.labels.dtype.kind == "i"
+
+
+def _strata(table: ImageTable, folds: int) -> np.ndarray:
+    """What folds hold like shares of, `int64 [n]`."""
+    labels = table.labels
+    if _single(table):
+        return labels
+    if labels.ndim == 1:
+        # At least two images of each quantile for every fold, and no more than ten quantiles.
+        quantiles = int(np.clip(len(labels) // (2 * folds), 1, 10))
+        edges = np.quantile(labels, np.arange(1, quantiles) / quantiles)
+        strata = np.searchsorted(edges, labels, side="right")
+    else:
+        rarest_first = np.argsort(labels.sum(0), kind="stable")
+        has = labels[:, rarest_first] > 0.5
+        strata = np.where(has.any(1), rarest_first[has.argmax(1)], labels.shape[1])
+    return _common(strata, folds)
+
+
+def _common(strata: np.ndarray, folds: int) -> np.ndarray:
+    """Strata of which those that cannot be in every fold count as the most common one."""
+    counts = np.bincount(strata)
+    return np.where(counts[strata] < folds, counts.argmax(), strata)
+
+
+def _check(table: ImageTable, split: Split) -> None:
+    for name in ("train", "validation"):
+        if not len(split[name]):
+            raise DataError(f"no image is in the split {name}; every run needs one")
+    if table.groups is not None:
+        home: dict[str, str] = {}
+        for name, indices in split.items():
+            for index in indices:
+                group = table.groups[index]
+                if home.setdefault(group, name) != name:
+                    raise DataError(
+                        f"group {group!r} is in the splits {home[group]} and {name}; what is "
+                        "learnt of a group must not be tested on it"
+                    )
+    if _single(table):
+        for label in np.unique(table.labels):
+            for name, indices in split.items():
+                if len(indices) and not (table.labels[indices] == label).any():
+                    lines = _on_lines(table, table.labels == label)
+                    raise DataError(
+                        f"class {table.class_names[label]!r}{lines} has no image in the split "
+                        f"{name}; "
+                        + (
+                            "another data.split.seed or fewer data.split.folds may give it one"
+                            if table.splits is None
+                            else "move some of its images there"
+                        )
+                    )

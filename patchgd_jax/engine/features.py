@@ -1,0 +1,152 @@
+"""Steps on features that are computed once: the encoder stays as it is (method mil)."""
+
+from __future__ import annotations
+
+from functools import partial
+from threading import Lock
+from typing import Any
+
+import jax
+import numpy as np
+
+from patchgd_jax.baselines.registry import FEATURES
+from patchgd_jax.core.step import TrainState, eval_fill
+from patchgd_jax.data.protocols import ExampleSource, ReadOtherwise
+from patchgd_jax.engine.base import HostBatch, Setup, check_budget
+from patchgd_jax.engine.resident import Program, ResidentExecution
+from patchgd_jax.engine.streaming.latent_store import LatentStore
+from patchgd_jax.planner.compiled import allotted
+
+_KEPT = "kept"
+"""Entry of a batch: which examples come with their latents instead of their pixels, `bool [B]`."""
+
+
+class _Features:
+    """Z of the training images of one padded size that were visited last, for several threads.
+
+    Args:
+        store: keeps Z.
+        latents: shape `[N, D]` and dtype of an image's Z.
+    """
+
+    def __init__(self, store: LatentStore, latents: jax.ShapeDtypeStruct) -> None:
+        self.latents = latents
+        self._store = store
+        self._lock = Lock()
+
+    def get(self, index: int) -> np.ndarray | None:
+        """Z of an example, `[N, D]`, if it is kept."""
+        with self._lock:
+            stored = self._store.get(str(index))
+        return None if stored is None else stored.z
+
+    def put(self, index: int, z: np.ndarray) -> None:
+        """Keeps Z of an example."""
+        with self._lock:
+            self._store.put(str(index), z, np.zeros(len(z), np.int64))
+
+
+class _Visited(ReadOtherwise):
+    """Training examples; of those whose Z is kept, no pixel is read.
+
+    Args:
+        source: the examples.
+        features: by the images' sizes.
+    """
+
+    def __init__(self, source: ExampleSource, features: dict[tuple[int, ...], _Features]) -> None:
+        super().__init__(source)
+        self._features = features
+        self._rest: dict[int, tuple[tuple[int, ...], dict[str, Any]]] = {}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """As the source's, with `FEATURES` and `_KEPT`."""
+        if index in self._rest:
+            shape, rest = self._rest[index]
+            z = self._features[shape[:2]].get(int(rest["id"]))
+            if z is not None:
+                nothing = np.broadcast_to(np.uint8(0), shape)
+                return {**rest, "image": nothing, FEATURES: z, _KEPT: True}
+        example = self.source[index]
+        shape = example["image"].shape
+        self._rest[index] = shape, {k: v for k, v in example.items() if k != "image"}
+        latents = self._features[shape[:2]].latents
+        return {**example, FEATURES: np.zeros(latents.shape, latents.dtype), _KEPT: False}
+
+
+class FeatureExecution(ResidentExecution):
+    """Encodes a training image at its first visit, and keeps its Z on the host.
+
+    Z of the images visited last is kept, within `stream.store_mib` of memory or on the disk of
+    `stream.store_dir`; the others are read and encoded again. Worker processes do not see what is
+    kept and read every image. Validation images are always encoded.
+
+    Args:
+        setup: of the run.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self._encode: dict[int, Program] = {}
+        self._features: dict[tuple[int, ...], _Features] = {}
+        check_budget(setup, self._budget)
+
+    @property
+    def _budget(self) -> int:
+        # A store is for latents of one shape.
+        return self.setup.config.stream.store_mib * 2**20 // len(self.setup.grids)
+
+    def compiled_bytes(self) -> int | None:
+        """See `Execution`; encoding is a program of its own."""
+        encode = [allotted(program.run).total for program in self._encode.values()]
+        step = super().compiled_bytes()
+        return None if step is None else max(step, *encode)
+
+    def _examples(self, source: ExampleSource) -> ExampleSource:
+        if source is not self.setup.data.train or self.setup.config.reader_workers:
+            return source
+        return _Visited(source, self._features)
+
+    def _compile_train(self, state: TrainState, number: int) -> Program:
+        """Compiles the encoding as well, and a step on what it gives."""
+        setup, config = self.setup, self.setup.config
+        size = config.images_per_step
+        encode = jax.jit(
+            partial(
+                eval_fill,
+                model=setup.models[number],
+                grid=setup.grids[number],
+                fill_chunk=config.patchgd.fill_chunk,
+            )
+        )
+        batch = setup.batch_spec(number, size, weight=setup.data.weighted)
+        lowered = encode.lower(state.params, state.model_state, batch)
+        self._encode[number] = Program(lowered.compile(), tuple(batch))
+        z = jax.eval_shape(encode, state.params, state.model_state, batch)
+        store = LatentStore(self._budget, config.stream.store_dir)
+        self._features[setup.data.shapes[number]] = _Features(
+            store, jax.ShapeDtypeStruct(z.shape[1:], z.dtype)
+        )
+        del batch["image"]
+        return self._compile_step(state, number, {**batch, FEATURES: z})
+
+    def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """See `Execution`."""
+        number = self._number(batch)
+        features, program = self._features[self.setup.data.shapes[number]], self._encode[number]
+        indices = batch["id"].tolist()
+        read = batch.get(_KEPT, np.zeros(len(indices), bool))
+        # What was not kept when the batch was read may be by now.
+        kept = [
+            batch[FEATURES][row] if read[row] else features.get(index)
+            for row, index in enumerate(indices)
+        ]
+        if any(z is None for z in kept):
+            arrays = jax.device_put(program.of(batch))
+            encoded = jax.device_get(program.run(state.params, state.model_state, arrays))
+            for row, index in enumerate(indices):
+                if kept[row] is None:
+                    kept[row] = encoded[row]
+                    features.put(index, encoded[row])
+        z = np.stack([latents for latents in kept if latents is not None])
+        return super().train(state, {**batch, FEATURES: z})

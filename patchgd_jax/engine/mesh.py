@@ -1,0 +1,147 @@
+"""Steps on whole images that several devices share, in one process or in many."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from patchgd_jax.core.model import Parts
+from patchgd_jax.core.step import TrainState
+from patchgd_jax.data.loading.bands import Band, BandExamples
+from patchgd_jax.data.protocols import ExampleSource, as_regions
+from patchgd_jax.engine.base import HostBatch, Setup
+from patchgd_jax.engine.compiling import compiler_options
+from patchgd_jax.engine.resident import ResidentExecution
+from patchgd_jax.engine.sharding.placement import (
+    PATCH,
+    Bands,
+    Rules,
+    batch_shardings,
+    check_rules,
+    own_images,
+    own_pixels,
+    param_shardings,
+    replicated,
+    shard_batch,
+    sharded_eval_step,
+    sharded_train_step,
+)
+
+
+class MeshExecution(ResidentExecution):
+    """Images and their patches laid over a mesh of devices.
+
+    Args:
+        setup: of the run.
+        mesh: from `make_mesh`, which the batch, the evaluation batch and the strata fit.
+        rules: how parameters are divided.
+
+    Raises:
+        ConfigError: if the mesh does not fit a grid, or for a rule that fits no parameter.
+    """
+
+    def __init__(self, setup: Setup, mesh: Mesh, rules: Rules) -> None:
+        super().__init__(setup)
+        self._mesh, self._rules = mesh, rules
+        self._bands = [Bands(grid, mesh.shape[PATCH]) for grid in setup.patch_grids]
+        params, _ = jax.eval_shape(setup.models[0].init, setup.key)
+        check_rules(params, rules)
+        self._rows, self._shapes = self._own_parts()
+        # Virtual devices share the cores' threads: steps in flight would starve each other.
+        self._one_by_one = mesh.devices.flat[0].platform == "cpu"
+
+    def _own_parts(self) -> tuple[list[slice] | None, list[tuple[int, int]]]:
+        """The pixel rows that are read of images of each padded size, and the shapes read.
+
+        The rows are None if images are read whole: if this process has a part of all rows, if
+        the images cannot be read by parts, or if their sizes could not be told apart by parts.
+        """
+        grids = self.setup.patch_grids
+        whole = [(grid.height, grid.width) for grid in grids]
+        rows = [own_pixels(self._mesh, grid) for grid in grids]
+        shapes = [(own.stop - own.start, grid.width) for own, grid in zip(rows, grids, strict=True)]
+        parts = any(shape[0] < grid.height for shape, grid in zip(shapes, grids, strict=True))
+        if not parts or self.setup.data.regions_level is None or len(set(shapes)) < len(shapes):
+            return None, whole
+        return rows, shapes
+
+    def layout(self, like: TrainState) -> TrainState:
+        """See `Execution`."""
+        laid_out: TrainState = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            like,
+            param_shardings(like, self._rules, self._mesh),
+        )
+        return laid_out
+
+    def place(self, state: TrainState) -> TrainState:
+        """See `Execution`."""
+        shardings = param_shardings(state, self._rules, self._mesh)
+        placed: TrainState = jax.device_put(jax.tree.map(np.asarray, state), shardings)
+        return placed
+
+    def _examples(self, source: ExampleSource) -> ExampleSource:
+        """The source, or this process's bands of its images, where they can be read by regions."""
+        level = self.setup.data.regions_level
+        if self._rows is None or level is None:
+            return source
+        bands = [
+            Band(rows.start, rows.stop - rows.start, grid.width)
+            for rows, grid in zip(self._rows, self.setup.patch_grids, strict=True)
+        ]
+        return BandExamples(as_regions(source), bands, level)
+
+    def _number(self, batch: HostBatch) -> int:
+        return self._shapes.index(batch["image"].shape[1:3])
+
+    def own_rows(self, size: int) -> range:
+        """See `Execution`."""
+        return own_images(self._mesh, size)
+
+    def _train_step(self, **arguments: Any) -> jax.stages.Wrapped:
+        step = partial(sharded_train_step, mesh=self._mesh, rules=self._rules, **arguments)
+        return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+
+    def _score_step(self, **arguments: Any) -> jax.stages.Wrapped:
+        arguments |= {"mesh": self._mesh, "rules": self._rules}
+
+        def score(params: Parts, model_state: Parts, batch: dict[str, Any]) -> dict[str, Any]:
+            # Of the whole batch, also what this process did not read.
+            known = {"label": batch["label"], "weight": batch["weight"]}
+            return {**sharded_eval_step(params, model_state, batch, **arguments), **known}
+
+        return jax.jit(score, out_shardings=replicated(self._mesh))
+
+    def _laid_out(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
+        shardings = batch_shardings(batch, self._mesh)
+        bands = self._bands[number]
+        shapes = {name: spec.shape for name, spec in batch.items()}
+        size, _, width, channels = shapes["image"]
+        shapes["image"] = (size, bands.count * bands.height, width, channels)
+        return {
+            name: jax.ShapeDtypeStruct(shapes[name], spec.dtype, sharding=shardings[name])
+            for name, spec in batch.items()
+        }
+
+    def _put(self, arrays: HostBatch, number: int, size: int) -> dict[str, jax.Array]:
+        first = self.own_rows(size).start
+        rows = None if self._rows is None else self._rows[number]
+        grid = self.setup.patch_grids[number]
+        return shard_batch(arrays, grid, self._mesh, first=first, total=size, rows=rows)
+
+    def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """See `Execution`."""
+        return self._ended(super().train(state, batch))
+
+    def score(
+        self, source: ExampleSource, params: Parts, model_state: Parts, batch: HostBatch
+    ) -> dict[str, Any]:
+        """See `Execution`."""
+        return self._ended(super().score(source, params, model_state, batch))
+
+    def _ended(self, result: Any) -> Any:
+        return jax.block_until_ready(result) if self._one_by_one else result

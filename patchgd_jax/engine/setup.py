@@ -1,0 +1,252 @@
+"""From a config to the objects a run is made of: sources, grid, model and optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import jax
+import optax
+
+from patchgd_jax.baselines.ips import require_attention
+from patchgd_jax.baselines.registry import WHOLE_IMAGE, frozen_entries, make_method, method_model
+from patchgd_jax.config import TrainConfig
+from patchgd_jax.core.grid import Grid, PatchGrid, WholeImage
+from patchgd_jax.core.model import Parts, PatchModel, Tree, split_frozen
+from patchgd_jax.core.optimizer import make_optimizer, with_average
+from patchgd_jax.core.sampling import group_size
+from patchgd_jax.core.tasks import Task, make_task
+from patchgd_jax.data.preprocess import Preprocess
+from patchgd_jax.data.run_data import RunData
+from patchgd_jax.engine.registry import Setup
+from patchgd_jax.errors import ConfigError, DeviceError
+from patchgd_jax.models.depth import Layers, encoder_layers
+from patchgd_jax.models.registry import (
+    build_encoder,
+    build_model,
+    encoder_entry,
+    encoder_norm,
+    head_entry,
+    map_side,
+)
+from patchgd_jax.runs.checkpoint import Checkpoints
+
+
+def make_grid(config: TrainConfig, height: int, width: int, background: int = 0) -> PatchGrid:
+    """The patch grid for images of one size.
+
+    Raises:
+        ConfigError: if the patch is larger than the image.
+    """
+    return PatchGrid(height, width, config.patchgd.patch, config.patchgd.stride or 0, background)
+
+
+def method_grid(config: TrainConfig, height: int, width: int, background: int = 0) -> Grid:
+    """The grid that the method sees an image of one size by.
+
+    Raises:
+        ConfigError: if the patch is larger than the image, or the method cannot take its shape.
+    """
+    if config.method not in WHOLE_IMAGE:
+        return make_grid(config, height, width, background)
+    if config.augment.turns and height != width:
+        raise ConfigError(
+            f"augment.turns with method {config.method}: an image of {height} x {width} px cannot "
+            "be turned by 90 degrees and keep its shape; leave it out"
+        )
+    if config.method == "fully-conv":
+        # Its windows are as large as patches.
+        make_grid(config, height, width)
+    return WholeImage(height, width)
+
+
+def training_grids(config: TrainConfig, data: RunData) -> tuple[Grid, ...]:
+    """The grid of each padded size, checked against the sampling and the head.
+
+    Raises:
+        ConfigError: if the patch is larger than the image, there are more inner steps than patches,
+            or there are several grids for a head that takes one.
+    """
+    grids = tuple(method_grid(config, *shape, data.background) for shape in data.shapes)
+    samples = config.patchgd.mode in ("patchgd", "accumulate") or (
+        config.method == "ips" and config.baseline.top_patches is None
+    )
+    for grid, slots in zip(grids, data.slots, strict=True):
+        if samples:
+            group_size(slots or grid.num_patches, config.patchgd.num_inner_steps)
+    if config.method in WHOLE_IMAGE and encoder_entry(config.model.encoder).side_multiple > 1:
+        sizes = {grid.patch_shape for grid in grids}
+        if len(sizes) > 1:
+            raise ConfigError(
+                f"{config.model.encoder} has a table of positions for one size of image, but these "
+                f"have {len(sizes)}; use --data.fit resize, or another encoder"
+            )
+    head = method_model(config.method, config.model).head
+    if len({(grid.rows, grid.cols) for grid in grids}) > 1 and head_entry(head).fixed_grid:
+        raise ConfigError(
+            f"the head {head} takes one grid of patches, but these images have "
+            f"{len(grids)} sizes; use --data.fit resize, or --model.head attention"
+        )
+    return grids
+
+
+def make_model(config: TrainConfig, grid: Grid, preprocess: Preprocess) -> PatchModel:
+    """The model for one grid.
+
+    Raises:
+        ConfigError: for an unknown encoder or head, or one that the method cannot train.
+    """
+    if (
+        config.patchgd.mode == "exact"
+        and encoder_norm(config.model) == "batch"
+        and config.patchgd.norm_policy != "frozen"
+    ):
+        raise ConfigError(
+            "patchgd.mode exact needs model.norm group, or patchgd.norm_policy frozen: batch "
+            "statistics taken chunk by chunk are not those of the whole image"
+        )
+    model = build_model(
+        method_model(config.method, config.model),
+        grid=grid,
+        channels=config.data.num_channels,
+        classes=make_run_task(config, len(preprocess.class_names)).num_outputs(
+            len(preprocess.class_names)
+        ),
+        mean=preprocess.mean,
+        std=preprocess.std,
+        window=map_side(config.model, config.patchgd.patch, config.data.num_channels)
+        if config.method == "fully-conv"
+        else None,
+    )
+    if config.method == "ips":
+        require_attention(model, grid, config.model.latent_dim)
+    return model
+
+
+def make_run_task(config: TrainConfig, classes: int) -> Task:
+    """The task, checked against the number of classes of the data.
+
+    Raises:
+        ConfigError: for settings that do not fit the task or the number of classes.
+    """
+    task = config.task
+    if config.data.panda is not None and task.name == "single-label" and task.best_metric is None:
+        # The challenge's own measure.
+        task = dataclasses.replace(task, best_metric="quadratic_weighted_kappa")
+    return make_task(task, classes)
+
+
+def _layers(config: TrainConfig) -> Layers:
+    return encoder_layers(
+        build_encoder(config.model, config.patchgd.patch),
+        patch=config.patchgd.patch,
+        channels=config.data.num_channels,
+    )
+
+
+def run_frozen(config: TrainConfig) -> frozenset[str]:
+    """The encoder's top-level entries that a run does not train; see `methods.frozen_entries`."""
+    return frozen_entries(
+        config.method,
+        config.model,
+        config.optimizer.freeze_stages,
+        patch=config.patchgd.patch,
+        channels=config.data.num_channels,
+    )
+
+
+def make_run_optimizer(config: TrainConfig, examples: int) -> optax.GradientTransformation:
+    """The optimizer for the length of a run over so many training images."""
+    return make_optimizer(
+        config.optimizer,
+        total_steps=config.total_steps(examples),
+        steps_per_epoch=config.steps_per_epoch(examples),
+        updates_per_step=config.patchgd.updates_per_step,
+        depth=_layers(config).depth if config.optimizer.layer_decay != 1 else None,
+    )
+
+
+def make_setup(
+    config: TrainConfig,
+    data: RunData,
+    preprocess: Preprocess,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Setup:
+    """All that the steps of a run are made of.
+
+    Args:
+        config: of the run.
+        data: of `make_data`.
+        preprocess: what its images go through.
+        optimizer: used instead of the config's, of which freezing and averaging stay.
+
+    Raises:
+        ConfigError: for settings that do not fit together, or the data.
+    """
+    grids = training_grids(config, data)
+    if config.method in WHOLE_IMAGE:
+        # Patches that are nothing but padding are part of the image for it.
+        data = dataclasses.replace(data, slots=(None,) * len(grids), mean_slots=None)
+    return Setup(
+        config=config,
+        data=data,
+        method=make_method(config.method, config.baseline, config.patchgd),
+        grids=grids,
+        models=tuple(make_model(config, grid, preprocess) for grid in grids),
+        optimizer=make_run_optimizer(config, len(data.train))
+        if optimizer is None
+        else with_average(optimizer, config.optimizer.ema_decay),
+        task=make_run_task(config, data.num_classes),
+        frozen=run_frozen(config),
+        key=jax.random.key(config.seed),
+    )
+
+
+def restore_params(
+    checkpoints: Checkpoints, step: int, config: TrainConfig, like: Parts, part: str
+) -> Tree:
+    """A part's parameters as a run evaluated them: their moving average if it keeps one.
+
+    Args:
+        checkpoints: of the run.
+        step: from `newest_intact` or `best`.
+        config: of the run.
+        like: parameters of both parts, of the same shapes and dtypes.
+        part: `encoder` or `head`.
+
+    Raises:
+        CheckpointError: if they are another model's.
+    """
+    params = checkpoints.restore_part(step, f"params/{part}", like[part])
+    if config.optimizer.ema_decay is None:
+        return params
+    trained, _ = split_frozen(like, run_frozen(config))
+    # What is frozen has no average.
+    return {**params, **checkpoints.restore_part(step, f"opt_state/average/{part}", trained[part])}
+
+
+def select_device(name: str, *, shared: bool = False) -> jax.Device:
+    """Makes the named platform JAX's only one, and returns this process's first device of it.
+
+    Must run before anything else touches JAX.
+
+    Args:
+        name: auto, cpu, gpu or tpu.
+        shared: whether several devices share the work.
+
+    Raises:
+        DeviceError: if the platform is not there.
+    """
+    if name != "auto":
+        jax.config.update("jax_platforms", {"gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}[name])
+    if shared and str(getattr(jax.config, "jax_platforms", None) or "").startswith("cpu"):
+        # XLA:CPU starts independent collectives in any order, and one that waits keeps its thread:
+        # with as few threads as cores, virtual devices can wait for each other for good.
+        os.environ.setdefault("NPROC", "32")
+    try:
+        return jax.local_devices()[0]
+    except (RuntimeError, AssertionError) as error:
+        # A missing CUDA plugin shows as an AssertionError without a message.
+        install = {"gpu": "patchgd-jax[cuda13] or [cuda12]", "tpu": "patchgd-jax[tpu]"}.get(name)
+        hint = f"; install {install}, or use --device cpu" if install else ""
+        raise DeviceError(f"no {name} device{hint} ({error or 'no plugin for it'})") from error

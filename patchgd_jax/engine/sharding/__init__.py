@@ -1,0 +1,1 @@
+"""Device meshes: layouts of batches and parameters, and the sharded train step."""

@@ -1,0 +1,203 @@
+"""The host's side of streaming: patches are read ahead of the device, a bounded number at a time.
+
+Only what a chunk needs is read. A chunk is alive from the start of its read to the end of the
+computation on it, and no more than a given number are at once: reading, transfer and computation
+overlap, and host memory does not grow with the image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import jax
+import numpy as np
+
+from patchgd_jax.core.grid import PatchGrid
+from patchgd_jax.errors import DataError, PatchGDError
+
+if TYPE_CHECKING:
+    from patchgd_jax.data.images.regions import RegionSource
+
+
+class ChunkIds(NamedTuple):
+    """The patches of one chunk."""
+
+    first: int
+    """Place in the batch of the chunk's first image."""
+    ids: np.ndarray
+    """`int [b, k]`, patch numbers of the images `first`, `first + 1` ...; slots of at least N hold
+    no patch."""
+
+
+class PatchReader:
+    """Reads single patches of a batch of images; pixels outside an image are the background's.
+
+    Args:
+        images: one source for each image of the batch.
+        names: what errors call them.
+        grid: the patch grid, which may be larger than an image.
+        level: resolution to read, an index into `RegionSource.level_shapes`.
+
+    Raises:
+        DataError: if an image is larger than the grid, has no such level, or another number of
+            channels than the first.
+    """
+
+    def __init__(
+        self, images: Sequence[RegionSource], names: Sequence[str], grid: PatchGrid, level: int = 0
+    ) -> None:
+        self.images, self.names, self.grid, self.level = images, names, grid, level
+        self.channels = images[0].channels
+        self.sizes = []
+        for image, name in zip(images, names, strict=True):
+            if level >= len(image.level_shapes):
+                raise DataError(
+                    f"{name} has {len(image.level_shapes)} resolutions, no level {level}; read a "
+                    "smaller level"
+                )
+            height, width = image.level_shapes[level]
+            if height > grid.height or width > grid.width:
+                raise DataError(
+                    f"{name} is {height} x {width} px at level {level}, but the grid is for "
+                    f"{grid.height} x {grid.width} px; use a grid of at least its size"
+                )
+            if image.channels != self.channels:
+                raise DataError(
+                    f"{name} has {image.channels} channels, but {names[0]} has {self.channels}; "
+                    "open all with the same number"
+                )
+            self.sizes.append((height, width))
+
+    def read(self, place: int, number: int, out: np.ndarray) -> None:
+        """Reads one patch into `out uint8 [p, p, C]`.
+
+        Args:
+            place: the image's place in the batch.
+            number: the patch's number.
+            out: what to write to.
+
+        Raises:
+            DataError: if the source raises or returns anything but what was asked for; the
+                package's own errors pass as they are. It names the image.
+        """
+        grid = self.grid
+        y, x = (number // grid.cols) * grid.stride, (number % grid.cols) * grid.stride
+        rows = min(grid.patch, self.sizes[place][0] - y)
+        cols = min(grid.patch, self.sizes[place][1] - x)
+        if rows < grid.patch or cols < grid.patch:
+            out[:] = grid.background
+        if rows <= 0 or cols <= 0:
+            return
+        name = self.names[place]
+        where = f"{name}, patch {number} ({rows} x {cols} px at row {y}, column {x})"
+        try:
+            pixels = self.images[place].read(y, x, rows, cols, self.level)
+        except PatchGDError as error:
+            if name not in str(error):
+                # The kind of error stays: it decides what the run does next.
+                error.args = (f"{name}: {error}",)
+            raise
+        except Exception as error:
+            raise DataError(f"cannot read {where}: {error or type(error).__name__}") from error
+        if pixels.dtype != np.uint8 or pixels.shape != (rows, cols, self.channels):
+            raise DataError(
+                f"cannot read {where}: its source gave {pixels.dtype} {list(pixels.shape)} instead "
+                f"of uint8 {[rows, cols, self.channels]}"
+            )
+        out[:rows, :cols] = pixels
+
+
+class _Chunk(NamedTuple):
+    pixels: np.ndarray
+    reads: list[Future[None]]
+
+
+class PatchFeed:
+    """Hands out the chunks of a plan in order, reading those to come meanwhile.
+
+    Use it in a `with` statement: leaving it stops and joins its threads. For each chunk call
+    `take`, start the computation on it, and call `used` with a result of that computation.
+
+    Args:
+        reader: of the batch.
+        plan: the chunks, in order. It is asked for the next one no sooner than its turn to be read
+            comes.
+        buffers: chunks alive at once, at least 2.
+        readers: threads that read.
+    """
+
+    def __init__(
+        self, reader: PatchReader, plan: Iterable[ChunkIds], *, buffers: int, readers: int
+    ) -> None:
+        self._reader, self._plan, self._buffers = reader, iter(plan), buffers
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="patch-reader")
+        self._reading: deque[_Chunk] = deque()
+        self._running: deque[jax.Array] = deque()
+        self.waited = 0.0
+        """Seconds so far that `take` has waited for reads."""
+
+    def __enter__(self) -> Self:
+        self._read_ahead()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def take(self) -> jax.Array:
+        """The next chunk, on its way to the device: `uint8 [b, k, p, p, C]`.
+
+        Raises:
+            DataError: if a patch of it could not be read.
+        """
+        chunk = self._reading.popleft()
+        begun = time.monotonic()
+        for read in chunk.reads:
+            read.result()
+        self.waited += time.monotonic() - begun
+        # The buffer is never written again: on the CPU the device's array may be the same memory.
+        return jax.device_put(chunk.pixels)
+
+    def used(self, result: jax.Array) -> None:
+        """Says what computation the last chunk went into.
+
+        Waits for the computation before it, so that at most two are queued on the device: a queued
+        call keeps its chunk alive.
+
+        Args:
+            result: something that it computes; it must not be donated to another.
+        """
+        self._running.append(result)
+        if len(self._running) > 1:
+            self._running.popleft().block_until_ready()
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        while len(self._reading) + len(self._running) < self._buffers:
+            chunk = next(self._plan, None)
+            if chunk is None:
+                return
+            self._reading.append(self._start(chunk))
+
+    def _start(self, chunk: ChunkIds) -> _Chunk:
+        grid = self._reader.grid
+        side = (grid.patch, grid.patch, self._reader.channels)
+        pixels = np.empty((*chunk.ids.shape, *side), np.uint8)
+        reads = []
+        for (b, slot), number in np.ndenumerate(chunk.ids):
+            out = pixels[b, slot]
+            if number >= grid.num_patches:
+                out[:] = grid.background
+            else:
+                place = chunk.first + b
+                reads.append(self._pool.submit(self._reader.read, place, int(number), out))
+        return _Chunk(pixels, reads)

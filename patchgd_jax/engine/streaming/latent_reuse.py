@@ -1,0 +1,86 @@
+"""Which entries of Z an image brings from its earlier visits, and how old they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from patchgd_jax.engine.streaming.latent_store import NEVER, LatentStore
+
+
+class Visit(NamedTuple):
+    """What is known of a batch's Z before the fill."""
+
+    z: np.ndarray
+    """`[B, N, D]`: the entries that are reused, zero elsewhere."""
+    missing: np.ndarray
+    """`bool [B, N]`, the patches that the fill must encode."""
+    when: np.ndarray
+    """`int64 [B, N]`, the outer step in which each entry is computed once the fill is done."""
+    ages: np.ndarray
+    """`int64`, outer steps since then, of all patches that count."""
+
+
+class LatentReuse:
+    """Reuses entries of Z that are at most `max_age` outer steps old.
+
+    An entry is as old as its last computation, in a fill or in an inner step: where inner steps
+    draw only some of the patches, the entries grow old at different times, and the re-fill of an
+    image is spread over its visits.
+
+    Args:
+        store: where Z is kept between visits.
+        max_age: outer steps.
+    """
+
+    def __init__(self, store: LatentStore, max_age: int) -> None:
+        self.store, self.max_age = store, max_age
+        self._pending: list[tuple[Sequence[str], jax.Array, np.ndarray]] = []
+
+    def begin(
+        self, step: int, names: Sequence[str], counted: np.ndarray, width: int, dtype: np.dtype
+    ) -> Visit:
+        """Looks up the images of an outer step.
+
+        Args:
+            step: number of the outer step.
+            names: of the images, B.
+            counted: `bool [B, N]`, the patches that count.
+            width: D.
+            dtype: Z's.
+        """
+        self._keep_pending()
+        z = np.zeros((*counted.shape, width), dtype)
+        when = np.full(counted.shape, NEVER, np.int64)
+        for row, name in enumerate(names):
+            stored = self.store.get(name)
+            if stored is not None:
+                age = step - stored.when
+                # A step that is not in the past is that of another run of the same steps.
+                usable = counted[row] & (age > 0) & (age <= self.max_age)
+                z[row, usable] = stored.z[usable]
+                when[row, usable] = stored.when[usable]
+        missing = counted & (when == NEVER)
+        when[missing] = step
+        return Visit(z, missing, when, step - when[counted])
+
+    def finish(self, names: Sequence[str], z: jax.Array, when: np.ndarray) -> None:
+        """Keeps the images' Z at the end of an outer step.
+
+        Z is fetched when the next step begins: now would be to wait for this one.
+
+        Args:
+            names: of the images, b.
+            z: `[b, N, D]`.
+            when: `int64 [b, N]`, the outer step in which each entry was computed.
+        """
+        self._pending.append((names, z, when))
+
+    def _keep_pending(self) -> None:
+        for names, z, when in self._pending:
+            for name, row, steps in zip(names, np.asarray(z), when, strict=True):
+                self.store.put(name, row, steps)
+        self._pending.clear()

@@ -1,0 +1,1 @@
+"""Encoders: a patch to its latent."""

@@ -1,0 +1,1 @@
+"""Heads: the latent block Z to logits."""

@@ -1,0 +1,105 @@
+"""XLA's own figure: a step compiled for shapes alone, and nothing allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from patchgd_jax.engine.compiling import compiler_options
+from patchgd_jax.planner.methods import Method, Program, step_of
+from patchgd_jax.planner.request import PlanRequest
+
+
+class Compiled(NamedTuple):
+    """Memory of one compiled program in bytes, as XLA allots it."""
+
+    arguments: int
+    outputs: int
+    temporary: int
+    aliased: int
+    """Outputs that lie in donated arguments."""
+    resident: int
+    """What stays on the device beside the program's arguments."""
+
+    @property
+    def total(self) -> int:
+        """All that must fit at once."""
+        return self.arguments + self.outputs - self.aliased + self.temporary + self.resident
+
+
+def compile_program(program: Program) -> tuple[Compiled, Any]:
+    """Compiles a program as `train` does, and reads what it will take.
+
+    Returns:
+        The figures, and the compiled program.
+    """
+    # Training alone is compiled with them: an evaluation has nothing to compute again.
+    options = compiler_options() if program.donated else None
+    jitted = jax.jit(program.function, donate_argnums=program.donated, compiler_options=options)
+    compiled = jitted.lower(*program.arguments).compile()
+    return allotted(compiled, program.resident), compiled
+
+
+def allotted(compiled: Any, resident: int = 0) -> Compiled:
+    """What XLA allots to a compiled program.
+
+    Its `peak_memory_in_bytes` is not used: on the CPU it leaves the temporary buffers out.
+    """
+    analysis: Any = compiled.memory_analysis()
+    return Compiled(
+        arguments=int(analysis.argument_size_in_bytes),
+        outputs=int(analysis.output_size_in_bytes),
+        temporary=int(analysis.temp_size_in_bytes),
+        aliased=int(analysis.alias_size_in_bytes),
+        resident=resident,
+    )
+
+
+def compiled_total(
+    request: PlanRequest, method: Method, *, side: int | None = None, evaluation: bool = True
+) -> int:
+    """Bytes that training by a method takes: the larger of its step and its evaluation.
+
+    Args:
+        request: what is planned.
+        method: one of METHODS.
+        side: for `downscale`, the longer side in pixels.
+        evaluation: whether the evaluation step is compiled, too.
+
+    Raises:
+        ConfigError: if the encoder does not support the method.
+    """
+    step = step_of(request, method, side)
+    total = compile_program(step.train)[0].total
+    if evaluation:
+        total = max(total, compile_program(step.evaluate)[0].total)
+    return total
+
+
+class Line(NamedTuple):
+    """Bytes as an affine function of a size: batch, patches, or pixels."""
+
+    fixed: float
+    slope: float
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, int]]) -> Line:
+        """The line of least squares; through one point, a constant."""
+        if len({x for x, _ in points}) < 2:
+            return cls(float(points[0][1]), 0.0)
+        sizes, totals = np.array(points, np.float64).T
+        slope, fixed = np.polyfit(sizes, totals, 1)
+        return cls(float(fixed), float(slope))
+
+    def at(self, size: float) -> float:
+        """Bytes at a size."""
+        return self.fixed + self.slope * size
+
+    def largest(self, budget: float) -> float:
+        """The size that takes the budget; infinite where size costs nothing."""
+        if self.slope <= 0:
+            return float("inf") if self.fixed <= budget else 0.0
+        return max(0.0, (budget - self.fixed) / self.slope)

@@ -1,0 +1,135 @@
+"""What the memory planner plans for a run: its settings, with the true shapes of its images."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+
+from patchgd_jax.baselines.registry import WHOLE_IMAGE
+from patchgd_jax.config import TrainConfig
+from patchgd_jax.data.run_data import make_data
+from patchgd_jax.engine.setup import make_run_task, select_device, training_grids
+from patchgd_jax.errors import ConfigError
+from patchgd_jax.planner import (
+    Calibration,
+    Formula,
+    Method,
+    PlanRequest,
+    calibration,
+    compiled_total,
+)
+from patchgd_jax.planner.request import leaf_bytes
+
+# On the CPU, what a run takes of the same memory beside its steps: for reading, evaluating and
+# saving (measured: 17 to 25 MB).
+_HOST_BYTES = 24 * 2**20
+
+
+class RunPlan(NamedTuple):
+    """The plan of a run; all requests have the same settings and differ in the images."""
+
+    method: Method
+    """What the planner calls the run's method."""
+    requests: tuple[PlanRequest, ...]
+    """One for each padded size that no other exceeds in pixels and patches, the largest first."""
+    examples: int
+    """Training images."""
+    fewest_patches: int
+    """N of the smallest padded size; no image size allows more inner steps than that."""
+    device: jax.Device
+    calibration: Calibration
+
+    @property
+    def platform(self) -> str:
+        """The device's, as `Formula` takes it."""
+        # What the formula knows of CUDA's compiler holds for ROCm's.
+        return {"gpu": "cuda"}.get(self.device.platform, self.device.platform)
+
+    def expected(self, request: PlanRequest, compiled: int) -> int:
+        """Bytes that training takes of the device, given XLA's figure.
+
+        The loop sends the next batch to the device while a step computes. On the CPU the device's
+        memory is the process's, which has its other needs.
+        """
+        image = jax.ShapeDtypeStruct((request.batch, *request.image), "uint8")
+        beside = _HOST_BYTES if self.device.platform == "cpu" else 0
+        return self.calibration.expected(compiled) + leaf_bytes(image) + beside
+
+    def compiled(self, request: PlanRequest) -> int:
+        """What training with a request's settings takes, by a compile for each size."""
+        totals = [self.expected(r, compiled_total(r, self.method)) for r in self._sizes(request)]
+        return max(totals)
+
+    def by_formula(self, request: PlanRequest) -> int:
+        """What training with a request's settings takes, by formula."""
+        totals = [
+            self.expected(r, Formula(r, self.platform).row(self.method).total)
+            for r in self._sizes(request)
+        ]
+        return max(totals)
+
+    def _sizes(self, request: PlanRequest) -> list[PlanRequest]:
+        return [
+            dataclasses.replace(request, image=of.image, slots=of.slots) for of in self.requests
+        ]
+
+
+def plan_of(config: TrainConfig) -> RunPlan:
+    """The plan of a run on the images that its settings name.
+
+    Args:
+        config: the run; no setting of it may be auto.
+
+    Raises:
+        ConfigError: for images that are streamed or lie on a mesh, of which the planner knows
+            nothing.
+        PatchGDError: as `make_data`, and if the device is not there.
+    """
+    if config.stream.enabled or config.mesh is not None:
+        raise ConfigError(
+            "the memory planner knows one device that holds whole images; leave stream.enabled and "
+            "mesh out"
+        )
+    device = select_device(config.device)
+    data = make_data(config)
+    grids = training_grids(config, data)
+    plain = dataclasses.replace(
+        PlanRequest.from_config(config),
+        classes=make_run_task(config, data.num_classes).num_outputs(data.num_classes),
+    )
+    requests = [
+        dataclasses.replace(plain, image=(*shape, plain.image[2]), slots=slots)
+        for shape, slots in zip(data.shapes, data.slots, strict=True)
+    ]
+
+    def extent(request: PlanRequest) -> tuple[int, int]:
+        """Pixels, and the patches of a method that has some."""
+        pixels = request.image[0] * request.image[1]
+        return pixels, 1 if config.method in WHOLE_IMAGE else request.patches
+
+    requests.sort(key=extent, reverse=True)
+    most: list[PlanRequest] = []
+    for request in requests:
+        pixels, patches = extent(request)
+        if not any(pixels <= extent(r)[0] and patches <= extent(r)[1] for r in most):
+            most.append(request)
+    return RunPlan(
+        method=planned_method(config),
+        requests=tuple(most),
+        examples=len(data.train),
+        fewest_patches=min(
+            slots or grid.num_patches for slots, grid in zip(data.slots, grids, strict=True)
+        ),
+        device=device,
+        calibration=calibration(device),
+    )
+
+
+def planned_method(config: TrainConfig) -> Method:
+    """What the planner calls the method of a run."""
+    if config.method == "patchgd":
+        return config.patchgd.mode
+    # The run's images are the shrunk ones already.
+    return "gd" if config.method == "downscale" else config.method

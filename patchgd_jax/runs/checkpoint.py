@@ -1,0 +1,313 @@
+"""Checkpoints that are whole or not there, and known to be undamaged.
+
+Orbax writes the arrays; around them stands our commit protocol, because no common checkpoint
+format notices a flipped bit: a SHA-256 manifest over every file, fsync, one rename. Restoring scans
+the folder, verifies newest first and falls back to the newest step that is intact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from patchgd_jax.engine.distributed import all_or_none, is_first, watched
+from patchgd_jax.errors import CheckpointError, DiskError
+from patchgd_jax.io.files import fsync_path, write_json
+from patchgd_jax.core.model import Tree
+
+_MANIFEST = "manifest.json"
+_META = "meta.json"
+_KEEP_LAST = 2
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_spec(tree: Tree) -> dict[str, str]:
+    """Shape and dtype of every leaf, by its path."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }
+
+
+def describe_difference(stored: dict[str, str], wanted: dict[str, str]) -> str:
+    """What two tree specs do not share, at most ten entries; empty if they are equal."""
+    lines = [
+        f"{path}: checkpoint has {stored.get(path, 'nothing')}, "
+        f"this model needs {wanted.get(path, 'nothing')}"
+        for path in sorted(stored.keys() | wanted.keys())
+        if stored.get(path) != wanted.get(path)
+    ]
+    more = [f"... and {len(lines) - 10} more"] if len(lines) > 10 else []
+    return "\n  ".join(lines[:10] + more)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder that all of its processes share.
+
+    Layout: `<folder>/<step>/` with `state/` (Orbax), `meta.json` and `manifest.json`;
+    `latest.json` and `best.json` name steps.
+
+    Args:
+        folder: where they stand; made when first written to.
+        warn: called with one line for each step that is passed over as damaged.
+    """
+
+    def __init__(self, folder: Path, warn: Callable[[str], None] = warnings.warn) -> None:
+        self.folder = folder
+        self._warn = warn
+
+    def steps(self) -> list[int]:
+        """The committed steps, oldest first; not yet verified."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step:08d}"
+
+    def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
+        """Writes one step; when it returns, the step is on disk and `latest.json` names it.
+
+        Args:
+            step: number of outer steps done.
+            state: pytree of arrays; of several processes, each has its part.
+            meta: JSON values stored beside it.
+
+        Raises:
+            DiskError: if it cannot be written; nothing of it is left and older steps are intact.
+        """
+        final = self._path(step)
+        partial = self.folder / f".{final.name}.partial"
+        # Of several processes, each writes its part of the arrays, and the first one the rest.
+        with all_or_none(), self._all_or_nothing(final, partial):
+            if is_first():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_partial()
+                partial.mkdir()
+        # Here processes wait for each other: one that fails ends, and so do those that wait for it.
+        with (
+            self._all_or_nothing(final, partial),
+            watched(),
+            _checkpointer() as checkpointer,
+        ):
+            checkpointer.save(partial.absolute() / "state", state)
+            checkpointer.wait_until_finished()
+        with all_or_none(), self._all_or_nothing(final, partial):
+            if is_first():
+                content = {**meta, "step": step, "tree": tree_spec(state)}
+                (partial / _META).write_text(json.dumps(content, indent=2), encoding="utf-8")
+                self._write_manifest(partial)
+                if final.exists():
+                    shutil.rmtree(final)
+                partial.rename(final)
+                fsync_path(self.folder)
+                write_json(self.folder / "latest.json", {"step": step})
+
+    @contextmanager
+    def _all_or_nothing(self, final: Path, partial: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            # Orbax and TensorStore report a full disk as ValueError or RuntimeError.
+            if is_first():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise DiskError(
+                f"cannot write checkpoint {final}: {_first_line(error)} "
+                f"({_free_space(self.folder)} free); make room and resume the run"
+            ) from error
+
+    def _remove_partial(self) -> None:
+        for leftover in self.folder.glob(".*.partial"):
+            shutil.rmtree(leftover)
+
+    def _write_manifest(self, partial: Path) -> None:
+        files = sorted(p for p in partial.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(partial)): _sha256(p) for p in files}
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        for path in (*files, partial / _MANIFEST, *(p for p in partial.rglob("*") if p.is_dir())):
+            fsync_path(path)
+        fsync_path(partial)
+
+    def mark_best(self, step: int) -> None:
+        """Names the best step in `best.json`."""
+        if self._named_best() == step:
+            return
+        with _disk_errors(f"cannot write {self.folder / 'best.json'}"):
+            write_json(self.folder / "best.json", {"step": step})
+
+    def _named_best(self) -> int | None:
+        try:
+            text = (self.folder / "best.json").read_text(encoding="utf-8")
+            return int(json.loads(text)["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def discard_after(self, step: int) -> None:
+        """Sets the steps after the one a run continues from aside: they did not verify."""
+        for later in self.steps():
+            if later > step:
+                path = self._path(later)
+                aside = path.with_name(f"{path.name}.damaged")
+                with _disk_errors(f"cannot set {path} aside"):
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+
+    def prune(self) -> None:
+        """Removes all steps but the last two and the best."""
+        best = self._named_best()
+        for step in self.steps()[:-_KEEP_LAST]:
+            if step != best:
+                with _disk_errors(f"cannot remove {self._path(step)}"):
+                    shutil.rmtree(self._path(step))
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with a step's files, or None if every byte is what was written."""
+        path = self._path(step)
+        try:
+            manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+            found = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
+            for name in sorted(manifest.keys() | (found - {_MANIFEST})):
+                if name not in manifest:
+                    return f"{name} was not there when it was written"
+                if name not in found:
+                    return f"{name} is missing"
+                if _sha256(path / name) != manifest[name]:
+                    return f"{name} has changed since it was written"
+        except (OSError, ValueError, AttributeError) as error:
+            return f"its manifest cannot be read ({_first_line(error)})"
+        return None
+
+    def newest_intact(self) -> int:
+        """The newest step whose files verify; damaged ones are warned of and passed over.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        for step in reversed(self.steps()):
+            problem = self.damage(step)
+            if problem is None:
+                return step
+            self._warn(f"checkpoint {self._path(step)} is damaged: {problem}; trying an older one")
+        raise CheckpointError(
+            f"no usable checkpoint in {self.folder}; train the run anew in another folder"
+        )
+
+    def best(self) -> int:
+        """The step that `best.json` names, verified; else the newest intact one, with a warning."""
+        step = self._named_best()
+        if step is None:
+            return self.newest_intact()
+        problem = self.damage(step)
+        if problem is None:
+            return step
+        self._warn(f"the best checkpoint {self._path(step)} is damaged: {problem}; using the last")
+        return self.newest_intact()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was stored beside a verified step's arrays; `tree` is its `tree_spec`."""
+        return dict(json.loads((self._path(step) / _META).read_text(encoding="utf-8")))
+
+    def restore(self, step: int, like: Tree) -> Tree:
+        """Reads a verified step.
+
+        Args:
+            step: from `newest_intact` or `best`.
+            like: a tree of the same shapes and dtypes (arrays or ShapeDtypeStructs). Leaves go
+                where their `sharding` says, or to the first device.
+
+        Raises:
+            CheckpointError: if the stored tree is another model's.
+        """
+        difference = describe_difference(self.meta(step)["tree"], tree_spec(like))
+        if difference:
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} is of another model:\n  {difference}"
+            )
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device
+            ),
+            like,
+        )
+        with watched(), _checkpointer() as checkpointer:
+            return checkpointer.restore(self._path(step).absolute() / "state", target)
+
+    def restore_part(self, step: int, name: str, like: Tree) -> Tree:
+        """Reads one part of a verified step, `params` say, without knowing the rest.
+
+        It does not matter on which kind and number of devices the step was written.
+
+        Args:
+            step: from `newest_intact` or `best`.
+            name: field of the saved state, or a path of fields: `params/encoder`.
+            like: nested dicts of the same shapes and dtypes.
+
+        Raises:
+            CheckpointError: if the stored part is another model's.
+        """
+        part: Any = self.restore_arrays(step)
+        for field in name.split("/"):
+            part = (part.get(field) if part else None) or {}
+        difference = describe_difference(tree_spec(part), tree_spec(like))
+        if difference:
+            raise CheckpointError(
+                f"{name} of checkpoint {self._path(step)} is of another model:\n  {difference}"
+            )
+        # Orbax leaves empty dicts out, so the wanted structure decides.
+        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(jax.device_put(part)))
+
+    def restore_arrays(self, step: int) -> Tree:
+        """Reads a verified step as nested dicts of NumPy arrays, whatever model it is of.
+
+        It does not matter on which kind and number of devices the step was written.
+        """
+        import orbax.checkpoint as ocp
+
+        path = self._path(step).absolute() / "state"
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(path).item_metadata.tree
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+            return checkpointer.restore(path, restore_args=how)
+
+
+def _checkpointer() -> Any:
+    import orbax.checkpoint as ocp
+
+    # Orbax logs every save at a level that would break into the progress display.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    return ocp.StandardCheckpointer()
+
+
+@contextmanager
+def _disk_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{what}: {error.strerror or error}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"
+    except OSError:
+        return "unknown space"

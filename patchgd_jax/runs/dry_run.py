@@ -1,0 +1,120 @@
+"""A rehearsal of a run: everything that can fail is tried once, and no run folder is left."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from patchgd_jax.planner.auto_settings import settled
+from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.config import TrainConfig
+from patchgd_jax.data.sources.channels import with_channels
+from patchgd_jax.errors import CheckpointError, ConfigError
+from patchgd_jax.planner import PeakMeter, show_size
+from patchgd_jax.baselines.registry import settled_method
+from patchgd_jax.runs.out_of_memory import out_of_memory_told
+from patchgd_jax.runs.progress import Progress
+from patchgd_jax.planner.run_plan import plan_of
+from patchgd_jax.runs.signals import StopRequest
+from patchgd_jax.core.step import TrainState, evaluated_params
+from patchgd_jax.runs.train import Run
+
+_STEPS = 2
+
+
+def dry_run(
+    config: TrainConfig, progress: Progress | None = None, *, budget: str | None = None
+) -> dict[str, int | None]:
+    """Compiles a run, trains two steps, evaluates a batch, saves, restores and compares.
+
+    Args:
+        config: the run.
+        progress: shows how it goes; silent by default.
+        budget: as `train`'s.
+
+    Returns:
+        Bytes of a training step: `formula`, `compiled` (the largest of the run's own programs, by
+        XLA), `expected` (that with the calibration), and `measured`, None where the system does
+        not tell.
+
+    Raises:
+        PatchGDError: as `train`, and if what is restored is not what was saved.
+    """
+    progress = progress or Progress()
+    with StopRequest() as stop, stop.immediate(), tempfile.TemporaryDirectory() as folder:
+        config = settled(settled_method(with_channels(config)), budget, progress)
+        with out_of_memory_told(config, folder):
+            return _rehearse(config, progress, Path(folder))
+
+
+def _rehearse(config: TrainConfig, progress: Progress, folder: Path) -> dict[str, int | None]:
+    run = Run(config, None, progress, None)
+    state = run.first_state()
+    execution, data = run.execution, run.data
+    progress.message(execution.compile(state))
+
+    def on_bad(index: int, path: str, reason: str) -> None:
+        progress.warn(f"left out: {path}: {reason}")
+
+    with execution.train_batches(0, on_bad) as reader:
+        batches = [next(reader) for _ in range(_STEPS)]
+    # State and batches are there already; the meter counts what comes on top of them.
+    held = sum(leaf.nbytes for leaf in (*jax.tree.leaves(state), *batches[0].values()))
+    meter = PeakMeter(run.device)
+    for batch in batches:
+        state, metrics = execution.train(state, batch)
+        jax.block_until_ready(metrics)
+    peak = meter.peak()
+    if peak is not None and run.device.platform == "cpu":
+        peak += held
+    batch = next(execution.eval_batches(data.validation, on_bad))
+    params = evaluated_params(state)
+    jax.block_until_ready(execution.score(data.validation, params, state.model_state, batch))
+    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints.save(_STEPS, state, {})
+    count = _compare(state, checkpoints.restore(_STEPS, run.state_spec()))
+    progress.message(
+        f"{_STEPS} training steps and an evaluation of {len(batch['id'])} images ran; {count} "
+        "arrays were saved and restored, equal bit for bit."
+    )
+    return _told(config, execution.compiled_bytes(), peak, progress)
+
+
+def _told(
+    config: TrainConfig, compiled: int | None, peak: int | None, progress: Progress
+) -> dict[str, int | None]:
+    """Compares what was measured with the plan."""
+    measured = "not told by this system" if peak is None else show_size(peak)
+    figures = {"formula": None, "compiled": compiled, "expected": None, "measured": peak}
+    try:
+        plan = plan_of(config)
+        request = plan.requests[0]
+        formula = plan.by_formula(request)
+    except ConfigError as error:
+        progress.message(f"Memory of training: {measured} measured; no plan: {error}.")
+        return figures
+    text = f"{show_size(formula)} planned by formula"
+    expected = None
+    if compiled is not None:
+        expected = plan.expected(request, compiled)
+        text += (
+            f", {show_size(expected)} by XLA ({show_size(compiled)} x "
+            f"{plan.calibration.factor:.2f} and what is around it)"
+        )
+    progress.message(f"Memory of training: {text}; {measured} measured.")
+    return {**figures, "formula": formula, "expected": expected}
+
+
+def _compare(saved: TrainState, restored: TrainState) -> int:
+    """Checks that all arrays are equal bit for bit, and counts them."""
+    pairs = list(zip(jax.tree.leaves(saved), jax.tree.leaves(restored), strict=True))
+    for a, b in pairs:
+        if np.asarray(a).tobytes() != np.asarray(b).tobytes():
+            raise CheckpointError(
+                "a checkpoint is not restored as it was saved: the folder for temporary files may "
+                "be on a faulty disk"
+            )
+    return len(pairs)

@@ -1,0 +1,106 @@
+"""A trained model as a weight file: published names for the encoder, ours for the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from patchgd_jax._version import __version__
+from patchgd_jax.config import TrainConfig
+from patchgd_jax.errors import ConfigError, DiskError
+from patchgd_jax.io.files import fsync_path, write_json
+from patchgd_jax.baselines.registry import method_model
+from patchgd_jax.weights.published import PUBLISHED, to_published_layout
+from patchgd_jax.core.model import Parts
+from patchgd_jax.runs.predict import TrainedModel
+from patchgd_jax.data.preprocess import Preprocess
+from patchgd_jax.weights.matching import METADATA_KEY, OWN_PREFIX, tensor_names, tensor_paths
+from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.folder import PREPROCESS
+from patchgd_jax.weights.files import write_safetensors
+
+WEIGHTS = "model.safetensors"
+
+
+def export_run(
+    run_dir: str | Path, output: str | Path | None = None, progress: Progress | None = None
+) -> Path:
+    """Writes a run's best model as `model.safetensors` and `preprocess.json`.
+
+    `--model.weights` reads the file back to the same parameters and batch statistics, bit for bit.
+    A PyTorch model loads the encoder from it with `strict=False`: published names and layouts, but
+    for encoders that have none or were trained with another norm.
+
+    Args:
+        run_dir: the run folder.
+        output: the folder to make; None: `export` in the run folder.
+        progress: told of damaged checkpoints that were passed over.
+
+    Returns:
+        The weight file. The folder is made whole or not at all.
+
+    Raises:
+        ConfigError: if the folder holds anything already.
+        CheckpointError: if the run has no usable checkpoint.
+        DiskError: if it cannot be written.
+    """
+    model = TrainedModel(run_dir, "best", progress)
+    folder = Path(os.path.abspath(output if output is not None else model.folder.path / "export"))
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ConfigError(f"{folder} exists already; choose another folder with --output")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        encoder = model.config.model.encoder
+        tensors = export_tensors(encoder, model.params, model.model_state)
+        write_safetensors(partial / WEIGHTS, tensors, export_header(model.config, model.preprocess))
+        write_json(partial / PREPROCESS, dataclasses.asdict(model.preprocess))
+        partial.rename(folder)
+        fsync_path(folder.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise DiskError(f"cannot write {folder}: {error.strerror or error}") from error
+    return folder / WEIGHTS
+
+
+def export_header(config: TrainConfig, preprocess: Preprocess) -> dict[str, str]:
+    """The metadata of an export: where it comes from and how its input must be scaled."""
+    origin = {
+        "version": __version__,
+        "settings": {
+            "model.encoder": config.model.encoder,
+            "model.norm": config.model.norm,
+            "model.latent_dim": config.model.latent_dim,
+            "model.head": method_model(config.method, config.model).head,
+            "model.stem_stride": config.model.stem_stride,
+            "data.classes": len(preprocess.class_names),
+        },
+        "preprocess": dataclasses.asdict(preprocess),
+    }
+    # Other libraries want to be told whose tensor layout a file has.
+    return {"format": "pt", METADATA_KEY: json.dumps(origin)}
+
+
+def export_tensors(encoder: str, params: Parts, model_state: Parts) -> dict[str, np.ndarray]:
+    """A model's tensors under the names and in the layouts of an export.
+
+    Args:
+        encoder: its name in the registry.
+        params: of both parts.
+        model_state: of both parts.
+    """
+    leaves = tensor_paths(params, model_state)
+    tensors = {}
+    for path, name in tensor_names(encoder, leaves).items():
+        array = np.asarray(jax.device_get(leaves[path]))
+        if not name.startswith(OWN_PREFIX):
+            array = to_published_layout(PUBLISHED[encoder], name, array)
+        tensors[name] = array
+    return tensors

@@ -1,0 +1,166 @@
+"""The folder of a run: which files are in it and how they are read and written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from patchgd_jax.config import TrainConfig, from_dict, to_dict
+from patchgd_jax.errors import CheckpointError, ConfigError, DiskError
+from patchgd_jax.io.files import write_json
+from patchgd_jax.data.preprocess import Preprocess
+
+CONFIG, ENVIRONMENT, PREPROCESS = "config.json", "environment.json", "preprocess.json"
+METRICS, SUMMARY, CURVES = "metrics.jsonl", "summary.json", "curves.png"
+EXAMPLES = "examples"
+
+
+class RunFolder:
+    """An existing run folder.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        CheckpointError: if no run is in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            if (self.path / CONFIG).is_file():
+                return
+            there = "is empty or holds no run" if self.path.is_dir() else "does not exist"
+        except OSError as error:
+            there = f"cannot be read: {error.strerror}"
+        raise CheckpointError(f"run folder {self.path} {there}: it has no {CONFIG}")
+
+    @classmethod
+    def create(cls, path: str | Path, config: TrainConfig, preprocess: dict[str, Any]) -> RunFolder:
+        """Makes the folder of a new run and writes what never changes in it.
+
+        Raises:
+            ConfigError: if the folder holds anything already.
+            DiskError: if it cannot be written.
+        """
+        path = Path(path)
+        cls.check_free(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / ENVIRONMENT, _environment())
+            write_json(path / PREPROCESS, preprocess)
+            # Last, because with it the folder is a run.
+            write_json(path / CONFIG, to_dict(config))
+        except OSError as error:
+            raise DiskError(f"cannot write run folder {path}: {error.strerror or error}") from error
+        return cls(path)
+
+    @staticmethod
+    def check_free(path: str | Path) -> None:
+        """Checks that a new run may have the folder.
+
+        What a kill left of a folder that never became a run does not count.
+
+        Raises:
+            ConfigError: if it holds anything else.
+            DiskError: if it cannot be looked into.
+        """
+        path = Path(path)
+        leftovers = {
+            ENVIRONMENT,
+            PREPROCESS,
+            *(f".{n}.tmp" for n in (ENVIRONMENT, PREPROCESS, CONFIG)),
+        }
+        try:
+            free = not path.exists() or {p.name for p in path.iterdir()} <= leftovers
+        except OSError as error:
+            raise DiskError(f"cannot write run folder {path}: {error.strerror or error}") from error
+        if not free:
+            raise ConfigError(
+                f"run folder {path} is in use; choose another with --run-dir, or continue that "
+                f"run with: patchgd-jax resume {path}"
+            )
+
+    def config(self) -> TrainConfig:
+        """The resolved config the run was started with.
+
+        Raises:
+            ConfigError: if the file is damaged or from a version with other settings.
+        """
+        path = self.path / CONFIG
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+        config = from_dict(TrainConfig, values, str(path))
+        assert isinstance(config, TrainConfig)
+        return config
+
+    def preprocess(self) -> Preprocess:
+        """What the run's images go through.
+
+        Raises:
+            CheckpointError: if the file is missing or damaged.
+        """
+        return Preprocess.from_dict(self.read(PREPROCESS))
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's `Checkpoints` stand."""
+        return self.path / "checkpoints"
+
+    def write(self, name: str, value: Any) -> None:
+        """Writes a JSON file of the folder, whole or not at all.
+
+        Raises:
+            DiskError: if it cannot be written.
+        """
+        try:
+            write_json(self.path / name, value)
+        except OSError as error:
+            raise DiskError(
+                f"cannot write {self.path / name}: {error.strerror or error}"
+            ) from error
+
+    def read(self, name: str) -> Any:
+        """Reads a JSON file of the folder.
+
+        Raises:
+            CheckpointError: if it is missing or damaged.
+        """
+        path = self.path / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def _environment() -> dict[str, Any]:
+    packages = (
+        "patchgd-jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "numpy",
+    )
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "versions": versions,
+    }

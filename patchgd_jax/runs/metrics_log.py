@@ -1,0 +1,77 @@
+"""The log of record of a run: one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from patchgd_jax.errors import DiskError
+from patchgd_jax.io.files import fsync_path
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, `kind` `train` or `eval`, with its `step`.
+
+    Wall-clock figures stand under `perf`; everything else is the same for every run of a seed.
+
+    Args:
+        path: the file.
+        upto: keep the lines of steps up to this one and drop the rest, which a resumed run
+            writes again.
+        writes: whether the file is written; else the lines are only kept here.
+    """
+
+    def __init__(self, path: Path, upto: int, *, writes: bool = True) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+        if not writes:
+            self.lines = [line for line in read_metrics(path) if line["step"] <= upto]
+            return
+        try:
+            kept = [line for line in read_metrics(path) if line["step"] <= upto]
+            partial = path.with_name(f".{path.name}.tmp")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            fsync_path(partial)
+            partial.replace(path)
+            # By line, so that whoever follows the file sees every step at once.
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
+        self.lines = kept
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds a line."""
+        self.lines.append(line)
+        self._guard(lambda file: file.write(json.dumps(line) + "\n"))
+
+    def sync(self) -> None:
+        """Puts every line on disk; a checkpoint must not be ahead of its log."""
+        self._guard(lambda file: os.fsync(file.fileno()))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._guard(lambda file: file.close())
+
+    def _guard(self, action: Callable[[TextIO], object]) -> None:
+        if self._file is None:
+            return
+        try:
+            action(self._file)
+        except OSError as error:
+            raise DiskError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; one that a kill cut short is left out."""
+    lines: list[dict[str, Any]] = []
+    if not path.exists():
+        return lines
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines

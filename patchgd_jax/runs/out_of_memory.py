@@ -1,0 +1,111 @@
+"""What a run says when its memory is not enough: the plan, a smaller setting, and what is saved."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.engine.compiling import release_memory
+from patchgd_jax.config import TrainConfig
+from patchgd_jax.errors import PatchGDError
+from patchgd_jax.planner import Formula, MemoryBudgetError, Quantity, free_memory, show_size, solve
+from patchgd_jax.planner.report import PlanRow, method_lines
+from patchgd_jax.runs.folder import CONFIG, RunFolder
+from patchgd_jax.planner.run_plan import RunPlan, plan_of
+
+# Where the plan said that a setting fits and it did not, by how much it was wrong is not known.
+_SHRINK = 0.75
+# The second is what XLA:CPU's library for products says when it cannot have its own buffers.
+_SIGNS = ("RESOURCE_EXHAUSTED", "YNNPACK operation failed")
+
+
+@contextmanager
+def out_of_memory_told(config: TrainConfig, run_dir: str | Path) -> Iterator[None]:
+    """Turns a failure for want of memory into an error that says what to do.
+
+    Args:
+        config: of the run; nothing of it is auto.
+        run_dir: its folder, which need not be there yet.
+
+    Raises:
+        MemoryBudgetError: instead of Python's or XLA's error.
+    """
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and not any(
+            sign in str(error) for sign in _SIGNS
+        ):
+            raise
+        # What the failed step holds is in the way of planning another.
+        traceback.clear_frames(error.__traceback__)
+        release_memory()
+        what = (str(error).strip() or "Python has no memory left").splitlines()[0]
+        lines = [f"out of memory: {what[:300]}", *_advice(config), *_what_is_saved(Path(run_dir))]
+        raise MemoryBudgetError("\n".join(lines)) from error
+
+
+def _what_is_saved(run_dir: Path) -> list[str]:
+    there = (run_dir / CONFIG).exists()
+    steps = Checkpoints(RunFolder(run_dir).checkpoints).steps() if there else []
+    if not steps:
+        return ["Nothing was saved."]
+    return [
+        f"The run is saved after step {steps[-1]}. With more memory, go on with: patchgd-jax "
+        f"resume {run_dir}",
+        "With another setting it is a new run, which can start from this one's encoder: "
+        f"--init-encoder {run_dir}",
+    ]
+
+
+def _advice(config: TrainConfig) -> list[str]:
+    """The plan's row of the setting, and the next smaller one that fits."""
+    lines: list[str] = []
+    try:
+        plan = plan_of(config)
+        request = plan.requests[0]
+        free, source = free_memory(plan.device)
+        row = PlanRow(Formula(request, plan.platform).row(plan.method))
+        lines += [
+            f"The plan of this setting, for {show_size(free)} ({source}):",
+            *method_lines([row], {}, free, plan.calibration),
+        ]
+        smaller = _smaller(plan, min(free, round(_SHRINK * plan.by_formula(request))))
+    except (PatchGDError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        return [*lines, f"No smaller setting is known ({error}); see patchgd-jax plan."]
+    if smaller is None:
+        smaller = "none by --patchgd.fraction or --batch-size; take a smaller patch or model"
+    return [*lines, f"The next smaller setting that fits by the plan: {smaller}"]
+
+
+def _smaller(plan: RunPlan, budget: int) -> str | None:
+    """The flags of a setting that takes no more than the budget, by formula."""
+    request = plan.requests[0]
+    quantities: tuple[Quantity, ...] = ("batch",)
+    if plan.method in ("patchgd", "accumulate", "patchwise"):
+        # Fewer patches at a time change a run less than a smaller batch does.
+        quantities = ("fraction", "batch")
+    for quantity in quantities:
+        try:
+            answer = solve(
+                request,
+                plan.method,
+                quantity,
+                budget,
+                total=plan.by_formula,
+                most_inner_steps=plan.fewest_patches,
+            )
+        except MemoryBudgetError:
+            continue
+        if quantity == "fraction":
+            flags = f"--patchgd.fraction {answer.value:.6g}"
+        else:
+            flags = f"--batch-size {answer.request.batch} --eval-batch-size "
+            flags += str(answer.request.eval_batch)
+        return f"{flags} ({show_size(answer.bytes)})"
+    return None

@@ -1,0 +1,367 @@
+"""Uses a trained run: scores it again, or labels image files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import closing
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+
+from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.config import TrainConfig
+from patchgd_jax.data.sources.file_images import FileReader, used_patches
+from patchgd_jax.data.images.regions import RegionSource
+from patchgd_jax.data.images.safe_image import read_image
+from patchgd_jax.data.images.shrink import shrink
+from patchgd_jax.data.protocols import ExampleSource
+from patchgd_jax.data.run_data import RunData, make_data
+from patchgd_jax.errors import ConfigError, DataError
+from patchgd_jax.runs.evaluate import evaluate
+from patchgd_jax.engine.registry import make_execution
+from patchgd_jax.engine.setup import (
+    make_grid,
+    make_model,
+    make_run_task,
+    make_setup,
+    method_grid,
+    restore_params,
+)
+from patchgd_jax.core.grid import Grid, PatchGrid
+from patchgd_jax.baselines.registry import WHOLE_IMAGE, make_method, method_model
+from patchgd_jax.runs.metrics_log import read_metrics
+from patchgd_jax.models.registry import encoder_entry, head_entry
+from patchgd_jax.core.model import Parts
+from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.folder import METRICS, RunFolder
+from patchgd_jax.engine.streaming.step import StreamedStep
+
+Which = Literal["best", "last"]
+EvaluationSplit = Literal["validation", "test"]
+
+RESIDENT_BYTES = 2**28
+"""Bytes of an image's pixels up to which it is read whole to label it."""
+
+
+class TrainedModel:
+    """The parameters of a run and what its images must go through.
+
+    Args:
+        run_dir: the run folder.
+        which: the checkpoint with the best validation score, or the last one.
+        progress: told of damaged checkpoints that were passed over.
+
+    Raises:
+        CheckpointError: if no usable checkpoint is there.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, which: Which = "best", progress: Progress | None = None
+    ) -> None:
+        self.folder = RunFolder(run_dir)
+        self.config: TrainConfig = self.folder.config()
+        self.preprocess = self.folder.preprocess()
+        self.task = make_run_task(self.config, len(self.preprocess.class_names))
+        self._grid = self._grid_of(self.preprocess.shapes[0])
+        model = make_model(self.config, self._grid, self.preprocess)
+        checkpoints = Checkpoints(self.folder.checkpoints, (progress or Progress()).warn)
+        self.step = checkpoints.best() if which == "best" else checkpoints.newest_intact()
+        params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+        self.params: Parts = {
+            part: restore_params(checkpoints, self.step, self.config, params, part)
+            for part in params
+        }
+        self.model_state: Parts = checkpoints.restore_part(self.step, "model_state", model_state)
+        self._score = lru_cache(maxsize=None)(self._jitted_score)
+        self._streamed = lru_cache(maxsize=4)(self._streamed_step)
+
+    def _grid_of(self, shape: tuple[int, int]) -> Grid:
+        return method_grid(self.config, *shape, self.preprocess.background)
+
+    def _jitted_score(self, grid: Grid) -> Any:
+        model = make_model(self.config, grid, self.preprocess)
+        return jax.jit(
+            partial(
+                make_method(
+                    self.config.method, self.config.baseline, self.config.patchgd
+                ).eval_step,
+                model=model,
+                grid=grid,
+                fill_chunk=self.config.patchgd.fill_chunk,
+                task=self.task,
+            )
+        )
+
+    def source(self, split: EvaluationSplit) -> ExampleSource:
+        """The images of a split.
+
+        Raises:
+            ConfigError: if the run has no test images.
+            DataError: if they cannot be used.
+        """
+        return self._source(make_data(self.config), split)
+
+    def _source(self, data: RunData, split: EvaluationSplit) -> ExampleSource:
+        if split == "validation":
+            return data.validation
+        if data.test is None:
+            raise ConfigError(
+                f"run {self.folder.path} has no test images; name them in the split column of its "
+                "CSV file, or train with --data.split.test-fold, or on a tensorflow-datasets set "
+                "with splits validation and test"
+            )
+        return data.test
+
+    def evaluate(
+        self, progress: Progress | None = None, split: EvaluationSplit = "validation"
+    ) -> dict[str, Any]:
+        """Scores the images of a split, as in training.
+
+        Returns:
+            The metrics, `step`, and `recorded`: what the run's log says of the validation images at
+            that step, or None.
+
+        Raises:
+            ConfigError: if there are no such images.
+            DataError: if they cannot be used.
+        """
+        data = make_data(self.config)
+        source = self._source(data, split)
+        # On one device, whatever it was trained on.
+        config = dataclasses.replace(
+            self.config,
+            mesh=None,
+            param_rules=(),
+            stream=dataclasses.replace(self.config.stream, max_age=0),
+        )
+        execution = make_execution(make_setup(config, data, self.preprocess))
+        progress = progress or Progress()
+
+        def show(done: int) -> bool:
+            progress.evaluating(done, len(source))
+            return True
+
+        def on_bad(index: int, path: str, reason: str) -> None:
+            progress.warn(f"left out: {path}: {reason}")
+
+        metrics = evaluate(
+            partial(execution.score, source),
+            self.params,
+            self.model_state,
+            source,
+            execution.eval_batches(source, on_bad),
+            task=self.task,
+            on_batch=show,
+        )
+        assert metrics is not None
+        recorded = [
+            {k: v for k, v in line.items() if k in metrics}
+            for line in read_metrics(self.folder.path / METRICS)
+            if line["kind"] == "eval" and line["step"] == self.step and split == "validation"
+        ]
+        return {"step": self.step, **metrics, "recorded": recorded[0] if recorded else None}
+
+    def read(self, path: str | Path) -> np.ndarray:
+        """Reads an image file as the model needs it, `uint8 [H, W, C]`.
+
+        Raises:
+            DataError: if it cannot be read, or is smaller than a patch.
+            ConfigError: if the model's head cannot take an image of that size.
+        """
+        background, data = self.preprocess.background, self.config.data
+        if data.generated:
+            image = read_image(path, channels=data.num_channels, background=background)
+            image = shrink(image, data.downscale, background)
+        else:
+            image, _ = FileReader(data, background).read(path)
+            if data.fit == "native":
+                # As in training: an image that is smaller than a patch has one.
+                wanted = self._padded(image.shape[:2])
+                missing = [max(0, to - side) for to, side in zip(wanted, image.shape, strict=False)]
+                pad = ((0, missing[0]), (0, missing[1]), (0, 0))
+                image = np.pad(image, pad, constant_values=background)
+        self._check_shape(path, image.shape[:2])
+        return image
+
+    def _padded(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The size to which an image is continued, as images were in training."""
+        if self.config.method in WHOLE_IMAGE:
+            for height, width in sorted(self.preprocess.shapes, key=lambda s: s[0] * s[1]):
+                if height >= shape[0] and width >= shape[1]:
+                    return height, width
+        return self._at_least_a_patch(*shape)
+
+    def _check_shape(self, path: str | Path, shape: tuple[int, int]) -> Grid:
+        """The grid of an image; the head must take it."""
+        try:
+            grid = self._grid_of(shape)
+        except ConfigError as error:
+            raise DataError(f"image {path}: {error}") from error
+        tables = encoder_entry(self.config.model.encoder).side_multiple > 1
+        if tables and grid.patch_shape != self._grid.patch_shape:
+            raise ConfigError(
+                f"image {path} has {shape[0]} x {shape[1]} px, but {self.config.model.encoder} has "
+                f"a table of positions for {' x '.join(map(str, self._grid.patch_shape))} px; "
+                "resize the image"
+            )
+        trained = (self._grid.rows, self._grid.cols)
+        head = method_model(self.config.method, self.config.model).head
+        if head_entry(head).fixed_grid and (grid.rows, grid.cols) != trained:
+            raise ConfigError(
+                f"image {path} gives a grid of {grid.rows} x {grid.cols} patches, but the head "
+                f"{head} works only on the {trained[0]} x {trained[1]} it was "
+                "trained on; resize the image, or train with --model.head attention"
+            )
+        return grid
+
+    def open_streamed(self, path: str | Path) -> RegionSource | None:
+        """Opens an image that is to be read patch by patch, for the caller to close.
+
+        Returns:
+            The image; or None if it is to be read whole: if it is small and the run read its own
+            images whole, if the model sees all images resized, or its method images whole.
+
+        Raises:
+            DataError: if it cannot be opened, or is smaller than a patch.
+            ConfigError: if the model's head cannot take an image of that size.
+        """
+        data = self.config.data
+        if self.config.method not in ("patchgd", "mil"):
+            return None
+        if data.downscale > 1 or (data.fit != "native" and not data.generated):
+            return None
+        reader = FileReader(data, self.preprocess.background)
+        source = reader.open(path)
+        try:
+            height, width = source.level_shapes[reader.level(source, path)]
+            if (
+                not self.config.stream.enabled
+                and height * width * data.num_channels <= RESIDENT_BYTES
+            ):
+                source.close()
+                return None
+            self._check_shape(path, self._at_least_a_patch(height, width))
+        except BaseException:
+            source.close()
+            raise
+        return source
+
+    def _at_least_a_patch(self, height: int, width: int) -> tuple[int, int]:
+        patch = self.config.patchgd.patch if self.config.data.fit == "native" else 0
+        return max(height, patch), max(width, patch)
+
+    def predict_streamed(
+        self, source: RegionSource, name: str, patches: np.ndarray | None = None
+    ) -> dict[str, Any]:
+        """Labels one image of which no more than some patches are in memory.
+
+        Args:
+            source: from `open_streamed`.
+            name: what errors call the image.
+            patches: from `patches`; the others are neither read nor encoded.
+
+        Returns:
+            As `predict`.
+
+        Raises:
+            DataError: if a patch cannot be read.
+        """
+        shape = source.level_shapes[self.config.data.level]
+        grid = make_grid(self.config, *self._at_least_a_patch(*shape), self.preprocess.background)
+        batch = self._batch(grid, patches)
+        out = self._streamed(grid).evaluate(self.params, self.model_state, [source], batch, [name])
+        return self._answer(out)
+
+    def _streamed_step(self, grid: PatchGrid) -> StreamedStep:
+        config = self.config
+        return StreamedStep(
+            make_model(config, grid, self.preprocess),
+            optax.identity(),
+            grid,
+            # The gradient's mode does not matter here, but streaming has no mode full.
+            dataclasses.replace(config.patchgd, mode="accumulate"),
+            self.task,
+            level=config.data.level,
+            buffers=config.stream.buffers,
+            readers=config.stream.readers,
+        )
+
+    def patches(self, path: str | Path) -> np.ndarray | None:
+        """The numbers of a file's patches that hold something, `int32 [m]`; None: all count."""
+        if self.config.data.empty.method == "none":
+            return None
+        reader = FileReader(self.config.data, self.preprocess.background)
+        shape = self._at_least_a_patch(*reader.shape(path))
+        grid = make_grid(self.config, *shape, self.preprocess.background)
+        return np.flatnonzero(used_patches(path, reader, grid)).astype(np.int32)
+
+    def predict(self, image: np.ndarray, patches: np.ndarray | None = None) -> dict[str, Any]:
+        """Labels one image.
+
+        Args:
+            image: from `read`.
+            patches: from `patches`; the others are not encoded.
+
+        Returns:
+            `label`: the class name, for a multi-label task the list of those that hold, for a
+            regression the number; and for all but the last `probabilities` by class name.
+        """
+        grid = self._grid_of(image.shape[:2])
+        batch = {"image": image[None], **self._batch(grid, patches)}
+        return self._answer(self._score(grid)(self.params, self.model_state, jax.device_put(batch)))
+
+    def _batch(self, grid: Grid, patches: np.ndarray | None) -> dict[str, np.ndarray]:
+        """A batch of one image, without its pixels."""
+        spec = self.task.label_spec(1, len(self.preprocess.class_names))
+        batch = {"label": np.zeros(spec.shape, spec.dtype)}
+        if patches is not None:
+            # As many slots for every image of a size: one program.
+            slots = np.full((1, grid.num_patches), grid.num_patches, np.int32)
+            slots[0, : len(patches)] = patches
+            batch["patches"] = slots
+        return batch
+
+    def _answer(self, on_device: dict[str, jax.Array]) -> dict[str, Any]:
+        names = self.preprocess.class_names
+        out = jax.device_get(on_device)
+        (answer,) = out["prediction"]
+        if self.task.name == "regression":
+            return {"label": float(answer)}
+        (probabilities,) = self.task.probabilities(out["logits"]).tolist()
+        label: Any = (
+            [name for name, holds in zip(names, answer, strict=True) if holds]
+            if self.task.name == "multi-label"
+            else names[int(answer)]
+        )
+        return {"label": label, "probabilities": dict(zip(names, probabilities, strict=True))}
+
+    def predict_files(self, paths: Sequence[str | Path]) -> list[dict[str, Any]]:
+        """Labels image files; all are checked before any is labelled.
+
+        Returns:
+            Per file `image` (the path) and what `predict` gives.
+
+        Raises:
+            DataError: for the first file that cannot be used.
+            ConfigError: for the first that the head cannot take.
+        """
+        for path in paths:
+            source = self.open_streamed(path)
+            if source is not None:
+                source.close()
+            else:
+                self.read(path)
+        return [{"image": str(path), **self.predict_file(path)} for path in paths]
+
+    def predict_file(self, path: str | Path) -> dict[str, Any]:
+        """Labels an image file, read whole or patch by patch; as `predict`."""
+        source = self.open_streamed(path)
+        if source is None:
+            return self.predict(self.read(path), self.patches(path))
+        with closing(source):
+            return self.predict_streamed(source, str(path), self.patches(path))

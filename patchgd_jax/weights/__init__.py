@@ -1,0 +1,1 @@
+"""Published and saved weights: files, downloads, key tables and matching to models."""
