@@ -21,8 +21,6 @@ from patchgd_jax.core.grid import SeriesGrid as SeriesGrid
 from patchgd_jax.core.grid import WholeImage as WholeImage
 from patchgd_jax.core.latents import fill as fill
 from patchgd_jax.core.model import PatchModel as PatchModel
-from patchgd_jax.core.model import from_linen as from_linen
-from patchgd_jax.core.model import from_nnx as from_nnx
 from patchgd_jax.core.optimizer import make_optimizer as make_optimizer
 from patchgd_jax.core.optimizer import make_schedule as make_schedule
 from patchgd_jax.core.optimizer import with_average as with_average
@@ -45,6 +43,8 @@ from patchgd_jax.errors import DiskError as DiskError
 from patchgd_jax.errors import DivergedError as DivergedError
 from patchgd_jax.errors import Interrupted as Interrupted
 from patchgd_jax.errors import PatchGDError as PatchGDError
+from patchgd_jax.models.adapters import from_linen as from_linen
+from patchgd_jax.models.adapters import from_nnx as from_nnx
 from patchgd_jax.models.depth import encoder_layers as encoder_layers
 from patchgd_jax.models.registry import ENCODERS as ENCODERS
 from patchgd_jax.models.registry import HEADS as HEADS

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from patchgd_jax.core.gradients import Batch
-from patchgd_jax.core.model import Parts, PatchModel
+from patchgd_jax.core.model import Params, PatchModel
 from patchgd_jax.core.tasks import Task
 
 Pooling = Literal["mean", "vote"]
@@ -18,14 +18,14 @@ _FAINT = 1e-6
 
 
 def patch_logits(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     latents: jax.Array,
     key: jax.Array,
     *,
     model: PatchModel,
     train: bool,
-) -> tuple[jax.Array, Parts]:
+) -> tuple[jax.Array, Params]:
     """Each patch's own answer: the head reads it as a Z of one entry.
 
     Args:

@@ -12,7 +12,7 @@ from patchgd_jax.config import AugmentConfig, PatchGDConfig
 from patchgd_jax.core.augment import Augment, augmentation
 from patchgd_jax.core.gradients import Batch, Gradient, stream
 from patchgd_jax.core.grid import Grid
-from patchgd_jax.core.model import Parts, PatchModel
+from patchgd_jax.core.model import Params, PatchModel
 from patchgd_jax.core.placement import ALONE, Placement
 from patchgd_jax.core.step import TrainState, apply_gradient, global_norm, step_beside_frozen
 from patchgd_jax.core.tasks import SINGLE_LABEL, Task
@@ -34,8 +34,8 @@ class GradientOf(Protocol):
 
     def __call__(
         self,
-        params: Parts,
-        model_state: Parts,
+        params: Params,
+        model_state: Params,
         batch: Batch,
         key: jax.Array,
         *,

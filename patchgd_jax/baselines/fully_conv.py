@@ -19,19 +19,19 @@ from patchgd_jax.config import PatchGDConfig
 from patchgd_jax.core.augment import Augment
 from patchgd_jax.core.gradients import Batch, Gradient, stream
 from patchgd_jax.core.grid import Grid
-from patchgd_jax.core.model import Parts, PatchModel
+from patchgd_jax.core.model import Params, PatchModel
 from patchgd_jax.core.tasks import SINGLE_LABEL, Task
 
 
 def position_latents(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     images: jax.Array,
     key: jax.Array,
     *,
     model: PatchModel,
     train: bool,
-) -> tuple[jax.Array, Parts]:
+) -> tuple[jax.Array, Params]:
     """The latent of every position.
 
     Args:
@@ -50,8 +50,8 @@ def position_latents(
 
 
 def fully_conv_gradient(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     batch: Batch,
     key: jax.Array,
     *,
@@ -73,7 +73,7 @@ def fully_conv_gradient(
     if augment is not None:
         images = augment(images[:, None], jnp.zeros((images.shape[0], 1), jnp.int32))[:, 0]
 
-    def loss_fn(params: Parts) -> tuple[jax.Array, tuple[jax.Array, Parts]]:
+    def loss_fn(params: Params) -> tuple[jax.Array, tuple[jax.Array, Params]]:
         latents, new_state = position_latents(
             params,
             model_state,
@@ -97,8 +97,8 @@ def fully_conv_gradient(
 
 
 def fully_conv_eval(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     batch: Batch,
     *,
     model: PatchModel,

@@ -19,7 +19,7 @@ from patchgd_jax.config import PatchGDConfig
 from patchgd_jax.core.augment import Augment
 from patchgd_jax.core.gradients import Batch, Gradient, full_gradient, patch_mask, read_z, stream
 from patchgd_jax.core.grid import Grid
-from patchgd_jax.core.model import Parts, PatchModel
+from patchgd_jax.core.model import Params, PatchModel
 from patchgd_jax.core.sampling import without_repeats
 from patchgd_jax.core.step import eval_fill
 from patchgd_jax.core.tasks import SINGLE_LABEL, Task
@@ -53,8 +53,8 @@ def require_attention(model: PatchModel, grid: Grid, width: int) -> None:
 
 
 def select_patches(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     z: jax.Array,
     batch: Batch,
     *,
@@ -102,8 +102,8 @@ def only(batch: Batch, ids: jax.Array) -> dict[str, jax.Array]:
 
 
 def ips_gradient(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     batch: Batch,
     key: jax.Array,
     *,
@@ -146,8 +146,8 @@ def ips_gradient(
 
 
 def ips_eval(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     batch: Batch,
     *,
     model: PatchModel,

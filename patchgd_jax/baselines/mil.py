@@ -13,7 +13,7 @@ from patchgd_jax.config import PatchGDConfig
 from patchgd_jax.core.augment import Augment
 from patchgd_jax.core.gradients import Batch, Gradient, head_loss, stream
 from patchgd_jax.core.grid import Grid
-from patchgd_jax.core.model import Parts, PatchModel
+from patchgd_jax.core.model import Params, PatchModel
 from patchgd_jax.core.step import eval_fill
 from patchgd_jax.core.tasks import Task
 
@@ -22,8 +22,8 @@ FEATURES = "z"
 
 
 def mil_gradient(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     batch: Batch,
     key: jax.Array,
     *,
@@ -45,7 +45,7 @@ def mil_gradient(
         )
     z = lax.stop_gradient(z)
 
-    def loss_fn(params: Parts) -> tuple[jax.Array, tuple[jax.Array, Parts]]:
+    def loss_fn(params: Params) -> tuple[jax.Array, tuple[jax.Array, Params]]:
         return head_loss(
             params, model_state, z, batch, stream(key, "head"), model=model, grid=grid, task=task
         )

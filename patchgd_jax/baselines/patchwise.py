@@ -23,7 +23,7 @@ from patchgd_jax.core.gradients import (
 )
 from patchgd_jax.core.grid import Grid
 from patchgd_jax.core.latents import encode_patches
-from patchgd_jax.core.model import Parts, PatchModel
+from patchgd_jax.core.model import Params, PatchModel
 from patchgd_jax.core.placement import ALONE, Placement
 from patchgd_jax.core.sampling import sample_groups
 from patchgd_jax.core.step import (
@@ -37,8 +37,8 @@ from patchgd_jax.core.tasks import SINGLE_LABEL, Task
 
 
 def patchwise_gradient(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     ids: jax.Array,
     batch: Batch,
     key: jax.Array,
@@ -56,7 +56,7 @@ def patchwise_gradient(
         The gradient; its logits are those of the image by these patches.
     """
 
-    def loss_fn(params: Parts) -> tuple[jax.Array, tuple[jax.Array, Parts]]:
+    def loss_fn(params: Params) -> tuple[jax.Array, tuple[jax.Array, Params]]:
         latents, new_state = encode_patches(
             params,
             model_state,
@@ -131,8 +131,8 @@ def patchwise_step(
 
     def update(state: TrainState, steps: tuple[jax.Array, jax.Array]) -> tuple[TrainState, Metrics]:
         def accumulate(
-            carry: tuple[Parts, Parts], step: tuple[jax.Array, jax.Array]
-        ) -> tuple[tuple[Parts, Parts], tuple[jax.Array, jax.Array]]:
+            carry: tuple[Params, Params], step: tuple[jax.Array, jax.Array]
+        ) -> tuple[tuple[Params, Params], tuple[jax.Array, jax.Array]]:
             total, model_state = carry
             number, group = step
             gradient = patchwise_gradient(
@@ -173,8 +173,8 @@ def patchwise_step(
 
 
 def patchwise_eval(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     batch: Batch,
     *,
     model: PatchModel,

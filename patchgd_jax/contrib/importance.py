@@ -21,7 +21,7 @@ from jax import lax
 from patchgd_jax.config import PatchGDConfig
 from patchgd_jax.core.gradients import Batch, head_loss, listed_patches, patch_mask, stream
 from patchgd_jax.core.grid import Grid
-from patchgd_jax.core.model import Parts, PatchModel
+from patchgd_jax.core.model import Params, PatchModel
 from patchgd_jax.core.placement import ALONE, Placement
 from patchgd_jax.core.sampling import counted_once, group_size
 from patchgd_jax.core.staleness import never_sampled, sampled_now
@@ -30,8 +30,8 @@ from patchgd_jax.errors import ConfigError
 
 
 def importance_groups(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     z: jax.Array,
     batch: Batch,
     key: jax.Array,
@@ -180,8 +180,8 @@ def _inclusion(chance: jax.Array, draws: jax.Array) -> jax.Array:
 
 
 def _scores(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     z: jax.Array,
     batch: Batch,
     key: jax.Array,
@@ -195,7 +195,7 @@ def _scores(
     """The scores `float [B, N]` of the filled Z; 0 for padding examples."""
 
     def local(
-        params: Parts, model_state: Parts, z: jax.Array, batch: Batch, key: jax.Array
+        params: Params, model_state: Params, z: jax.Array, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array]:
         if by_attention:
             attention = _attend(params, model_state, z, batch, model=model, grid=grid)
@@ -226,8 +226,8 @@ def _scores(
 
 
 def _attend(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     z: jax.Array,
     batch: Batch,
     *,

@@ -22,7 +22,7 @@ from patchgd_jax.core.latents import (
     read_latents,
     write_latents,
 )
-from patchgd_jax.core.model import Parts, PatchModel
+from patchgd_jax.core.model import Params, PatchModel
 from patchgd_jax.core.placement import ALONE, Placement
 from patchgd_jax.core.sampling import strata_lists, without_repeats
 from patchgd_jax.core.tasks import SINGLE_LABEL, Task
@@ -39,8 +39,8 @@ head does not see them."""
 class Gradient(NamedTuple):
     """A gradient and what its computation leaves behind."""
 
-    grads: Parts
-    model_state: Parts
+    grads: Params
+    model_state: Params
     loss: jax.Array
     """`float []`, mean over the batch."""
     logits: jax.Array
@@ -111,8 +111,8 @@ def real_patches(batch: Batch, grid: Grid) -> jax.Array | None:
 
 
 def read_z(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     z: jax.Array,
     batch: Batch,
     key: jax.Array,
@@ -122,7 +122,7 @@ def read_z(
     train: bool,
     task: Task,
     placement: Placement = ALONE,
-) -> tuple[jax.Array, jax.Array, Parts]:
+) -> tuple[jax.Array, jax.Array, Params]:
     """Reads Z `[B, N, D]` with the head.
 
     Returns:
@@ -137,8 +137,8 @@ def read_z(
 
 
 def head_loss(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     z: jax.Array,
     batch: Batch,
     key: jax.Array,
@@ -147,7 +147,7 @@ def head_loss(
     grid: Grid,
     task: Task,
     placement: Placement = ALONE,
-) -> tuple[jax.Array, tuple[jax.Array, Parts]]:
+) -> tuple[jax.Array, tuple[jax.Array, Params]]:
     """The mean over a training batch of loss times weight; the logits; the new model state.
 
     The mean is over the examples whose weight is not 0: those are padding. Where several devices
@@ -171,8 +171,8 @@ def head_loss(
 
 
 def inner_gradient(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     z: jax.Array,
     ids: jax.Array,
     batch: Batch,
@@ -199,7 +199,7 @@ def inner_gradient(
         The gradient, and Z with the fresh entries, again a constant.
     """
 
-    def loss_fn(params: Parts) -> tuple[jax.Array, tuple[jax.Array, Parts, jax.Array]]:
+    def loss_fn(params: Params) -> tuple[jax.Array, tuple[jax.Array, Params, jax.Array]]:
         latents, new_state = encode_patches(
             params,
             model_state,
@@ -242,8 +242,8 @@ def _scaled_gradient(latents: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def exact_gradient(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     batch: Batch,
     key: jax.Array,
     *,
@@ -287,7 +287,7 @@ def exact_gradient(
         placement=placement,
     )
 
-    def loss_fn(params: Parts, z: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Parts]]:
+    def loss_fn(params: Params, z: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Params]]:
         return head_loss(
             params,
             model_state,
@@ -304,7 +304,7 @@ def exact_gradient(
         loss_fn, argnums=(0, 1), has_aux=True
     )(params, lax.stop_gradient(z))
 
-    def add(total: Parts, step: tuple[jax.Array, jax.Array]) -> tuple[Parts, None]:
+    def add(total: Params, step: tuple[jax.Array, jax.Array]) -> tuple[Params, None]:
         number, ids = step
         part = chunk_gradient(
             params,
@@ -328,8 +328,8 @@ def exact_gradient(
 
 
 def chunk_gradient(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     images: jax.Array,
     ids: jax.Array,
     dz: jax.Array,
@@ -341,14 +341,14 @@ def chunk_gradient(
     spare: bool,
     augment: Augment | None = None,
     placement: Placement = ALONE,
-) -> Parts:
+) -> Params:
     """The encoder's gradient through the patches `ids [B, k]`, given `dL/dZ` as `[B, N, D]`.
 
     `ids` are this device's slots. They are encoded again; `key` must be the one they were encoded
     with for Z.
     """
 
-    def encode(params: Parts) -> jax.Array:
+    def encode(params: Params) -> jax.Array:
         latents, _ = encode_patches(
             params,
             model_state,
@@ -369,8 +369,8 @@ def chunk_gradient(
 
 
 def full_gradient(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     batch: Batch,
     key: jax.Array,
     *,
@@ -404,7 +404,7 @@ def full_gradient(
     """
     groups, spare = chunks(batch, grid, chunk if remat else grid.num_patches, strata)
 
-    def loss_fn(params: Parts) -> tuple[jax.Array, tuple[jax.Array, Parts]]:
+    def loss_fn(params: Params) -> tuple[jax.Array, tuple[jax.Array, Params]]:
         z, new_state = fill(
             params,
             model_state,

@@ -10,14 +10,14 @@ from jax import lax
 
 from patchgd_jax.core.augment import Augment
 from patchgd_jax.core.grid import Grid
-from patchgd_jax.core.model import Parts, PatchModel
+from patchgd_jax.core.model import Params, PatchModel
 from patchgd_jax.core.placement import ALONE, Placement
 from patchgd_jax.core.sampling import without_repeats
 
 
 def encode_patches(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     images: jax.Array,
     ids: jax.Array,
     key: jax.Array,
@@ -29,7 +29,7 @@ def encode_patches(
     spare: bool = True,
     augment: Augment | None = None,
     placement: Placement = ALONE,
-) -> tuple[jax.Array, Parts]:
+) -> tuple[jax.Array, Params]:
     """Cuts patches out of the images and encodes them.
 
     Args:
@@ -125,8 +125,8 @@ def has_spare(ids: jax.Array, grid: Grid) -> bool:
 
 
 def fill(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     images: jax.Array,
     key: jax.Array,
     *,
@@ -139,7 +139,7 @@ def fill(
     spare: bool | None = None,
     augment: Augment | None = None,
     placement: Placement = ALONE,
-) -> tuple[jax.Array, Parts]:
+) -> tuple[jax.Array, Params]:
     """Computes all of Z, some grid positions at a time.
 
     Args:
@@ -166,7 +166,7 @@ def fill(
     """
     some_spare = has_spare(ids, grid) if spare is None else spare
 
-    def encode(model_state: Parts, step: tuple[jax.Array, jax.Array]) -> tuple[Parts, jax.Array]:
+    def encode(model_state: Params, step: tuple[jax.Array, jax.Array]) -> tuple[Params, jax.Array]:
         number, chunk = step
         latents, model_state = encode_patches(
             params,

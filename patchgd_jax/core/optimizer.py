@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from patchgd_jax.config import OptimizerConfig
-from patchgd_jax.core.model import Parts, Tree
+from patchgd_jax.core.model import Params, PyTree
 from patchgd_jax.errors import ConfigError
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -90,8 +90,8 @@ def _scale_encoder(
     if decay != 1 and depth is None:
         raise ConfigError("optimizer.layer_decay needs the depth of the encoder's parameters")
 
-    def scale(updates: Parts, params: Parts | None) -> Parts:
-        def scaled(tree: Tree, factor: float) -> Tree:
+    def scale(updates: Params, params: Params | None) -> Params:
+        def scaled(tree: PyTree, factor: float) -> PyTree:
             return jax.tree.map(lambda u: u * factor, tree)
 
         encoder = updates["encoder"]
@@ -112,9 +112,9 @@ class AverageState(NamedTuple):
 
     updates: jax.Array
     """`int32 []`, how many there were."""
-    average: Parts
+    average: Params
     """Of the parameters that are trained."""
-    inner: Tree
+    inner: PyTree
 
 
 def with_average(
@@ -132,14 +132,14 @@ def with_average(
     if decay is None:
         return optimizer
 
-    def init(params: Parts) -> AverageState:
+    def init(params: Params) -> AverageState:
         # Copies: a donated state must not hold one buffer twice.
         average = jax.tree.map(jnp.copy, params)
         return AverageState(jnp.zeros((), jnp.int32), average, optimizer.init(params))
 
     def update(
-        grads: Parts, state: AverageState, params: Parts | None = None
-    ) -> tuple[Parts, AverageState]:
+        grads: Params, state: AverageState, params: Params | None = None
+    ) -> tuple[Params, AverageState]:
         updates, inner = optimizer.update(grads, state.inner, params)
         after = optax.apply_updates(params, updates)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 
 from patchgd_jax.core.grid import Grid
-from patchgd_jax.core.model import Tree
+from patchgd_jax.core.model import PyTree
 
 Kind = Literal["params", "same", "batch", "images", "groups", "gradient", "sum"]
 """What an argument or result of a local function is, for each device.
@@ -37,7 +37,7 @@ class Placement:
         """
         return function
 
-    def vary(self, params: Tree) -> Tree:
+    def vary(self, params: PyTree) -> PyTree:
         """Constant parameters, for use beside those that a local function was given."""
         return params
 

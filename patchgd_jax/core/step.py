@@ -18,6 +18,7 @@ from jax import lax
 from patchgd_jax.config import AugmentConfig, PatchGDConfig
 from patchgd_jax.contrib.importance import importance_groups
 from patchgd_jax.core.augment import augmentation
+from patchgd_jax.core.freezing import close_over_frozen, combine_frozen, partition_frozen
 from patchgd_jax.core.gradients import (
     Batch,
     Gradient,
@@ -34,12 +35,9 @@ from patchgd_jax.core.gradients import (
 from patchgd_jax.core.grid import Grid
 from patchgd_jax.core.latents import fill, has_spare
 from patchgd_jax.core.model import (
-    Parts,
+    Params,
     PatchModel,
-    Tree,
-    join_frozen,
-    split_frozen,
-    with_fixed,
+    PyTree,
 )
 from patchgd_jax.core.optimizer import AverageState
 from patchgd_jax.core.placement import ALONE, Placement
@@ -58,9 +56,9 @@ class TrainState(NamedTuple):
 
     step: jax.Array
     """`int32 []`, outer steps done."""
-    params: Parts
-    model_state: Parts
-    opt_state: Tree
+    params: Params
+    model_state: Params
+    opt_state: PyTree
 
 
 def init_state(
@@ -72,11 +70,11 @@ def init_state(
 ) -> TrainState:
     """The state before the first outer step; the optimizer keeps nothing for `frozen` entries."""
     params, model_state = model.init(key)
-    trained = split_frozen(params, frozen)[0] if frozen else params
+    trained = partition_frozen(params, frozen)[0] if frozen else params
     return TrainState(jnp.zeros((), jnp.int32), params, model_state, optimizer.init(trained))
 
 
-def evaluated_params(state: TrainState) -> Parts:
+def evaluated_params(state: TrainState) -> Params:
     """The parameters to evaluate: their moving average if the optimizer keeps one."""
     if not isinstance(state.opt_state, AverageState):
         return state.params
@@ -205,20 +203,20 @@ def step_beside_frozen(
         placement: as `step`'s.
         **arguments: the others of `step`.
     """
-    trained, fixed = split_frozen(state.params, frozen)
+    trained, fixed = partition_frozen(state.params, frozen)
     new_state, metrics = step(
         state._replace(params=trained),
         batch,
         key,
-        model=with_fixed(model, lambda: placement.vary(fixed)),
+        model=close_over_frozen(model, lambda: placement.vary(fixed)),
         placement=placement,
         **arguments,
     )
-    params = join_frozen(new_state.params, fixed)
+    params = combine_frozen(new_state.params, fixed)
     return new_state._replace(params=params), {**metrics, "param_norm": global_norm(params)}
 
 
-def global_norm(tree: Tree) -> jax.Array:
+def global_norm(tree: PyTree) -> jax.Array:
     """The global L2 norm, in few operations: XLA:CPU makes several kernels of each sum.
 
     A product per matrix is one kernel, and the many short vectors are one vector.
@@ -284,8 +282,8 @@ def _whole_gradient(
         of_part = partial(full_gradient, remat=patchgd.remat)
 
     def local(
-        params: Parts, model_state: Parts, batch: Batch, key: jax.Array
-    ) -> tuple[Parts, Parts, jax.Array, jax.Array]:
+        params: Params, model_state: Params, batch: Batch, key: jax.Array
+    ) -> tuple[Params, Params, jax.Array, jax.Array]:
         first = placement.first_image(batch["image"].shape[0])
         gradient = of_part(
             params,
@@ -354,8 +352,8 @@ def _inner_steps(
     redrawn = augment is not None and not augment.same_draw
 
     def first_fill(
-        params: Parts, model_state: Parts, batch: Batch, ids: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Parts]:
+        params: Params, model_state: Params, batch: Batch, ids: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Params]:
         first = placement.first_image(batch["image"].shape[0])
         return fill(
             params,
@@ -373,13 +371,13 @@ def _inner_steps(
         )
 
     def group_gradient(
-        params: Parts,
-        model_state: Parts,
+        params: Params,
+        model_state: Params,
         z: jax.Array,
         batch: Batch,
         steps: Steps,
         key: jax.Array,
-    ) -> tuple[Parts, Parts, jax.Array, jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[Params, Params, jax.Array, jax.Array, jax.Array, jax.Array]:
         """The mean gradient of the inner steps between two updates, and what they leave."""
         first = placement.first_image(batch["image"].shape[0])
         changes = augmentation(
@@ -387,8 +385,8 @@ def _inner_steps(
         )
 
         def accumulate(
-            carry: tuple[Parts, Parts, jax.Array], step: Steps
-        ) -> tuple[tuple[Parts, Parts, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+            carry: tuple[Params, Params, jax.Array], step: Steps
+        ) -> tuple[tuple[Params, Params, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
             total, model_state, z = carry
             number, group, weights = step
             # The gradient is taken inside the scan: a gradient of the scan would keep every step.
@@ -469,8 +467,8 @@ def _inner_steps(
 
 
 def eval_step(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     batch: Batch,
     *,
     model: PatchModel,
@@ -488,7 +486,7 @@ def eval_step(
         the caller leaves them out by the batch's `weight`.
     """
 
-    def local(params: Parts, model_state: Parts, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def local(params: Params, model_state: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         z = eval_fill(
             params,
             model_state,
@@ -519,8 +517,8 @@ def eval_step(
 
 
 def attention_map(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     batch: Batch,
     *,
     model: PatchModel,
@@ -553,8 +551,8 @@ def attention_map(
 
 
 def eval_fill(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     batch: Batch,
     *,
     model: PatchModel,

@@ -13,7 +13,7 @@ import optax
 from patchgd_jax.baselines.registry import Method
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.core.grid import Grid, PatchGrid
-from patchgd_jax.core.model import Parts, PatchModel
+from patchgd_jax.core.model import Params, PatchModel
 from patchgd_jax.core.step import TrainState
 from patchgd_jax.core.tasks import Task
 from patchgd_jax.data.loading.bad_records import OnBad
@@ -159,7 +159,7 @@ class Execution(abc.ABC):
 
     @abc.abstractmethod
     def score(
-        self, source: ExampleSource, params: Parts, model_state: Parts, batch: HostBatch
+        self, source: ExampleSource, params: Params, model_state: Params, batch: HostBatch
     ) -> dict[str, Any]:
         """Scores a batch of a source.
 

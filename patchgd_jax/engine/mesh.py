@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from patchgd_jax.core.model import Parts
+from patchgd_jax.core.model import Params
 from patchgd_jax.core.step import TrainState
 from patchgd_jax.data.loading.bands import Band, BandExamples
 from patchgd_jax.data.protocols import ExampleSource, as_regions
@@ -109,7 +109,7 @@ class MeshExecution(ResidentExecution):
     def _score_step(self, **arguments: Any) -> jax.stages.Wrapped:
         arguments |= {"mesh": self._mesh, "rules": self._rules}
 
-        def score(params: Parts, model_state: Parts, batch: dict[str, Any]) -> dict[str, Any]:
+        def score(params: Params, model_state: Params, batch: dict[str, Any]) -> dict[str, Any]:
             # Of the whole batch, also what this process did not read.
             known = {"label": batch["label"], "weight": batch["weight"]}
             return {**sharded_eval_step(params, model_state, batch, **arguments), **known}
@@ -138,7 +138,7 @@ class MeshExecution(ResidentExecution):
         return self._ended(super().train(state, batch))
 
     def score(
-        self, source: ExampleSource, params: Parts, model_state: Parts, batch: HostBatch
+        self, source: ExampleSource, params: Params, model_state: Params, batch: HostBatch
     ) -> dict[str, Any]:
         """See `Execution`."""
         return self._ended(super().score(source, params, model_state, batch))

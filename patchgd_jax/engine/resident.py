@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from patchgd_jax.core.model import Parts
+from patchgd_jax.core.model import Params
 from patchgd_jax.core.step import TrainState
 from patchgd_jax.data.protocols import ExampleSource
 from patchgd_jax.engine.base import Execution, HostBatch, Setup
@@ -70,7 +70,7 @@ class ResidentExecution(Execution):
         lowered = step.lower(state, self._laid_out(batch, number), setup.key)
         return Program(lowered.compile(), tuple(batch))
 
-    def _compile_score(self, params: Parts, model_state: Parts, number: int) -> Program:
+    def _compile_score(self, params: Params, model_state: Params, number: int) -> Program:
         setup, config = self.setup, self.setup.config
         step = self._score_step(
             model=setup.models[number],
@@ -110,7 +110,7 @@ class ResidentExecution(Execution):
         return new_state, metrics
 
     def score(
-        self, source: ExampleSource, params: Parts, model_state: Parts, batch: HostBatch
+        self, source: ExampleSource, params: Params, model_state: Params, batch: HostBatch
     ) -> dict[str, Any]:
         """See `Execution`."""
         number = self._number(batch)

@@ -11,8 +11,9 @@ import optax
 from patchgd_jax.baselines.ips import require_attention
 from patchgd_jax.baselines.registry import WHOLE_IMAGE, frozen_entries, make_method, method_model
 from patchgd_jax.config import TrainConfig
+from patchgd_jax.core.freezing import partition_frozen
 from patchgd_jax.core.grid import Grid, PatchGrid, WholeImage
-from patchgd_jax.core.model import Parts, PatchModel, Tree, split_frozen
+from patchgd_jax.core.model import Params, PatchModel, PyTree
 from patchgd_jax.core.optimizer import make_optimizer, with_average
 from patchgd_jax.core.sampling import group_size
 from patchgd_jax.core.tasks import Task, make_task
@@ -203,8 +204,8 @@ def make_setup(
 
 
 def restore_params(
-    checkpoints: Checkpoints, step: int, config: TrainConfig, like: Parts, part: str
-) -> Tree:
+    checkpoints: Checkpoints, step: int, config: TrainConfig, like: Params, part: str
+) -> PyTree:
     """A part's parameters as a run evaluated them: their moving average if it keeps one.
 
     Args:
@@ -220,7 +221,7 @@ def restore_params(
     params = checkpoints.restore_part(step, f"params/{part}", like[part])
     if config.optimizer.ema_decay is None:
         return params
-    trained, _ = split_frozen(like, run_frozen(config))
+    trained, _ = partition_frozen(like, run_frozen(config))
     # What is frozen has no average.
     return {**params, **checkpoints.restore_part(step, f"opt_state/average/{part}", trained[part])}
 

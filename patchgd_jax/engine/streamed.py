@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from patchgd_jax.core.model import Parts
+from patchgd_jax.core.model import Params
 from patchgd_jax.core.step import TrainState
 from patchgd_jax.data.images.regions import RegionSource
 from patchgd_jax.data.protocols import ExampleSource, RegionExamples, Unread, as_regions
@@ -72,7 +72,7 @@ class StreamedExecution(Execution):
         return new_state, metrics
 
     def score(
-        self, source: ExampleSource, params: Parts, model_state: Parts, batch: HostBatch
+        self, source: ExampleSource, params: Params, model_state: Params, batch: HostBatch
     ) -> dict[str, Any]:
         """See `Execution`."""
         regions = as_regions(source)

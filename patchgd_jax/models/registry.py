@@ -13,8 +13,9 @@ from flax import linen as nn
 
 from patchgd_jax.config import ModelConfig
 from patchgd_jax.core.grid import Grid
-from patchgd_jax.core.model import PatchModel, from_linen, rematerialised
+from patchgd_jax.core.model import PatchModel
 from patchgd_jax.errors import ConfigError, unknown_name
+from patchgd_jax.models.adapters import from_linen, rematerialised
 from patchgd_jax.models.encoders.convnext_v2 import ConvNeXtV2
 from patchgd_jax.models.encoders.efficientnet import EfficientNet
 from patchgd_jax.models.encoders.mobilenet_v2 import MobileNetV2

@@ -21,7 +21,7 @@ import numpy as np
 from patchgd_jax.baselines.ips import require_attention
 from patchgd_jax.config import ModelConfig
 from patchgd_jax.core.grid import PatchGrid
-from patchgd_jax.core.model import Parts, PatchModel
+from patchgd_jax.core.model import Params, PatchModel
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.models.layers.conv import traced_for
 from patchgd_jax.models.registry import build_model, encoder_entry, head_entry
@@ -84,8 +84,8 @@ class Row(NamedTuple):
 
 def profile_encoder(
     model: PatchModel,
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     *,
     side: tuple[int, int],
     channels: int,
@@ -111,7 +111,7 @@ def profile_encoder(
     images = jax.ShapeDtypeStruct((batch, *side, channels), jnp.uint8)
     residuals: list[Any] = []
 
-    def gradient(params: Parts, model_state: Parts, images: jax.Array, key: jax.Array) -> Any:
+    def gradient(params: Params, model_state: Params, images: jax.Array, key: jax.Array) -> Any:
         def encode(encoder: Any) -> jax.Array:
             parts = {**params, "encoder": encoder}
             return model.encode(parts, model_state, images, train=True, rng=key)[0]
@@ -235,7 +235,7 @@ class Formula:
 
     def _trace_shapes(
         self, config: ModelConfig, side: int, patches: bool
-    ) -> tuple[PatchModel, Parts, Parts]:
+    ) -> tuple[PatchModel, Params, Params]:
         """A model, and the shapes of its parameters and its model state."""
         channels, classes = self.request.image[2], self.request.classes
         grid = self.request.grid if patches else PatchGrid(side, side, side)
@@ -266,7 +266,7 @@ class Formula:
             params = {"head": params["head"]}
         return tree_bytes(jax.eval_shape(optimizer_of(self.request).init, params))
 
-    def _encoder(self, config: ModelConfig, side: int) -> Parts:
+    def _encoder(self, config: ModelConfig, side: int) -> Params:
         """Shapes of the encoder, which what is kept or read of it does not change."""
         plain = dataclasses.replace(config, remat="none", head=ModelConfig.head, dropout=None)
         return self._encoder_shapes(plain, side, self.request.image[2])
@@ -347,7 +347,7 @@ class Formula:
         model, params, model_state = self._shapes(config, self.request.patchgd.patch, True)
         shape = (count, *self.request.grid.patch_shape, self.request.image[2])
 
-        def encode(params: Parts, model_state: Parts, patches: jax.Array, key: jax.Array) -> Any:
+        def encode(params: Params, model_state: Params, patches: jax.Array, key: jax.Array) -> Any:
             return model.encode(params, model_state, patches, train=False, rng=key)[0]
 
         patches = jax.ShapeDtypeStruct(shape, jnp.uint8)
@@ -361,7 +361,7 @@ class Formula:
         grid = self.request.grid
         shape = (self.request.batch, grid.rows, grid.cols, config.latent_dim)
 
-        def gradient(params: Parts, model_state: Parts, z: jax.Array, key: jax.Array) -> Any:
+        def gradient(params: Params, model_state: Params, z: jax.Array, key: jax.Array) -> Any:
             def read(head: Any, z: jax.Array) -> jax.Array:
                 parts = {**params, "head": head}
                 logits, _ = model.classify(parts, model_state, z, None, train=True, rng=key)

@@ -16,7 +16,7 @@ from patchgd_jax.baselines.ips import require_attention, selected
 from patchgd_jax.baselines.registry import WHOLE_IMAGE, frozen_entries, make_method, method_model
 from patchgd_jax.config import MethodName, ModelConfig, PatchGDConfig
 from patchgd_jax.core.grid import WholeImage
-from patchgd_jax.core.model import Parts
+from patchgd_jax.core.model import Params
 from patchgd_jax.core.optimizer import make_optimizer
 from patchgd_jax.core.step import TrainState, init_state
 from patchgd_jax.errors import ConfigError, unknown_name
@@ -217,7 +217,7 @@ def z_bytes(request: PlanRequest, method: Method) -> int:
     return request.batch * request.grid.num_patches * request.model.latent_dim * itemsize
 
 
-def encoder_shapes(model: ModelConfig, side: int, channels: int) -> Parts:
+def encoder_shapes(model: ModelConfig, side: int, channels: int) -> Params:
     """Shapes of an encoder's variables for patches of `side` pixels."""
     encoder = build_encoder(model, side)
     patches = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)

@@ -23,7 +23,7 @@ import numpy as np
 from patchgd_jax.engine.distributed import all_or_none, is_first, watched
 from patchgd_jax.errors import CheckpointError, DiskError
 from patchgd_jax.io.files import fsync_path, write_json
-from patchgd_jax.core.model import Tree
+from patchgd_jax.core.model import PyTree
 
 _MANIFEST = "manifest.json"
 _META = "meta.json"
@@ -35,7 +35,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tree_spec(tree: Tree) -> dict[str, str]:
+def tree_spec(tree: PyTree) -> dict[str, str]:
     """Shape and dtype of every leaf, by its path."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
@@ -80,7 +80,7 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
 
-    def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
         """Writes one step; when it returns, the step is on disk and `latest.json` names it.
 
         Args:
@@ -222,7 +222,7 @@ class Checkpoints:
         """What was stored beside a verified step's arrays; `tree` is its `tree_spec`."""
         return dict(json.loads((self._path(step) / _META).read_text(encoding="utf-8")))
 
-    def restore(self, step: int, like: Tree) -> Tree:
+    def restore(self, step: int, like: PyTree) -> PyTree:
         """Reads a verified step.
 
         Args:
@@ -248,7 +248,7 @@ class Checkpoints:
         with watched(), _checkpointer() as checkpointer:
             return checkpointer.restore(self._path(step).absolute() / "state", target)
 
-    def restore_part(self, step: int, name: str, like: Tree) -> Tree:
+    def restore_part(self, step: int, name: str, like: PyTree) -> PyTree:
         """Reads one part of a verified step, `params` say, without knowing the rest.
 
         It does not matter on which kind and number of devices the step was written.
@@ -272,7 +272,7 @@ class Checkpoints:
         # Orbax leaves empty dicts out, so the wanted structure decides.
         return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(jax.device_put(part)))
 
-    def restore_arrays(self, step: int) -> Tree:
+    def restore_arrays(self, step: int) -> PyTree:
         """Reads a verified step as nested dicts of NumPy arrays, whatever model it is of.
 
         It does not matter on which kind and number of devices the step was written.

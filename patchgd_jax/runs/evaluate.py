@@ -12,16 +12,16 @@ import numpy as np
 from patchgd_jax.data.protocols import ExampleSource
 from patchgd_jax.engine.distributed import watched
 from patchgd_jax.core.metrics import Results
-from patchgd_jax.core.model import Parts
+from patchgd_jax.core.model import Params
 from patchgd_jax.core.tasks import SINGLE_LABEL, Task
 
-EvalStep = Callable[[Parts, Parts, Mapping[str, np.ndarray]], dict[str, Any]]
+EvalStep = Callable[[Params, Params, Mapping[str, np.ndarray]], dict[str, Any]]
 
 
 def evaluate(
     eval_step: EvalStep,
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     source: ExampleSource,
     batches: Generator[dict[str, np.ndarray], None, None],
     *,

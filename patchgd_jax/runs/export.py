@@ -17,7 +17,7 @@ from patchgd_jax.errors import ConfigError, DiskError
 from patchgd_jax.io.files import fsync_path, write_json
 from patchgd_jax.baselines.registry import method_model
 from patchgd_jax.weights.published import PUBLISHED, to_published_layout
-from patchgd_jax.core.model import Parts
+from patchgd_jax.core.model import Params
 from patchgd_jax.runs.predict import TrainedModel
 from patchgd_jax.data.preprocess import Preprocess
 from patchgd_jax.weights.matching import METADATA_KEY, OWN_PREFIX, tensor_names, tensor_paths
@@ -88,7 +88,7 @@ def export_header(config: TrainConfig, preprocess: Preprocess) -> dict[str, str]
     return {"format": "pt", METADATA_KEY: json.dumps(origin)}
 
 
-def export_tensors(encoder: str, params: Parts, model_state: Parts) -> dict[str, np.ndarray]:
+def export_tensors(encoder: str, params: Params, model_state: Params) -> dict[str, np.ndarray]:
     """A model's tensors under the names and in the layouts of an export.
 
     Args:

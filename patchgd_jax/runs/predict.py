@@ -36,7 +36,7 @@ from patchgd_jax.core.grid import Grid, PatchGrid
 from patchgd_jax.baselines.registry import WHOLE_IMAGE, make_method, method_model
 from patchgd_jax.runs.metrics_log import read_metrics
 from patchgd_jax.models.registry import encoder_entry, head_entry
-from patchgd_jax.core.model import Parts
+from patchgd_jax.core.model import Params
 from patchgd_jax.runs.progress import Progress
 from patchgd_jax.runs.folder import METRICS, RunFolder
 from patchgd_jax.engine.streaming.step import StreamedStep
@@ -72,11 +72,11 @@ class TrainedModel:
         checkpoints = Checkpoints(self.folder.checkpoints, (progress or Progress()).warn)
         self.step = checkpoints.best() if which == "best" else checkpoints.newest_intact()
         params, model_state = jax.eval_shape(model.init, jax.random.key(0))
-        self.params: Parts = {
+        self.params: Params = {
             part: restore_params(checkpoints, self.step, self.config, params, part)
             for part in params
         }
-        self.model_state: Parts = checkpoints.restore_part(self.step, "model_state", model_state)
+        self.model_state: Params = checkpoints.restore_part(self.step, "model_state", model_state)
         self._score = lru_cache(maxsize=None)(self._jitted_score)
         self._streamed = lru_cache(maxsize=4)(self._streamed_step)
 

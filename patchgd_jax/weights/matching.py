@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from patchgd_jax.config import ModelConfig, TrainConfig
-from patchgd_jax.core.model import Parts
+from patchgd_jax.core.model import Params
 from patchgd_jax.data.preprocess import Preprocess
 from patchgd_jax.engine.setup import restore_params
 from patchgd_jax.errors import CheckpointError, ConfigError, DataError
@@ -54,7 +54,7 @@ class StartingPoint(NamedTuple):
     mean: tuple[float, ...]
     """Per channel, of pixels in [0, 1]."""
     std: tuple[float, ...]
-    into: Callable[[Parts, Parts], tuple[Parts, Parts]]
+    into: Callable[[Params, Params], tuple[Params, Params]]
     """Replaces what it has values for in `(params, model_state)`: all of it, or it raises."""
 
 
@@ -81,7 +81,7 @@ def starting_point(config: TrainConfig, progress: Progress) -> StartingPoint | N
     return start
 
 
-def tensor_paths(params: Parts, model_state: Parts) -> dict[TensorPath, Any]:
+def tensor_paths(params: Params, model_state: Params) -> dict[TensorPath, Any]:
     """Every leaf of a model by its path."""
     return {
         _tensor_path(path): leaf
@@ -121,7 +121,7 @@ def _from_run(run_dir: str, progress: Progress) -> StartingPoint:
     folder = RunFolder(run_dir)
     preprocess = folder.preprocess()
 
-    def into(params: Parts, model_state: Parts) -> tuple[Parts, Parts]:
+    def into(params: Params, model_state: Params) -> tuple[Params, Params]:
         checkpoints = Checkpoints(folder.checkpoints, progress.warn)
         step = checkpoints.best()
 
@@ -148,7 +148,7 @@ def _from_weights(model: ModelConfig, weights: str, progress: Progress) -> Start
             f"encoder {model.encoder}; there are of {', '.join(PUBLISHED)}"
         )
 
-    def into(params: Parts, model_state: Parts) -> tuple[Parts, Parts]:
+    def into(params: Params, model_state: Params) -> tuple[Params, Params]:
         wanted = tensor_paths(params, model_state)
         fit = _match(file, model.encoder, wanted, whole=export is not None)
         if model.allow_partial and any(map(_is_head, fit.problems)):
@@ -164,7 +164,7 @@ def _from_weights(model: ModelConfig, weights: str, progress: Progress) -> Start
             placed = fit.placed.get(_tensor_path(path))
             return leaf if placed is None else jax.device_put(placed)
 
-        replaced: tuple[Parts, Parts] = jax.tree_util.tree_map_with_path(
+        replaced: tuple[Params, Params] = jax.tree_util.tree_map_with_path(
             value, (params, model_state)
         )
         return replaced

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from patchgd_jax.config import PatchGDConfig
 from patchgd_jax.core.gradients import Batch
 from patchgd_jax.core.grid import Grid, PatchGrid
-from patchgd_jax.core.model import Parts, PatchModel, Tree
+from patchgd_jax.core.model import Params, PatchModel, PyTree
 from patchgd_jax.core.placement import ALONE, Placement
 from patchgd_jax.core.step import TrainState, eval_step, train_step
 from patchgd_jax.errors import ConfigError
@@ -347,7 +347,7 @@ def own_pixels(mesh: Mesh, grid: PatchGrid) -> slice:
     return slice(bands.pixels(int(numbers.min())).start, bands.pixels(int(numbers.max())).stop)
 
 
-def param_specs(params: Tree, rules: Rules, mesh: Mesh) -> Tree:
+def param_specs(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
     """How each leaf of a tree is divided: a tree of `PartitionSpec`; see `Rules`.
 
     Raises:
@@ -372,7 +372,7 @@ def _path_text(path: Any) -> str:
     return found[1] if found else name
 
 
-def check_rules(params: Tree, rules: Rules) -> None:
+def check_rules(params: PyTree, rules: Rules) -> None:
     """Checks that each rule is about some parameter.
 
     Raises:
@@ -404,7 +404,7 @@ def _check_rule(
         )
 
 
-def param_shardings(params: Tree, rules: Rules, mesh: Mesh) -> Tree:
+def param_shardings(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
     """`param_specs` as shardings, for `jax.device_put`, `jax.jit` and restoring a checkpoint.
 
     Args:
@@ -467,8 +467,8 @@ def sharded_train_step(
 
 
 def sharded_eval_step(
-    params: Parts,
-    model_state: Parts,
+    params: Params,
+    model_state: Params,
     batch: Batch,
     *,
     mesh: Mesh,
@@ -511,7 +511,7 @@ def _placed(
 def _by_rows(model: PatchModel, sharding: Any) -> PatchModel:
     """The model with its patches divided by their rows."""
 
-    def encode(params: Parts, model_state: Parts, patches: jax.Array, **options: Any) -> Any:
+    def encode(params: Params, model_state: Params, patches: jax.Array, **options: Any) -> Any:
         patches = lax.with_sharding_constraint(patches, sharding)
         with rows_divided():
             return model.encode(params, model_state, patches, **options)
@@ -534,7 +534,7 @@ def _synchronised(model: PatchModel) -> PatchModel:
     """The model with batch statistics of all devices' patches, or images for the head."""
 
     def synchronise(function: Callable[..., Any], part: str, axes: tuple[str, ...]) -> Any:
-        def apply(params: Parts, model_state: Parts, *args: Any, **kwargs: Any) -> Any:
+        def apply(params: Params, model_state: Params, *args: Any, **kwargs: Any) -> Any:
             with statistics_over(axes):
                 out, changed = function(params, model_state, *args, **kwargs)
             _check_equal(model_state[part], changed[part], part)
@@ -548,7 +548,7 @@ def _synchronised(model: PatchModel) -> PatchModel:
     )
 
 
-def _check_equal(before: Tree, after: Tree, part: str) -> None:
+def _check_equal(before: PyTree, after: PyTree, part: str) -> None:
     kinds = [str(jax.typeof(leaf)) for leaf in jax.tree.leaves(after)]
     if kinds != [str(jax.typeof(leaf)) for leaf in jax.tree.leaves(before)]:
         raise ConfigError(
@@ -611,7 +611,7 @@ class MeshPlacement(Placement):
 
         return everywhere
 
-    def _whole(self, params: Parts, specs: Parts) -> Parts:
+    def _whole(self, params: Params, specs: Params) -> Params:
         """All of the parameters, from this device's parts."""
 
         def gather(x: jax.Array, spec: P) -> jax.Array:
@@ -622,7 +622,7 @@ class MeshPlacement(Placement):
 
         return self.vary(jax.tree.map(gather, params, specs))
 
-    def _total(self, grads: Parts, specs: Parts) -> Parts:
+    def _total(self, grads: Params, specs: Params) -> Params:
         """This device's part of the gradient, summed over all devices."""
 
         def total(g: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
@@ -642,7 +642,7 @@ class MeshPlacement(Placement):
             for part, axes in _GRADIENT_AXES.items()
         }
 
-    def vary(self, params: Parts) -> Parts:
+    def vary(self, params: Params) -> Params:
         """See `Placement`."""
         # Else automatic differentiation would sum over devices wherever a parameter is used.
         return {

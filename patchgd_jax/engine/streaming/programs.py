@@ -15,6 +15,7 @@ import optax
 
 from patchgd_jax.config import AugmentConfig, PatchGDConfig
 from patchgd_jax.core.augment import Augment, augmentation
+from patchgd_jax.core.freezing import close_over_frozen, combine_frozen
 from patchgd_jax.core.gradients import (
     Gradient,
     chunk_gradient,
@@ -29,7 +30,7 @@ from patchgd_jax.core.gradients import (
 )
 from patchgd_jax.core.grid import PatchGrid
 from patchgd_jax.core.latents import encode_patches, has_spare, write_latents
-from patchgd_jax.core.model import Parts, PatchModel, Tree, join_frozen, with_fixed
+from patchgd_jax.core.model import Params, PatchModel, PyTree
 from patchgd_jax.core.sampling import inclusion_probability, sample_groups
 from patchgd_jax.core.staleness import drift, mean_age, squared_change
 from patchgd_jax.core.step import TrainState, apply_gradient, global_norm
@@ -44,10 +45,10 @@ Labels = Mapping[str, Any]
 class Weights(NamedTuple):
     """What the encoder and the head are applied with."""
 
-    trained: Parts
-    fixed: Parts
-    """Parameters that stay as they are (`patch_model.split_frozen`)."""
-    model_state: Parts
+    trained: Params
+    fixed: Params
+    """Frozen parameters, see `partition_frozen`."""
+    model_state: Params
 
 
 class Part(NamedTuple):
@@ -138,7 +139,7 @@ class StreamedPrograms:
         self.read = program(self._read)
         self.attend = program(self._attend)
 
-    def check(self, batch: Labels, model_state: Parts) -> None:
+    def check(self, batch: Labels, model_state: Params) -> None:
         """Raises the `ConfigError` of what `train_step` would refuse, before anything is read."""
         if self.exact and self._train_encoder and jax.tree.leaves(model_state["encoder"]):
             raise ConfigError(
@@ -171,7 +172,7 @@ class StreamedPrograms:
         return jax.ShapeDtypeStruct(shape, latents.dtype)
 
     def lower(
-        self, weights: Weights, opt_state: Tree, part: Part, batch: Labels, channels: int
+        self, weights: Weights, opt_state: PyTree, part: Part, batch: Labels, channels: int
     ) -> dict[str, jax.stages.Lowered]:
         """See `streaming.StreamedStep.lower`; all arrays may be `jax.ShapeDtypeStruct`."""
         struct = jax.ShapeDtypeStruct
@@ -215,7 +216,9 @@ class StreamedPrograms:
         return lowered
 
     def _model_of(self, weights: Weights) -> PatchModel:
-        return with_fixed(self._model, lambda: weights.fixed) if self._frozen else self._model
+        return (
+            close_over_frozen(self._model, lambda: weights.fixed) if self._frozen else self._model
+        )
 
     def _changes(self, key: jax.Array, name: str, part: Part) -> Augment | None:
         return augmentation(
@@ -281,7 +284,7 @@ class StreamedPrograms:
         *,
         spare: bool,
         evaluate: bool,
-    ) -> tuple[jax.Array, Parts, jax.Array]:
+    ) -> tuple[jax.Array, Params, jax.Array]:
         """Writes one chunk into Z; the last result is for waiting only."""
         counts = not evaluate and not self.exact
         train = self._train_encoder if self.exact else self.fill_moves_statistics
@@ -304,7 +307,7 @@ class StreamedPrograms:
         self,
         weights: Weights,
         z: jax.Array,
-        total: Parts,
+        total: Params,
         patches: jax.Array,
         ids: jax.Array,
         part: Part,
@@ -344,7 +347,7 @@ class StreamedPrograms:
     ) -> tuple[Gradient, jax.Array]:
         """The head's gradient and `dL/dZ`, in mode exact."""
 
-        def loss_fn(params: Parts, z: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Parts]]:
+        def loss_fn(params: Params, z: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Params]]:
             return head_loss(
                 params,
                 weights.model_state,
@@ -365,7 +368,7 @@ class StreamedPrograms:
     def _back(
         self,
         weights: Weights,
-        total: Parts,
+        total: Params,
         dz: jax.Array,
         patches: jax.Array,
         ids: jax.Array,
@@ -374,7 +377,7 @@ class StreamedPrograms:
         number: jax.Array,
         *,
         spare: bool,
-    ) -> tuple[Parts, jax.Array]:
+    ) -> tuple[Params, jax.Array]:
         """Adds the encoder's gradient through one chunk; the last result is for waiting only."""
         own = chunk_gradient(
             weights.trained,
@@ -393,14 +396,14 @@ class StreamedPrograms:
 
     def _update(
         self,
-        trained: Parts,
-        opt_state: Tree,
-        model_state: Parts,
-        total: Parts,
+        trained: Params,
+        opt_state: PyTree,
+        model_state: Params,
+        total: Params,
         losses: jax.Array,
         logits: jax.Array,
         batch: dict[str, jax.Array],
-    ) -> tuple[Parts, Tree, Parts, dict[str, jax.Array]]:
+    ) -> tuple[Params, PyTree, Params, dict[str, jax.Array]]:
         """One update of the optimizer; the third result is zeros for the next gradient."""
         state = TrainState(jnp.zeros((), jnp.int32), trained, model_state, opt_state)
         gradient = Gradient(total, model_state, losses.mean(), logits)
@@ -416,18 +419,18 @@ class StreamedPrograms:
         return {"z_age": age, "z_drift": drift(moved)}
 
     def _summary(
-        self, trained: Parts, fixed: Parts, history: dict[str, jax.Array]
+        self, trained: Params, fixed: Params, history: dict[str, jax.Array]
     ) -> dict[str, jax.Array]:
         metric = self._task.training_metric
         return {
             "loss": history["loss"].mean(),
             metric: history[metric][-1],
             "grad_norm": history["grad_norm"].mean(),
-            "param_norm": global_norm(join_frozen(trained, fixed) if self._frozen else trained),
+            "param_norm": global_norm(combine_frozen(trained, fixed) if self._frozen else trained),
         }
 
     def _read(
-        self, params: Parts, model_state: Parts, z: jax.Array, labels: dict[str, jax.Array]
+        self, params: Params, model_state: Params, z: jax.Array, labels: dict[str, jax.Array]
     ) -> dict[str, jax.Array]:
         logits, losses, _ = read_z(
             params,
@@ -443,7 +446,7 @@ class StreamedPrograms:
         return {"loss": losses, "prediction": self._task.predict(logits), "logits": logits}
 
     def _attend(
-        self, params: Parts, model_state: Parts, z: jax.Array, labels: dict[str, jax.Array]
+        self, params: Params, model_state: Params, z: jax.Array, labels: dict[str, jax.Array]
     ) -> jax.Array:
         if self._model.attend is None:
             raise ConfigError("the model has no attention to show: its `attend` is None")

@@ -17,9 +17,10 @@ import numpy as np
 import optax
 
 from patchgd_jax.config import AugmentConfig, PatchGDConfig
+from patchgd_jax.core.freezing import combine_frozen, partition_frozen
 from patchgd_jax.core.gradients import Gradient, listed_patches
 from patchgd_jax.core.grid import PatchGrid
-from patchgd_jax.core.model import Parts, PatchModel, Tree, join_frozen, split_frozen
+from patchgd_jax.core.model import Params, PatchModel, PyTree
 from patchgd_jax.core.step import TrainState
 from patchgd_jax.core.tasks import SINGLE_LABEL, Task
 from patchgd_jax.engine.streaming.feed import ChunkIds, PatchFeed, PatchReader
@@ -180,7 +181,7 @@ class StreamedStep:
         self._programs.check(batch, state.model_state)
         # First of all, so that the next call finds it without waiting for the rest of this one.
         step, next_step = int(state.step), state.step + 1
-        trained, fixed = split_frozen(state.params, self._frozen)
+        trained, fixed = partition_frozen(state.params, self._frozen)
         weights = Weights(trained, fixed, state.model_state)
         batch = {name: jnp.asarray(value) for name, value in batch.items()}
         drawn = self._programs.draw(key, np.int32(step), batch)
@@ -190,13 +191,13 @@ class StreamedStep:
             weights, state.opt_state, batch, parts, drawn, reader, step
         )
         metrics = self._programs.summary(weights.trained, fixed, history)
-        params = join_frozen(weights.trained, fixed) if self._frozen else weights.trained
+        params = combine_frozen(weights.trained, fixed) if self._frozen else weights.trained
         return TrainState(next_step, params, weights.model_state, opt_state), {**metrics, **stale}
 
     def evaluate(
         self,
-        params: Parts,
-        model_state: Parts,
+        params: Params,
+        model_state: Params,
         images: Sequence[RegionSource],
         batch: Labels,
         names: Sequence[str] | None = None,
@@ -224,8 +225,8 @@ class StreamedStep:
 
     def attention_map(
         self,
-        params: Parts,
-        model_state: Parts,
+        params: Params,
+        model_state: Params,
         images: Sequence[RegionSource],
         batch: Labels,
         names: Sequence[str] | None = None,
@@ -258,7 +259,7 @@ class StreamedStep:
             memory of the one that needs most is what a step needs on the device.
         """
         struct = jax.ShapeDtypeStruct
-        trained, fixed = split_frozen(state.params, self._frozen)
+        trained, fixed = partition_frozen(state.params, self._frozen)
         count = batch["label"].shape[0]
         size = self._part_size(count)
         labels = {k: struct((size, *v.shape[1:]), v.dtype) for k, v in batch.items()}
@@ -332,7 +333,7 @@ class StreamedStep:
         *,
         spare: bool,
         evaluate: bool = False,
-    ) -> tuple[jax.Array, Parts]:
+    ) -> tuple[jax.Array, Params]:
         model_state = weights.model_state
         for number, (_, ids) in plan:
             z, model_state, done = self._programs.fill(
@@ -355,8 +356,8 @@ class StreamedStep:
 
     def _fill_to_read(
         self,
-        params: Parts,
-        model_state: Parts,
+        params: Params,
+        model_state: Params,
         images: Sequence[RegionSource],
         batch: Labels,
         names: Sequence[str] | None,
@@ -377,13 +378,13 @@ class StreamedStep:
     def _exact_step(
         self,
         weights: Weights,
-        opt_state: Tree,
+        opt_state: PyTree,
         batch: dict[str, jax.Array],
         parts: list[Part],
         drawn: Draw,
         reader: PatchReader,
         step: int,
-    ) -> tuple[Weights, Tree, dict[str, jax.Array], dict[str, jax.Array]]:
+    ) -> tuple[Weights, PyTree, dict[str, jax.Array], dict[str, jax.Array]]:
         """Mode exact: fill, head, and every chunk again; part by part."""
         programs, spare = self._programs, self._programs.spare(batch, drawn)[0]
         plans = [self._fill_plan(part, drawn.fill) for part in parts]
@@ -422,13 +423,13 @@ class StreamedStep:
     def _inner_steps(
         self,
         weights: Weights,
-        opt_state: Tree,
+        opt_state: PyTree,
         batch: dict[str, jax.Array],
         parts: list[Part],
         drawn: Draw,
         reader: PatchReader,
         step: int,
-    ) -> tuple[Weights, Tree, dict[str, jax.Array], dict[str, jax.Array]]:
+    ) -> tuple[Weights, PyTree, dict[str, jax.Array], dict[str, jax.Array]]:
         """The fill and the inner steps of the modes patchgd and accumulate."""
         programs = self._programs
         fill_spare, inner_spare = programs.spare(batch, drawn)
