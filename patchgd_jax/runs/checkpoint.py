@@ -20,10 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from patchgd_jax.core.model import PyTree
 from patchgd_jax.engine.distributed import all_or_none, is_first, watched
 from patchgd_jax.errors import CheckpointError, DiskError
 from patchgd_jax.io.files import fsync_path, write_json
-from patchgd_jax.core.model import PyTree
 
 _MANIFEST = "manifest.json"
 _META = "meta.json"

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from patchgd_jax.planner.auto_settings import is_settled, settled
+from patchgd_jax.baselines.registry import settled_method
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.sources.channels import with_channels
 from patchgd_jax.engine.distributed import several_asked_for
 from patchgd_jax.errors import ConfigError, DiskError
 from patchgd_jax.io.files import write_json
-from patchgd_jax.baselines.registry import settled_method
-from patchgd_jax.runs.progress import Progress
+from patchgd_jax.planner.auto_settings import is_settled, settled
 from patchgd_jax.runs.folder import CONFIG, SUMMARY, RunFolder
+from patchgd_jax.runs.progress import Progress
 from patchgd_jax.runs.train import resume, train
 
 RESULT = "cross_validation.json"

@@ -8,18 +8,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from patchgd_jax.planner.auto_settings import settled
-from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.baselines.registry import settled_method
 from patchgd_jax.config import TrainConfig
+from patchgd_jax.core.step import TrainState, evaluated_params
 from patchgd_jax.data.sources.channels import with_channels
 from patchgd_jax.errors import CheckpointError, ConfigError
 from patchgd_jax.planner import PeakMeter, show_size
-from patchgd_jax.baselines.registry import settled_method
+from patchgd_jax.planner.auto_settings import settled
+from patchgd_jax.planner.run_plan import plan_of
+from patchgd_jax.runs.checkpoint import Checkpoints
 from patchgd_jax.runs.out_of_memory import out_of_memory_told
 from patchgd_jax.runs.progress import Progress
-from patchgd_jax.planner.run_plan import plan_of
 from patchgd_jax.runs.signals import StopRequest
-from patchgd_jax.core.step import TrainState, evaluated_params
 from patchgd_jax.runs.train import Run
 
 _STEPS = 2

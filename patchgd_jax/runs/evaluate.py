@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from patchgd_jax.data.protocols import ExampleSource
-from patchgd_jax.engine.distributed import watched
 from patchgd_jax.core.metrics import Results
 from patchgd_jax.core.model import Params
 from patchgd_jax.core.tasks import SINGLE_LABEL, Task
+from patchgd_jax.data.protocols import ExampleSource
+from patchgd_jax.engine.distributed import watched
 
 EvalStep = Callable[[Params, Params, Mapping[str, np.ndarray]], dict[str, Any]]
 

@@ -12,18 +12,18 @@ import jax
 import numpy as np
 
 from patchgd_jax._version import __version__
+from patchgd_jax.baselines.registry import method_model
 from patchgd_jax.config import TrainConfig
+from patchgd_jax.core.model import Params
+from patchgd_jax.data.preprocess import Preprocess
 from patchgd_jax.errors import ConfigError, DiskError
 from patchgd_jax.io.files import fsync_path, write_json
-from patchgd_jax.baselines.registry import method_model
-from patchgd_jax.weights.published import PUBLISHED, to_published_layout
-from patchgd_jax.core.model import Params
-from patchgd_jax.runs.predict import TrainedModel
-from patchgd_jax.data.preprocess import Preprocess
-from patchgd_jax.weights.matching import METADATA_KEY, OWN_PREFIX, tensor_names, tensor_paths
-from patchgd_jax.runs.progress import Progress
 from patchgd_jax.runs.folder import PREPROCESS
+from patchgd_jax.runs.predict import TrainedModel
+from patchgd_jax.runs.progress import Progress
 from patchgd_jax.weights.files import write_safetensors
+from patchgd_jax.weights.matching import METADATA_KEY, OWN_PREFIX, tensor_names, tensor_paths
+from patchgd_jax.weights.published import PUBLISHED, to_published_layout
 
 WEIGHTS = "model.safetensors"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from patchgd_jax.config import TrainConfig, from_dict, to_dict
+from patchgd_jax.data.preprocess import Preprocess
 from patchgd_jax.errors import CheckpointError, ConfigError, DiskError
 from patchgd_jax.io.files import write_json
-from patchgd_jax.data.preprocess import Preprocess
 
 CONFIG, ENVIRONMENT, PREPROCESS = "config.json", "environment.json", "preprocess.json"
 METRICS, SUMMARY, CURVES = "metrics.jsonl", "summary.json", "curves.png"

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import jax
 
-from patchgd_jax.runs.checkpoint import Checkpoints
-from patchgd_jax.engine.compiling import release_memory
 from patchgd_jax.config import TrainConfig
+from patchgd_jax.engine.compiling import release_memory
 from patchgd_jax.errors import PatchGDError
 from patchgd_jax.planner import Formula, MemoryBudgetError, Quantity, free_memory, show_size, solve
 from patchgd_jax.planner.report import PlanRow, method_lines
-from patchgd_jax.runs.folder import CONFIG, RunFolder
 from patchgd_jax.planner.run_plan import RunPlan, plan_of
+from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.runs.folder import CONFIG, RunFolder
 
 # Where the plan said that a setting fits and it did not, by how much it was wrong is not known.
 _SHRINK = 0.75

@@ -13,16 +13,16 @@ import jax
 import numpy as np
 import optax
 
-from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.baselines.registry import WHOLE_IMAGE, make_method, method_model
 from patchgd_jax.config import TrainConfig
-from patchgd_jax.data.sources.file_images import FileReader, used_patches
+from patchgd_jax.core.grid import Grid, PatchGrid
+from patchgd_jax.core.model import Params
 from patchgd_jax.data.images.regions import RegionSource
 from patchgd_jax.data.images.safe_image import read_image
 from patchgd_jax.data.images.shrink import shrink
 from patchgd_jax.data.protocols import ExampleSource
 from patchgd_jax.data.run_data import RunData, make_data
-from patchgd_jax.errors import ConfigError, DataError
-from patchgd_jax.runs.evaluate import evaluate
+from patchgd_jax.data.sources.file_images import FileReader, used_patches
 from patchgd_jax.engine.registry import make_execution
 from patchgd_jax.engine.setup import (
     make_grid,
@@ -32,14 +32,14 @@ from patchgd_jax.engine.setup import (
     method_grid,
     restore_params,
 )
-from patchgd_jax.core.grid import Grid, PatchGrid
-from patchgd_jax.baselines.registry import WHOLE_IMAGE, make_method, method_model
-from patchgd_jax.runs.metrics_log import read_metrics
-from patchgd_jax.models.registry import encoder_entry, head_entry
-from patchgd_jax.core.model import Params
-from patchgd_jax.runs.progress import Progress
-from patchgd_jax.runs.folder import METRICS, RunFolder
 from patchgd_jax.engine.streaming.step import StreamedStep
+from patchgd_jax.errors import ConfigError, DataError
+from patchgd_jax.models.registry import encoder_entry, head_entry
+from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.runs.evaluate import evaluate
+from patchgd_jax.runs.folder import METRICS, RunFolder
+from patchgd_jax.runs.metrics_log import read_metrics
+from patchgd_jax.runs.progress import Progress
 
 Which = Literal["best", "last"]
 EvaluationSplit = Literal["validation", "test"]

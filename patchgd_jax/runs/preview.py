@@ -7,16 +7,16 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from patchgd_jax.baselines.registry import settled_method
 from patchgd_jax.config import TrainConfig
-from patchgd_jax.data.sources.channels import with_channels
-from patchgd_jax.data.inspect.contact_sheet import SheetEntry
-from patchgd_jax.data.run_data import make_data
-from patchgd_jax.errors import DataError
-from patchgd_jax.engine.setup import training_grids
 from patchgd_jax.core.gradients import listed_patches, stream
 from patchgd_jax.core.grid import PatchGrid
-from patchgd_jax.baselines.registry import settled_method
 from patchgd_jax.core.sampling import sample_groups
+from patchgd_jax.data.inspect.contact_sheet import SheetEntry
+from patchgd_jax.data.run_data import make_data
+from patchgd_jax.data.sources.channels import with_channels
+from patchgd_jax.engine.setup import training_grids
+from patchgd_jax.errors import DataError
 
 
 def preview(

@@ -14,15 +14,15 @@ import jax
 import numpy as np
 import psutil
 
-from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.core.step import TrainState
+from patchgd_jax.core.tasks import Task
 from patchgd_jax.engine.distributed import all_or_none, from_first, is_first
 from patchgd_jax.errors import DiskError, DivergedError
+from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.runs.folder import CURVES, METRICS, SUMMARY, RunFolder
 from patchgd_jax.runs.metrics_log import MetricsLog
 from patchgd_jax.runs.plots import plot_curves
 from patchgd_jax.runs.progress import Progress
-from patchgd_jax.runs.folder import CURVES, METRICS, SUMMARY, RunFolder
-from patchgd_jax.core.step import TrainState
-from patchgd_jax.core.tasks import Task
 
 
 class Recorder:

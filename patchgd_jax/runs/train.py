@@ -12,14 +12,15 @@ import jax
 import optax
 
 from patchgd_jax._version import __version__
-from patchgd_jax.planner.auto_settings import settled
-from patchgd_jax.runs.checkpoint import Checkpoints
-from patchgd_jax.engine.compiling import use_compilation_cache
+from patchgd_jax.baselines.registry import settled_method
 from patchgd_jax.config import TrainConfig, flatten, to_dict
+from patchgd_jax.core.step import TrainState, evaluated_params, init_state
 from patchgd_jax.data.loading.bad_images import BadImages
-from patchgd_jax.data.sources.channels import with_channels
+from patchgd_jax.data.preprocess import Preprocess
 from patchgd_jax.data.run_data import make_data
+from patchgd_jax.data.sources.channels import with_channels
 from patchgd_jax.data.synthetic.ultramnist import UltraMnist
+from patchgd_jax.engine.compiling import use_compilation_cache
 from patchgd_jax.engine.distributed import (
     Agreement,
     all_or_none,
@@ -29,19 +30,18 @@ from patchgd_jax.engine.distributed import (
     several,
     watched,
 )
-from patchgd_jax.errors import CheckpointError, DataError, DiskError
-from patchgd_jax.runs.evaluate import evaluate
 from patchgd_jax.engine.registry import check_execution, make_execution
 from patchgd_jax.engine.setup import make_run_task, make_setup, select_device, training_grids
-from patchgd_jax.baselines.registry import settled_method
+from patchgd_jax.errors import CheckpointError, DataError, DiskError
+from patchgd_jax.planner.auto_settings import settled
+from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.runs.evaluate import evaluate
+from patchgd_jax.runs.folder import CONFIG, EXAMPLES, RunFolder
 from patchgd_jax.runs.out_of_memory import out_of_memory_told
-from patchgd_jax.data.preprocess import Preprocess
-from patchgd_jax.weights.matching import starting_point
 from patchgd_jax.runs.progress import Progress
 from patchgd_jax.runs.recorder import Recorder
-from patchgd_jax.runs.folder import CONFIG, EXAMPLES, RunFolder
 from patchgd_jax.runs.signals import StopRequest, interrupted
-from patchgd_jax.core.step import TrainState, evaluated_params, init_state
+from patchgd_jax.weights.matching import starting_point
 
 _MAY_CHANGE = (
     "run_dir",

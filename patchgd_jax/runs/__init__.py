@@ -1,0 +1,1 @@
+"""Runs: training, checkpoints, evaluation, prediction, export and cross-validation."""
