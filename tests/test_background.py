@@ -110,7 +110,7 @@ def test_a_pyramid_in_a_file_gives_the_mask_of_its_image(tmp_path):
 
 
 def test_a_large_image_of_one_level_is_read_small(monkeypatch):
-    from patchgd_jax.data import background
+    from patchgd_jax.data.images import background
 
     monkeypatch.setattr(background, "_MAX_SIDE", 100)
     image = np.full((512, 768, 1), 255, np.uint8)

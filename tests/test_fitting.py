@@ -16,8 +16,7 @@ from patchgd_jax.data.images.array_regions import ArrayRegions
 from patchgd_jax.data.images.fitting import best_level, fitted_shape, read_resized
 from patchgd_jax.data.images.regions import open_regions
 from patchgd_jax.data.images.tiff_regions import TiffRegions
-from patchgd_jax.data.synthetic.digit_regions import DigitRegions
-from patchgd_jax.data.synthetic.ultramnist import UltraMnist
+from patchgd_jax.data.synthetic.ultramnist import DigitRegions, UltraMnist
 
 IMAGE = tissue(480, 720)
 

@@ -33,8 +33,7 @@ from patchgd_jax.data.images.regions import open_regions
 from patchgd_jax.data.images.safe_image import ImageReadError, read_image
 from patchgd_jax.data.images.tiff_regions import TiffRegions
 from patchgd_jax.data.images.tile_cache import TileCache
-from patchgd_jax.data.synthetic.digit_regions import DigitRegions
-from patchgd_jax.data.synthetic.ultramnist import UltraMnist
+from patchgd_jax.data.synthetic.ultramnist import DigitRegions, UltraMnist
 from patchgd_jax.errors import ConfigError, DataError
 
 IMAGE = tissue(352, 512)

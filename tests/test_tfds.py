@@ -31,7 +31,6 @@ from patchgd_jax.data.synthetic.png_folder import make_folder
 from patchgd_jax.data.synthetic.tfds_builder import UltraMnistBuilder, config_name, make_dataset
 from patchgd_jax.data.synthetic.ultramnist import UltraMnist
 from patchgd_jax.errors import DiskError
-from patchgd_jax.runs.progress import Progress
 
 DATA = DataConfig(
     digits="font", task="digit-sum", size=(60, 80), downscale=2, train_size=12, val_size=5
@@ -104,7 +103,7 @@ def test_round_trip_without_tensorflow_and_network(tmp_path, channels):
             import numpy as np
             import tensorflow_datasets as tfds
             from patchgd_jax.config import DataConfig, from_dict
-            from patchgd_jax.data import tfds_builder
+            from patchgd_jax.data.synthetic import tfds_builder
             from patchgd_jax.data.sources.tfds_source import TfdsSource, stored_channels
             from patchgd_jax.data.synthetic.ultramnist import UltraMnist
 
@@ -219,7 +218,7 @@ MAKE = """
     import time, os
     from pathlib import Path
     from patchgd_jax.config import DataConfig
-    from patchgd_jax.data import tfds_builder
+    from patchgd_jax.data.synthetic import tfds_builder
     data = DataConfig(digits="font", task="digit-sum", size=(60, 80), downscale=2,
                       train_size=12, val_size=5)
     root = Path(sys.argv[1])
@@ -270,16 +269,12 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(tmp_path):
     with pytest.raises(ConfigError, match="no prepared tensorflow-datasets set"):
         TfdsSource(name, "train", channels=1, data_dir=tmp_path)
 
-    class Heard(Progress):
-        warnings: list[str] = []  # noqa: RUF012
-
-        def warn(self, text):
-            self.warnings.append(text)
-
-    folder = make_dataset(DATA, 7, tmp_path, progress=Heard())
-    assert Heard.warnings == [
-        f"{left} is unfinished work; delete it if no other process is writing it"
-    ]
+    notes, seen = [], []
+    folder = make_dataset(
+        DATA, 7, tmp_path, on_example=lambda *counts: seen.append(counts), on_note=notes.append
+    )
+    assert notes == [f"{left} is unfinished work; delete it if no other process is writing it"]
+    assert seen == [(i + 1, total) for total in (12, 5) for i in range(total)]
     assert len(TfdsSource(name, "train", channels=1, data_dir=tmp_path)) == 12
     assert {left, folder} == set(folder.parent.iterdir()), "another's work is not deleted"
 

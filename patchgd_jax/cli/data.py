@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ from patchgd_jax.errors import ConfigError, DataError, unknown_name
 PROGRAM = "patchgd-jax data"
 Flag = FlagCreatePairsOff[bool]
 T = TypeVar("T")
+
+_SECONDS_PER_LINE = 10.0
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,15 @@ def make_command(arguments: Sequence[str]) -> None:
 
     from patchgd_jax.runs.progress import ConsoleProgress
 
+    console = ConsoleProgress()
+    told = time.monotonic()
+
+    def on_example(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _SECONDS_PER_LINE:
+            told = time.monotonic()
+            console.message(f"{done} of {total} images")
+
     make: Callable[..., Path]
     if options.to == "tfds":
         from patchgd_jax.data.synthetic.tfds_builder import make_dataset
@@ -173,7 +185,9 @@ def make_command(arguments: Sequence[str]) -> None:
         from patchgd_jax.data.synthetic.png_folder import make_folder
 
         make = make_folder
-    where = make(config.data, config.seed, options.output, progress=ConsoleProgress())
+    where = make(
+        config.data, config.seed, options.output, on_example=on_example, on_note=console.warn
+    )
     height, width, channels = config.data.image_shape
     shape = f"--data.size {height} {width} --data.channels {channels}"
     source = f"--data.tfds {where}"

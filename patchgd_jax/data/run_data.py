@@ -11,7 +11,6 @@ from patchgd_jax.config import DataConfig, TrainConfig
 from patchgd_jax.core.grid import Grid
 from patchgd_jax.data.protocols import ExampleSource
 from patchgd_jax.data.sources.file_images import FileImages, FileReader, plan_layout
-from patchgd_jax.data.sources.fitted import Fitted
 from patchgd_jax.data.synthetic.shortcuts import majority_scores, shortcut_scores
 from patchgd_jax.data.synthetic.ultramnist import UltraMnist
 from patchgd_jax.data.tables.class_folders import read_class_folders
@@ -109,10 +108,12 @@ def _tfds(config: TrainConfig) -> RunData:
     background = data.background or 0
     parts = tfds_splits(data.tfds)
     sources = {
-        split: Fitted(
-            TfdsSource(data.tfds, split, channels=data.num_channels, background=background),
-            data.size,
-            background,
+        split: TfdsSource(
+            data.tfds,
+            split,
+            channels=data.num_channels,
+            size=data.size,
+            background=background,
         )
         for split in parts
     }

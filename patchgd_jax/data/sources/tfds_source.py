@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from patchgd_jax.data.images.array_regions import ArrayRegions
+from patchgd_jax.data.images.fitting import read_resized
 from patchgd_jax.data.images.safe_image import decode_image
 from patchgd_jax.errors import ConfigError, DataError
 
@@ -23,16 +25,16 @@ class TfdsSource:
     """A split of a prepared set, for random access; picklable, and safe to read from threads.
 
     Nothing is ever downloaded. The set must hold exactly one image and one class label, whatever
-    they are called, and be stored in a format with random access (array_record).
-
-    What its splits are is said by `tfds_splits`.
+    they are called, and be stored in a format with random access (array_record). `tfds_splits`
+    lists its splits.
 
     Args:
         name_or_dir: the folder a set was prepared in, or NAME, NAME/CONFIG or NAME/CONFIG/VERSION
             within `data_dir`; the newest version and an only config need not be named.
         split: `train`, `validation` or `test`.
         channels: 1 for grey, 3 for RGB.
-        background: uint8 value under transparent pixels.
+        size: height and width that images are shrunk into and padded to. None: their own.
+        background: uint8 value under transparent pixels and in the padding.
         data_dir: tfds' folder of all sets. None: TFDS_DATA_DIR or ~/tensorflow_datasets.
 
     Raises:
@@ -46,10 +48,12 @@ class TfdsSource:
         split: Split,
         *,
         channels: Literal[1, 3],
+        size: tuple[int, int] | None = None,
         background: int = 0,
         data_dir: str | Path | None = None,
     ) -> None:
         self._channels: Literal[1, 3] = channels
+        self._size = size
         self._background = background
         folder = find_prepared(name_or_dir, data_dir)
         info = _read_info(folder)
@@ -64,6 +68,7 @@ class TfdsSource:
         self._fingerprint = (
             f"tfds {self._name} {self._split} records={len(self)} info={_info_hash(folder)} "
             f"channels={channels} background={background}"
+            + ("" if size is None else f" size={size} background={background}")
         )
 
     @property
@@ -81,6 +86,11 @@ class TfdsSource:
         """Changes with the set, its version, the split and how its images are read."""
         return self._fingerprint
 
+    @property
+    def buckets(self) -> tuple[np.ndarray, ...]:
+        """One of all indices: with `size`, all images have the same one."""
+        return (np.arange(len(self)),)
+
     def describe(self, index: int) -> str:
         """The record's place in its set."""
         return f"record {index} of {self._name}, split {self._split}"
@@ -89,11 +99,11 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """An example, its image at its own size.
+        """An example.
 
         Returns:
             `image` `uint8 [H, W, C]`; `label` and `id` (the position in the split) as int64
-            scalars.
+            scalars; with `size` also the image's own height and width in it, `size` `int32 [2]`.
 
         Raises:
             IndexError: if there is no such example.
@@ -115,7 +125,12 @@ class TfdsSource:
         image = decode_image(
             record[self._image], name, channels=self._channels, background=self._background
         )
-        return {"image": image, "label": np.int64(label), "id": np.int64(index)}
+        example = {"image": image, "label": np.int64(label), "id": np.int64(index)}
+        if self._size is None:
+            return example
+        regions = ArrayRegions(image, background=self._background)
+        image, shape = read_resized(regions, self._size, self._background)
+        return {**example, "image": image, "size": np.array(shape, np.int32)}
 
 
 def stored_channels(name_or_dir: str | Path, data_dir: str | Path | None = None) -> Literal[1, 3]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,14 +13,22 @@ from typing import TypeVar
 from patchgd_jax.config import DataConfig
 from patchgd_jax.data.synthetic.ultramnist import Digit, UltraMnist
 from patchgd_jax.errors import ConfigError
-from patchgd_jax.runs.progress import Progress
 
 # More threads would hold more whole images at a time, 48 MB each at 4000 px in colour.
 _MAX_THREADS = 16
 
-_SECONDS_PER_LINE = 10.0
+OnExample = Callable[[int, int], None]
+"""Called with the number of examples done and their total."""
 
 _T = TypeVar("_T")
+
+
+def ignore_progress(done: int, total: int) -> None:
+    """Reports nothing."""
+
+
+def ignore_note(text: str) -> None:
+    """Reports nothing."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,13 @@ class EncodedExample:
 
 
 def encoded_examples(
-    source: UltraMnist, progress: Progress | None = None
+    source: UltraMnist, on_example: OnExample = ignore_progress
 ) -> Iterator[EncodedExample]:
-    """All examples of a split, in order.
+    """Generates and encodes all examples of a split, in order.
 
     Args:
         source: the generator.
-        progress: told now and then how far it is.
+        on_example: called after each example with the number done and the split's total.
     """
     from PIL import Image
 
@@ -54,11 +61,8 @@ def encoded_examples(
         plan = source.plan(index)
         return EncodedExample(index, plan.label, plan.digits, file.getvalue())
 
-    told = time.monotonic()
     for example in _in_order(encode, len(source)):
-        if progress is not None and time.monotonic() - told >= _SECONDS_PER_LINE:
-            told = time.monotonic()
-            progress.message(f"{source.split}: {example.index} of {len(source)} images")
+        on_example(example.index + 1, len(source))
         yield example
 
 

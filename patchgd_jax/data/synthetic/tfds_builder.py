@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -22,11 +22,17 @@ import tensorflow_datasets as tfds
 
 from patchgd_jax.config import DataConfig
 from patchgd_jax.data.synthetic.digits import Split
-from patchgd_jax.data.synthetic.encoded import EncodedExample, encoded_examples, require_generated
+from patchgd_jax.data.synthetic.encoded import (
+    EncodedExample,
+    OnExample,
+    encoded_examples,
+    ignore_note,
+    ignore_progress,
+    require_generated,
+)
 from patchgd_jax.data.synthetic.ultramnist import GENERATOR_VERSION, UltraMnist
 from patchgd_jax.errors import ConfigError, DiskError
 from patchgd_jax.io.staging import leftovers, staged_folder
-from patchgd_jax.runs.progress import Progress
 
 NAME = "ultra_mnist"
 
@@ -149,16 +155,16 @@ class UltraMnistBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=_REGI
         return {split: self._generate_examples(split) for split in _SPLITS}
 
     def _generate_examples(
-        self, split: Split, progress: Progress | None = None
+        self, split: Split, on_example: OnExample = ignore_progress
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        for example in encoded_examples(self.source(split), progress):
+        for example in encoded_examples(self.source(split), on_example):
             yield example.index, _features(self.builder_config.data, example)
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
         self.write_records(Path(self.data_dir), limit=download_config.max_examples_per_split)
 
     def write_records(
-        self, folder: Path, *, limit: int | None = None, progress: Progress | None = None
+        self, folder: Path, *, limit: int | None = None, on_example: OnExample = ignore_progress
     ) -> None:
         """Writes the record files of all splits and notes them in `info`.
 
@@ -168,7 +174,7 @@ class UltraMnistBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=_REGI
         Args:
             folder: an existing folder.
             limit: number of examples per split at most. None: all.
-            progress: told how far it is.
+            on_example: called with the number of examples done and the split's total.
 
         Raises:
             DiskError: if the files cannot be written.
@@ -177,7 +183,7 @@ class UltraMnistBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=_REGI
         for split in _SPLITS:
             size = len(self.source(split))
             count = min(size, limit or size)
-            examples = islice(self._generate_examples(split, progress), count)
+            examples = islice(self._generate_examples(split, on_example), count)
             features = self.info.features
             records = (features.serialize_example(features.encode_example(e)) for _, e in examples)
             template = tfds.core.ShardedFileTemplate(
@@ -231,7 +237,8 @@ def make_dataset(
     seed: int,
     data_dir: str | Path | None = None,
     *,
-    progress: Progress | None = None,
+    on_example: OnExample = ignore_progress,
+    on_note: Callable[[str], None] = ignore_note,
 ) -> Path:
     """Freezes generated images to disk as a prepared tensorflow-datasets set.
 
@@ -239,7 +246,8 @@ def make_dataset(
         config: what the images look like and how many there are.
         seed: of the whole data set.
         data_dir: tfds' folder of all sets. None: TFDS_DATA_DIR or ~/tensorflow_datasets.
-        progress: told how far it is.
+        on_example: called with the number of examples done and the total, for each split.
+        on_note: called with a warning about folders of unfinished runs.
 
     Returns:
         The set's folder, `DATA_DIR/ultra_mnist/CONFIG/VERSION`, to be used as `data.tfds`. It
@@ -251,7 +259,6 @@ def make_dataset(
         DiskError: if it cannot be written.
     """
     require_generated(config)
-    progress = progress or Progress()
     with _quiet_absl():
         builder = UltraMnistBuilder(
             config=UltraMnistConfig(name=config_name(config, seed), data=config, seed=seed),
@@ -264,10 +271,10 @@ def make_dataset(
             "to make it anew"
         )
     for path in leftovers(final):
-        progress.warn(f"{path} is unfinished work; delete it if no other process is writing it")
+        on_note(f"{path} is unfinished work; delete it if no other process is writing it")
     try:
         with staged_folder(final) as work:
-            builder.write_records(work, progress=progress)
+            builder.write_records(work, on_example=on_example)
             builder.info.write_to_directory(os.fspath(work))
     except FileExistsError as error:
         # Another process may have made the same set meanwhile; equal settings, equal pixels.
