@@ -1,4 +1,4 @@
-"""Example sources for tests; kept apart because worker processes import them."""
+"""Example sources for tests."""
 
 from __future__ import annotations
 

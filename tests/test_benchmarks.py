@@ -38,7 +38,7 @@ def test_the_package_needs_torch_for_nothing_but_its_weight_files():
 def test_the_gpu_suite_needs_no_data_pipeline_and_no_command_line():
     """GPU machines often have jax, flax, optax, orbax and torch, but none of these."""
     pytest.importorskip("torch", reason="the extra `torch` is not installed")
-    blocked = ["grain", "tyro", "tensorflow_datasets", "sklearn", "PIL", "platformdirs"]
+    blocked = ["tyro", "tensorflow_datasets", "sklearn", "PIL", "platformdirs"]
     code = (
         f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
         "import gpu_suite, worker, jax\n"

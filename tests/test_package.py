@@ -30,7 +30,7 @@ def python(code, **environment):
 
 
 def test_importing_the_package_is_light():
-    heavy = "grain tyro matplotlib sklearn tensorflow_datasets PIL psutil torch tensorflow "
+    heavy = "tyro matplotlib sklearn tensorflow_datasets PIL psutil torch tensorflow "
     heavy += "safetensors pooch"
     code = f"import patchgd_jax, sys; print([m for m in {heavy.split()} if m in sys.modules])"
     assert python(code).strip() == "[]"
@@ -38,7 +38,7 @@ def test_importing_the_package_is_light():
 
 def test_the_core_needs_only_jax_flax_optax_and_numpy():
     """What a GPU machine without the rest of the dependencies can still run."""
-    blocked = ["grain", "tyro", "matplotlib", "sklearn", "tensorflow_datasets", "PIL"]
+    blocked = ["tyro", "matplotlib", "sklearn", "tensorflow_datasets", "PIL"]
     example = re.search(r"```python\n(.*?)```", README, re.S).group(1)
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n{example}"
     assert float(python(code)) > 0

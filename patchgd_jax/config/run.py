@@ -105,11 +105,9 @@ class TrainConfig:
     that is found in a path, and has as many dimensions, counts; the rest is whole on every
     device."""
     reader_threads: int = 1
-    """Threads that prepare images ahead of the training step."""
-    reader_workers: int = 0
-    """Processes that do so instead, for decoders that hold Python up."""
+    """Threads that read images ahead of the training step."""
     reader_mib: int = 256
-    """Most memory in MiB that prepared images may wait in."""
+    """Most memory in MiB for images that wait for their step."""
 
     def __post_init__(self) -> None:
         require(
@@ -125,7 +123,6 @@ class TrainConfig:
         require(
             self.seed >= 0 and self.seed < 2**31, f"seed is {self.seed}; it must be in [0, 2^31)"
         )
-        require(self.reader_workers >= 0, f"reader_workers is {self.reader_workers}; at least 0")
         require(self.reader_mib >= 1, f"reader_mib is {self.reader_mib}; at least 1")
         stream, micro = self.stream, self.stream.micro_batch or 1
         auto = "auto" in (self.batch_size, self.patchgd.fraction)

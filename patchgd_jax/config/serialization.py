@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from patchgd_jax.errors import ConfigError, unknown_name
 
+REMOVED = frozenset({("config", "reader_workers")})
+"""Settings of earlier versions that changed no result; files that have them are still read."""
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain JSON types."""
@@ -32,6 +35,8 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str = "config") -> 
         raise ConfigError(f"{where} must be an object, not {type(values).__name__}")
     arguments = {}
     for key, value in values.items():
+        if (where, key) in REMOVED:
+            continue
         if key not in hints:
             raise unknown_name("setting", f"{where}.{key}", (f"{where}.{h}" for h in hints))
         hint = hints[key]

@@ -106,7 +106,6 @@ class Execution(abc.ABC):
             seed=config.seed,
             start=start,
             threads=config.reader_threads,
-            workers=config.reader_workers,
             buffer_bytes=config.reader_mib * 2**20,
             rows=slice(own.start, own.stop),
             bad_images=config.data.bad_images,

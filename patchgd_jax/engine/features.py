@@ -103,7 +103,7 @@ class FeatureExecution(ResidentExecution):
         return None if step is None else max(step, *encode)
 
     def _examples(self, source: ExampleSource) -> ExampleSource:
-        if source is not self.setup.data.train or self.setup.config.reader_workers:
+        if source is not self.setup.data.train:
             return source
         return _Visited(source, self._features)
 

@@ -148,7 +148,6 @@ def _environment() -> dict[str, Any]:
         "flax",
         "optax",
         "orbax-checkpoint",
-        "grain",
         "numpy",
     )
     versions: dict[str, str | None] = {}

@@ -49,7 +49,6 @@ _MAY_CHANGE = (
     "data.bad_images",
     "data.bad_limit",
     "reader_threads",
-    "reader_workers",
     "reader_mib",
     "mesh",
     "param_rules",
@@ -61,7 +60,7 @@ _MAY_CHANGE = (
 )
 """Settings that a resumed run may have different."""
 
-_OWN = ("run_dir", "reader_threads", "reader_workers", "reader_mib", "stream.store_dir")
+_OWN = ("run_dir", "reader_threads", "reader_mib", "stream.store_dir")
 """Settings that each process of a run may have its own of."""
 
 _EXAMPLE_PIXELS = 2**24

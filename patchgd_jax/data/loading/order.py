@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache, partial
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 
 _SCHEDULE, _PASS = 0x5C4ED, 0x9A55
-"""Set the random numbers of the schedule and of a pass apart from others with the same seed."""
+"""Separate the random numbers of the schedule and of a pass from others with the same seed."""
 
 _FEW = 1024
-"""Below so many examples Grain's shuffle is slow, 2 ms for each of 16: it draws below 2^16 until
-one of them comes."""
+"""Examples from which on a pass is shuffled by a block cipher, as recorded runs were."""
+_ROUNDS = 4
 
 
 class TrainOrder:
     """The examples of batch k, for every k from 0 on.
 
     Each bucket is an endless stream, shuffled anew on every pass; batches take turns between the
-    buckets as their sizes are, and a batch may straddle two passes.
+    buckets in proportion to their sizes, and a batch may straddle two passes.
 
     Args:
         buckets: indices of examples with equal shapes, `int64 [n]` each, none empty.
@@ -32,28 +31,23 @@ class TrainOrder:
         self._buckets = tuple(buckets)
         self._seed = seed
         self._batch_size = batch_size
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_streams", None)
-        return state
-
-    @cached_property
-    def _streams(self) -> list[Any]:
-        import grain
-
-        return [
-            _Passes(indices, self._seed + number)
-            if len(indices) < _FEW
-            else grain.MapDataset.source(indices).seed(self._seed + number).shuffle().repeat(None)
-            for number, indices in enumerate(self._buckets)
-        ]
+        # Neighbouring batches are from the same pass of a bucket, or from two.
+        self._pass = lru_cache(maxsize=2 * len(self._buckets))(self._shuffled)
 
     def __call__(self, k: int, rows: slice = slice(None)) -> tuple[int, list[int]]:
         """The bucket that batch k is from, and the indices of the batch's `rows`."""
         bucket, turn = self._turn(k)
-        stream, first = self._streams[bucket], turn * self._batch_size
-        return bucket, [int(stream[first + row]) for row in range(self._batch_size)[rows]]
+        indices, first = self._buckets[bucket], turn * self._batch_size
+        places = (divmod(first + row, len(indices)) for row in range(self._batch_size)[rows])
+        return bucket, [int(self._pass(bucket, number)[place]) for number, place in places]
+
+    def _shuffled(self, bucket: int, number: int) -> np.ndarray:
+        """A bucket's indices in the order of its pass `number`."""
+        indices, seed = self._buckets[bucket], self._seed + bucket
+        if len(indices) >= _FEW:
+            return indices[cipher_permutation(len(indices), (seed + number) % 2**32)]
+        moment = np.random.default_rng([_PASS, seed, number]).random(len(indices))
+        return indices[np.argsort(moment, kind="stable")]
 
     def _turn(self, k: int) -> tuple[int, int]:
         """The bucket of batch k, and how many earlier batches are from it."""
@@ -66,31 +60,69 @@ class TrainOrder:
         return chosen, cycle * sizes[chosen] + int(turn[place])
 
 
-class _Passes:
-    """An endless stream of a few indices, shuffled anew on every pass."""
+def cipher_permutation(count: int, seed: int) -> np.ndarray:
+    """Permutes `0..count - 1` by four rounds of the block cipher Simon (eprint 2013/404).
 
-    def __init__(self, indices: np.ndarray, seed: int) -> None:
-        self._indices = indices
-        # Neighbouring batches are from the same pass, or from two.
-        self._pass = lru_cache(maxsize=2)(partial(_shuffled, len(indices), seed))
+    Numbers that leave the range are encrypted again until they are in it (cycle walking). Equal to
+    Grain's `shuffle`, which recorded runs used.
 
-    def __getitem__(self, place: int) -> int:
-        number, within = divmod(place, len(self._indices))
-        return int(self._indices[self._pass(number)[within]])
+    Returns:
+        `int64 [count]`.
+    """
+    word = max(16, (count - 1).bit_length() + 1) // 2
+    mask = 2**word - 1
+
+    def rotated(x: np.ndarray, by: int) -> np.ndarray:
+        return (x << by | x >> (word - by)) & mask
+
+    keys = [key & mask for key in _seed_sequence(seed, _ROUNDS)]
+    out = np.arange(count)
+    outside = np.arange(count)
+    while len(outside):
+        left, right = out[outside] >> word, out[outside] & mask
+        for key in keys:
+            mixed = rotated(right, 1) & rotated(right, 8) ^ rotated(right, 2)
+            left, right = right, left ^ mixed ^ key
+        out[outside] = left << word | right
+        outside = outside[out[outside] >= count]
+    return out
 
 
-def _shuffled(count: int, seed: int, number: int) -> np.ndarray:
-    moment = np.random.default_rng([_PASS, seed, number]).random(count)
-    return np.argsort(moment, kind="stable")
+def _seed_sequence(seed: int, count: int) -> list[int]:
+    """Expands a seed to 32-bit words as C++'s `std::seed_seq{seed}.generate` does; count in 2..6.
+
+    The constants are those of the C++ standard, [rand.util.seedseq].
+    """
+    out = [0x8B8B8B8B] * count
+    half = (count - 1) // 2
+    first, second = (count - half) // 2, (count - half) // 2 + half
+
+    def scramble(x: int) -> int:
+        x %= 2**32
+        return x ^ x >> 27
+
+    for k in range(2 * count):
+        here, near, far = k % count, (k + first) % count, (k + second) % count
+        before = out[(k - 1) % count]
+        if k < count:
+            one = 1664525 * scramble(out[here] ^ out[near] ^ before) % 2**32
+            two = (one + here + (1 if k == 0 else seed if k == 1 else 0)) % 2**32
+            out[near], out[far] = (out[near] + one) % 2**32, (out[far] + two) % 2**32
+        else:
+            one = 1566083941 * scramble(out[here] + out[near] + before) % 2**32
+            two = (one - here) % 2**32
+            out[near], out[far] = out[near] ^ one, out[far] ^ two
+        out[here] = two
+    return out
 
 
 @lru_cache(maxsize=2)
 def _schedule(sizes: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-    """An order of as many batches as there are examples, with as many per bucket as it has.
+    """Orders as many batches as there are examples, with as many per bucket as it has.
 
-    A bucket's i-th batch has a random moment in the i-th of its equal parts of the cycle. So the
-    batches of any stretch are shared out as the sizes are, but for one or two, and no bucket has a
-    long run.
+    A bucket's i-th batch has a random moment in the i-th of its equal parts of the cycle. So any
+    stretch of batches is shared out in proportion to the sizes, within one or two, and no bucket
+    has a long run.
 
     Returns:
         The bucket of each batch, and its number among the bucket's batches of this cycle;

@@ -1,12 +1,11 @@
 """From an example source to batches: shuffled for training, padded for evaluation.
 
-Training batch k is a pure function of (source, seed, k), whatever the number of reader threads,
-worker processes and hosts, so a resumed run starts at batch k and needs no iterator state.
+Training batch k is a pure function of (source, seed, k), for any number of reader threads and
+hosts, so a resumed run starts at batch k and needs no iterator state.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import itertools
 from collections.abc import Generator, Iterator
@@ -16,46 +15,40 @@ import numpy as np
 
 from patchgd_jax.data.loading.bad_records import BadTally, OnBad, Policy, RecordError
 from patchgd_jax.data.loading.order import TrainOrder
-from patchgd_jax.data.loading.reading import Read, Reader, read_ahead
-from patchgd_jax.data.loading.workers import check_main, read_in_workers
+from patchgd_jax.data.loading.reading import Reader
 from patchgd_jax.data.protocols import ExampleSource
 from patchgd_jax.errors import ConfigError
 
 __all__ = ["BUFFER_BYTES", "ExampleSource", "RecordError", "TrainBatches", "eval_batches"]
 
 BUFFER_BYTES = 256 * 2**20
-"""Upper bound of what waits, decoded, for the next step."""
+"""Upper bound of the decoded examples that wait for the next step."""
 
 
 def _ignore(index: int, description: str, reason: str) -> None:
-    """Nobody wants to know."""
+    """Does nothing."""
 
 
 class TrainBatches:
     """An endless iterator of training batches; a context manager that stops its threads.
 
     Every pass over the source is shuffled anew; a batch may straddle two passes, so none is short.
-    Of a source with several buckets a batch has examples of one only; buckets take turns in
-    proportion to their sizes, and each makes passes of its own.
-
-    A script that uses workers must run inside `if __name__ == "__main__":`, because each of them
-    imports it.
+    A batch has examples of one bucket only; buckets take turns in proportion to their sizes, and
+    each makes passes of its own.
 
     Args:
         source: the examples.
         batch_size: B of the whole batch, over all processes.
         seed: of the shuffling.
         start: number of the first batch.
-        threads: threads that read examples ahead of time, in each of the workers if there are any.
-        workers: processes that read, at most as many as batches may wait; 0: the threads of this
-            one do.
-        buffer_bytes: upper bound of what waits for the next step, but for a single batch, which may
-            be larger.
+        threads: threads that read examples ahead of time.
+        buffer_bytes: upper bound of the examples that wait for the next step, except for a single
+            batch, which may be larger.
         rows: the rows of each batch that this process reads.
         bad_images: raise: an unreadable example ends the run. substitute: the next readable one of
-            its bucket takes its place.
-        bad_limit: different unreadable examples that `substitute` bears (in this process).
-        on_bad: called in this process, once for each of them, before its batch is returned.
+            its bucket replaces it.
+        bad_limit: different unreadable examples that `substitute` tolerates (in this process).
+        on_bad: called once for each of them, before its batch is returned.
 
     Raises:
         ConfigError: if there are no such rows.
@@ -70,18 +63,14 @@ class TrainBatches:
         seed: int,
         start: int,
         threads: int,
-        workers: int = 0,
         buffer_bytes: int = BUFFER_BYTES,
         rows: slice = slice(None),
         bad_images: Policy = "raise",
         bad_limit: int = 10,
         on_bad: OnBad = _ignore,
     ) -> None:
-        if workers:
-            check_main()
-        rows = slice(*rows.indices(batch_size))
-        size = rows.stop - rows.start
-        if size <= 0:
+        size = len(range(batch_size)[rows])
+        if size == 0:
             raise ConfigError(
                 f"a batch of {batch_size} has no rows for this process; use fewer processes, or a "
                 "larger batch_size"
@@ -90,21 +79,11 @@ class TrainBatches:
         reader = Reader(source, self._tally, threads=threads, substitute=True)
         order = TrainOrder(reader.buckets, seed=seed, batch_size=batch_size)
         self._closed = False
-        self._reads: Generator[Read, None, None]
-        if workers:
-            ahead = _ahead(reader, size, workers * threads, 2 * workers, buffer_bytes)
-            workers = min(workers, ahead)
-            self._reads = read_in_workers(
-                reader, order, rows, start=start, workers=workers, ahead=ahead
-            )
-            # For a program that ends without closing; before multiprocessing would wait for them.
-            atexit.register(self._reads.close)
-        else:
-            ahead = _ahead(reader, size, threads, 2 * threads, buffer_bytes)
-            numbers = itertools.count(start)
-            self._reads = read_ahead(
-                reader, (order(k, rows) for k in numbers), size=size, ahead=ahead
-            )
+        self._reads = reader.read_ahead(
+            (order(k, rows) for k in itertools.count(start)),
+            size=size,
+            ahead=_ahead(reader, size, buffer_bytes),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -113,9 +92,8 @@ class TrainBatches:
         self.close()
 
     def close(self) -> None:
-        """Stops threads and processes; there are no batches after it."""
+        """Stops the threads; there are no batches after it."""
         self._closed = True
-        atexit.unregister(self._reads.close)
         self._reads.close()
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -125,13 +103,12 @@ class TrainBatches:
         """The next batch, of B rows or this process's part of them.
 
         Returns:
-            Each array of an example with an axis in front: `image` `uint8 [B, H, W, C]`, `label`
-            `int32 [B]` and `id` `int64 [B]`. Labels that are no integers are `float32`, and may
-            have a second axis.
+            Each array of an example with a leading batch axis: `image` `uint8 [B, H, W, C]`,
+            `label` `int32 [B]` and `id` `int64 [B]`. Labels that are not integers are `float32`,
+            and may have a second axis.
 
         Raises:
             RecordError: if the policy about unreadable examples ends the run here; it closes.
-            DataError: if a worker died; it closes.
             ValueError: if it is closed.
         """
         if self._closed:
@@ -140,7 +117,7 @@ class TrainBatches:
             read = next(self._reads)
             self._tally.take(read.bad)
             if not read.good.all():
-                raise self._tally.error("nothing is left to take the place of unreadable examples")
+                raise self._tally.error("no readable example is left to replace unreadable ones")
         except BaseException:
             self.close()
             raise
@@ -158,25 +135,25 @@ def eval_batches(
     bad_limit: int = 10,
     on_bad: OnBad = _ignore,
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """All examples once, bucket after bucket, in order; the last batch of each bucket is padded.
+    """Yields all examples once, bucket by bucket, in order; pads the last batch of each bucket.
 
     Args:
         source: the examples.
         batch_size: B of the whole batch.
-        rows: the rows of it that this process reads; as many batches come whatever they are.
+        rows: the rows of it that this process reads; the number of batches does not depend on it.
         threads: threads that read examples ahead of time.
-        buffer_bytes: upper bound of what waits for the next step, but for a single batch.
+        buffer_bytes: upper bound of the examples that wait, except for a single batch.
         bad_images: raise: an unreadable example is an error. substitute: it is left out.
-        bad_limit: different unreadable examples that `substitute` bears.
+        bad_limit: different unreadable examples that `substitute` tolerates.
         on_bad: called once for each of them, before its batch is returned.
 
     Yields:
-        Each array of an example with an axis of its rows in front; labels as in training. `weight`
-        `float32` is 1, and 0 for rows that are padding or unreadable, whose `id` is -1; a
-        weight of the source's own is for training.
+        Each array of an example with a leading axis of this process's rows; labels as in training.
+        `weight` `float32` is 1, and 0 for rows that are padding or unreadable, whose `id` is -1;
+        weights of the source itself apply to training only.
 
     Raises:
-        RecordError: as the policy says, or if nothing can be read.
+        RecordError: by the policy, or if nothing can be read.
     """
     tally = BadTally(source, policy=bad_images, limit=bad_limit, on_bad=on_bad)
     reader = Reader(source, tally, threads=threads, substitute=False)
@@ -186,8 +163,7 @@ def eval_batches(
         for number, bucket in enumerate(reader.buckets)
         for first in range(0, len(bucket), batch_size)
     )
-    ahead = _ahead(reader, size, threads, 2 * threads, buffer_bytes)
-    reads = read_ahead(reader, parts, size=size, ahead=ahead)
+    reads = reader.read_ahead(parts, size=size, ahead=_ahead(reader, size, buffer_bytes))
     any_read = False
     with contextlib.closing(reads):
         for read in reads:
@@ -196,8 +172,8 @@ def eval_batches(
                 continue
             any_read = True
             for array in read.arrays.values():
-                # Any real example will do: the model's outputs must be finite. Other processes may
-                # have some where this one has none.
+                # Any readable example will do: the model's outputs must be finite. Other processes
+                # may have some where this one has none.
                 array[~read.good] = array[read.good.argmax()] if read.good.any() else 0
             read.arrays["id"][~read.good] = -1
             yield {
@@ -210,10 +186,10 @@ def eval_batches(
         raise tally.error("no example can be read any more")
 
 
-def _ahead(reader: Reader, rows: int, threads: int, most: int, buffer_bytes: int) -> int:
+def _ahead(reader: Reader, rows: int, buffer_bytes: int) -> int:
     """How many batches may be read ahead, beside the example that each thread is at."""
-    spare = buffer_bytes - threads * reader.example_bytes
-    return int(np.clip(spare // reader.batch_bytes(rows), 1, most))
+    batches = buffer_bytes // reader.example_bytes - reader.threads
+    return int(np.clip(batches // rows, 1, 2 * reader.threads))
 
 
 def _labels(labels: np.ndarray) -> np.ndarray:
