@@ -22,10 +22,12 @@ from patchgd_jax import (
     PatchGrid,
     build_model,
     eval_step,
+    from_linen,
     from_nnx,
     init_state,
     train_step,
 )
+from patchgd_jax.models.heads.simple import LinearHead
 
 KEY = jax.random.key(5)
 
@@ -252,9 +254,74 @@ def test_from_nnx_trains_and_switches_modes():
     assert max_relative(last.params["head"], first.params["head"]) > 0
 
 
+class _LinenStatistics(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train, mask=None):
+        keep = None if mask is None else mask[:, None, None, None]
+        norm = nn.BatchNorm(not train, momentum=0.0)
+        return norm(x, mask=keep).mean((1, 2))
+
+
+class _LinenUnmasked(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        return nn.BatchNorm(not train, momentum=0.0)(x).mean((1, 2))
+
+
+class _NnxStatistics(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(1, momentum=0.0, rngs=rngs)
+
+    def __call__(self, x, mask=None):
+        keep = None if mask is None else mask[:, None, None, None]
+        return self.norm(x, mask=keep).mean((1, 2))
+
+
+class _NnxUnmasked(_NnxStatistics):
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+MASKING = {"linen": _LinenStatistics, "nnx": _NnxStatistics}
+UNMASKED = {"linen": _LinenUnmasked, "nnx": _NnxUnmasked}
+# A group of three slots for two patches: the last patch stands in the padding slot as well.
+PADDED = np.broadcast_to(np.array([0.5, 1.0, 1.0], np.float32)[:, None, None, None], (3, 4, 4, 1))
+
+
+def _encoded(library, encoder, **options):
+    """The batch statistics after `PADDED` is encoded, by name."""
+    if library == "nnx":
+        model = from_nnx(encoder, _NnxHead)
+    else:
+        model = from_linen(encoder(), LinearHead(3), grid=PatchGrid(4, 8, 4), channels=1)
+    params, state = model.init(KEY)
+    _, state = model.encode(params, state, PADDED, rng=KEY, **options)
+    leaves = jax.tree_util.tree_leaves_with_path(state["encoder"])
+    return {path[-1].key: float(leaf[0]) for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("library", MASKING)
+def test_padding_does_not_enter_batch_statistics(library):
+    mask = np.array([True, True, False])
+    wanted = {"mean": 0.75, "var": 0.0625}
+    assert _encoded(library, MASKING[library], mask=mask, train=True) == wanted
+    assert _encoded(library, MASKING[library], mask=mask, train=False) == {"mean": 0, "var": 1}
+    unmasked = _encoded(library, UNMASKED[library], train=True)
+    assert unmasked == pytest.approx({"mean": 0.8333, "var": 0.0556}, abs=1e-4)
+
+
+@pytest.mark.parametrize("library", UNMASKED)
+def test_batch_statistics_without_a_mask_cannot_see_padding(library):
+    mask = np.array([True, True, False])
+    message = f"{UNMASKED[library].__name__} keeps batch statistics and takes no mask.*norm"
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(lambda: _encoded(library, UNMASKED[library], mask=mask, train=True))
+    # In eval mode nothing is counted.
+    assert _encoded(library, UNMASKED[library], mask=mask, train=False) == {"mean": 0, "var": 1}
+
+
 def test_from_linen_reports_what_a_module_returns():
     """A user's own two modules, without mask or batch statistics."""
-    from patchgd_jax import from_linen
 
     class Encoder(nn.Module):
         @nn.compact
