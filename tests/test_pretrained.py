@@ -516,7 +516,7 @@ def test_an_export_overwrites_nothing(exported, capsys, tmp_path):
     folder, weights = exported
     before = weights.read_bytes()
     assert main(["export", str(folder)]) == 2
-    assert "choose another folder with --output" in capsys.readouterr().err
+    assert "is not empty; name another folder" in capsys.readouterr().err
     assert weights.read_bytes() == before
     (tmp_path / "file").touch()
     assert main(["export", str(folder), "--output", str(tmp_path / "file" / "x")]) == 7

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from patchgd_jax._version import __version__
 from patchgd_jax.errors import ConfigError, PatchGDError
+from patchgd_jax.io.text import first_line
 
 START_SECONDS = 45
 """How long the others may take to come up."""
@@ -111,7 +112,7 @@ def initialize(
                 shutdown_timeout_seconds=heartbeat_seconds,
             )
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"cannot join the other processes: {_first_line(error)}") from error
+            raise ConfigError(f"cannot join the other processes: {first_line(error)}") from error
     return True
 
 
@@ -264,7 +265,7 @@ def watched(seconds: float = STEP_SECONDS) -> Iterator[None]:
         except jax.errors.JaxRuntimeError as error:
             _end(
                 f"process {jax.process_index()}: a computation shared with other processes has "
-                f"failed; one of them has probably died ({_first_line(error)}). Resume the run "
+                f"failed; one of them has probably died ({first_line(error)}). Resume the run "
                 "from its last checkpoint",
                 PeerError.exit_code,
             )
@@ -312,7 +313,3 @@ def _number(name: str, given: int | None) -> int | None:
         return int(text)
     except ValueError:
         raise ConfigError(f"{name} is {text!r}; it must be a number") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -24,6 +24,10 @@ def printable(text: str) -> str:
 
 
 def csv_cell(text: str) -> str:
-    """The text as a spreadsheet shows it, rather than as a formula that it computes."""
-    text = printable(text)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+    """Puts an apostrophe before text that a spreadsheet would compute, or that begins with one."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "'")) else text
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters; its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

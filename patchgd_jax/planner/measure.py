@@ -24,7 +24,7 @@ import numpy as np
 
 from patchgd_jax.config import from_dict
 from patchgd_jax.engine.compiling import release_memory, use_compilation_cache
-from patchgd_jax.errors import ConfigError
+from patchgd_jax.errors import ConfigError, DiskError
 from patchgd_jax.io.files import write_json
 from patchgd_jax.planner.compiled import compile_program
 from patchgd_jax.planner.errors import MeasureError
@@ -297,7 +297,7 @@ def keep_calibration(measured: Measured) -> float:
     except (OSError, ValueError, TypeError, AttributeError):
         factors, known = {}, 0.0
     factors[name] = max(known, measured.factor)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, DiskError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_json(path, factors)
     return float(factors[name])

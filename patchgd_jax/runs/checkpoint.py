@@ -7,7 +7,6 @@ the folder, verifies newest first and falls back to the newest step that is inta
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -23,16 +22,12 @@ import numpy as np
 from patchgd_jax.core.model import PyTree
 from patchgd_jax.engine.distributed import all_or_none, is_first, watched
 from patchgd_jax.errors import CheckpointError, DiskError
-from patchgd_jax.io.files import fsync_path, write_json
+from patchgd_jax.io.files import disk_errors, fsync_path, sha256, write_json
+from patchgd_jax.io.text import first_line
 
 _MANIFEST = "manifest.json"
 _META = "meta.json"
 _KEEP_LAST = 2
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tree_spec(tree: PyTree) -> dict[str, str]:
@@ -127,7 +122,7 @@ class Checkpoints:
             if is_first():
                 shutil.rmtree(partial, ignore_errors=True)
             raise DiskError(
-                f"cannot write checkpoint {final}: {_first_line(error)} "
+                f"cannot write checkpoint {final}: {first_line(error)} "
                 f"({_free_space(self.folder)} free); make room and resume the run"
             ) from error
 
@@ -137,7 +132,7 @@ class Checkpoints:
 
     def _write_manifest(self, partial: Path) -> None:
         files = sorted(p for p in partial.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(partial)): _sha256(p) for p in files}
+        manifest = {str(p.relative_to(partial)): sha256(p) for p in files}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in (*files, partial / _MANIFEST, *(p for p in partial.rglob("*") if p.is_dir())):
             fsync_path(path)
@@ -147,8 +142,7 @@ class Checkpoints:
         """Names the best step in `best.json`."""
         if self._named_best() == step:
             return
-        with _disk_errors(f"cannot write {self.folder / 'best.json'}"):
-            write_json(self.folder / "best.json", {"step": step})
+        write_json(self.folder / "best.json", {"step": step})
 
     def _named_best(self) -> int | None:
         try:
@@ -163,7 +157,7 @@ class Checkpoints:
             if later > step:
                 path = self._path(later)
                 aside = path.with_name(f"{path.name}.damaged")
-                with _disk_errors(f"cannot set {path} aside"):
+                with disk_errors(f"cannot set {path} aside"):
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
 
@@ -172,7 +166,7 @@ class Checkpoints:
         best = self._named_best()
         for step in self.steps()[:-_KEEP_LAST]:
             if step != best:
-                with _disk_errors(f"cannot remove {self._path(step)}"):
+                with disk_errors(f"cannot remove {self._path(step)}"):
                     shutil.rmtree(self._path(step))
 
     def damage(self, step: int) -> str | None:
@@ -186,10 +180,10 @@ class Checkpoints:
                     return f"{name} was not there when it was written"
                 if name not in found:
                     return f"{name} is missing"
-                if _sha256(path / name) != manifest[name]:
+                if sha256(path / name) != manifest[name]:
                     return f"{name} has changed since it was written"
         except (OSError, ValueError, AttributeError) as error:
-            return f"its manifest cannot be read ({_first_line(error)})"
+            return f"its manifest cannot be read ({first_line(error)})"
         return None
 
     def newest_intact(self) -> int:
@@ -292,18 +286,6 @@ def _checkpointer() -> Any:
     # Orbax logs every save at a level that would break into the progress display.
     logging.getLogger("absl").setLevel(logging.ERROR)
     return ocp.StandardCheckpointer()
-
-
-@contextmanager
-def _disk_errors(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(f"{what}: {error.strerror or error}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def _free_space(folder: Path) -> str:

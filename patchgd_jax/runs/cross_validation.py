@@ -13,7 +13,7 @@ from patchgd_jax.baselines.registry import settled_method
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.sources.channels import with_channels
 from patchgd_jax.engine.distributed import several_asked_for
-from patchgd_jax.errors import ConfigError, DiskError
+from patchgd_jax.errors import ConfigError
 from patchgd_jax.io.files import write_json
 from patchgd_jax.planner.auto_settings import is_settled, settled
 from patchgd_jax.runs.folder import CONFIG, SUMMARY, RunFolder
@@ -106,10 +106,7 @@ def cross_validate(
             summary = train(wanted, path, progress=shown)
         best[fold] = summary["best"]
     result = {"folds": best, **_spread(list(best.values()))}
-    try:
-        write_json(Path(folder) / RESULT, result)
-    except OSError as error:
-        raise DiskError(f"cannot write {Path(folder) / RESULT}: {error.strerror}") from error
+    write_json(Path(folder) / RESULT, result)
     return result
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 
 import jax
@@ -16,8 +15,7 @@ from patchgd_jax.baselines.registry import method_model
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.core.model import Params
 from patchgd_jax.data.preprocess import Preprocess
-from patchgd_jax.errors import ConfigError, DiskError
-from patchgd_jax.io.files import fsync_path, write_json
+from patchgd_jax.io.files import atomic_folder, write_json
 from patchgd_jax.runs.folder import PREPROCESS
 from patchgd_jax.runs.predict import TrainedModel
 from patchgd_jax.runs.progress import Progress
@@ -52,21 +50,11 @@ def export_run(
     """
     model = TrainedModel(run_dir, "best", progress)
     folder = Path(os.path.abspath(output if output is not None else model.folder.path / "export"))
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise ConfigError(f"{folder} exists already; choose another folder with --output")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with atomic_folder(folder) as partial:
         encoder = model.config.model.encoder
         tensors = export_tensors(encoder, model.params, model.model_state)
         write_safetensors(partial / WEIGHTS, tensors, export_header(model.config, model.preprocess))
         write_json(partial / PREPROCESS, dataclasses.asdict(model.preprocess))
-        partial.rename(folder)
-        fsync_path(folder.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise DiskError(f"cannot write {folder}: {error.strerror or error}") from error
     return folder / WEIGHTS
 
 

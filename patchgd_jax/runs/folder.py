@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 
 from patchgd_jax.config import TrainConfig, from_dict, to_dict
 from patchgd_jax.data.preprocess import Preprocess
-from patchgd_jax.errors import CheckpointError, ConfigError, DiskError
-from patchgd_jax.io.files import write_json
+from patchgd_jax.errors import CheckpointError, ConfigError
+from patchgd_jax.io.files import disk_errors, write_json
 
 CONFIG, ENVIRONMENT, PREPROCESS = "config.json", "environment.json", "preprocess.json"
 METRICS, SUMMARY, CURVES = "metrics.jsonl", "summary.json", "curves.png"
@@ -50,14 +51,12 @@ class RunFolder:
         """
         path = Path(path)
         cls.check_free(path)
-        try:
+        with disk_errors(f"cannot write run folder {path}"):
             path.mkdir(parents=True, exist_ok=True)
-            write_json(path / ENVIRONMENT, _environment())
-            write_json(path / PREPROCESS, preprocess)
-            # Last, because with it the folder is a run.
-            write_json(path / CONFIG, to_dict(config))
-        except OSError as error:
-            raise DiskError(f"cannot write run folder {path}: {error.strerror or error}") from error
+        write_json(path / ENVIRONMENT, _environment())
+        write_json(path / PREPROCESS, preprocess)
+        # Last, because with it the folder is a run.
+        write_json(path / CONFIG, to_dict(config))
         return cls(path)
 
     @staticmethod
@@ -71,15 +70,11 @@ class RunFolder:
             DiskError: if it cannot be looked into.
         """
         path = Path(path)
-        leftovers = {
-            ENVIRONMENT,
-            PREPROCESS,
-            *(f".{n}.tmp" for n in (ENVIRONMENT, PREPROCESS, CONFIG)),
-        }
-        try:
-            free = not path.exists() or {p.name for p in path.iterdir()} <= leftovers
-        except OSError as error:
-            raise DiskError(f"cannot write run folder {path}: {error.strerror or error}") from error
+        with disk_errors(f"cannot write run folder {path}"):
+            names = [p.name for p in path.iterdir()] if path.exists() else []
+        free = all(
+            name in (ENVIRONMENT, PREPROCESS) or re.fullmatch(r"\..*\.tmp", name) for name in names
+        )
         if not free:
             raise ConfigError(
                 f"run folder {path} is in use; choose another with --run-dir, or continue that "
@@ -115,17 +110,8 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def write(self, name: str, value: Any) -> None:
-        """Writes a JSON file of the folder, whole or not at all.
-
-        Raises:
-            DiskError: if it cannot be written.
-        """
-        try:
-            write_json(self.path / name, value)
-        except OSError as error:
-            raise DiskError(
-                f"cannot write {self.path / name}: {error.strerror or error}"
-            ) from error
+        """Writes a JSON file of the folder with `atomic_file`."""
+        write_json(self.path / name, value)
 
     def read(self, name: str) -> Any:
         """Reads a JSON file of the folder.

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from patchgd_jax.errors import DiskError
-from patchgd_jax.io.files import fsync_path
+from patchgd_jax.io.files import atomic_file, disk_errors
 
 
 class MetricsLog:
@@ -27,20 +26,15 @@ class MetricsLog:
     def __init__(self, path: Path, upto: int, *, writes: bool = True) -> None:
         self._path = path
         self._file: TextIO | None = None
+        self.lines = [line for line in read_metrics(path) if line["step"] <= upto]
         if not writes:
-            self.lines = [line for line in read_metrics(path) if line["step"] <= upto]
             return
-        try:
-            kept = [line for line in read_metrics(path) if line["step"] <= upto]
-            partial = path.with_name(f".{path.name}.tmp")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            fsync_path(partial)
-            partial.replace(path)
+        with disk_errors(f"cannot write {path}"):
+            with atomic_file(path) as partial:
+                text = "".join(json.dumps(line) + "\n" for line in self.lines)
+                partial.write_text(text, encoding="utf-8")
             # By line, so that whoever follows the file sees every step at once.
             self._file = path.open("a", encoding="utf-8", buffering=1)
-        except OSError as error:
-            raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
-        self.lines = kept
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line."""
@@ -56,12 +50,9 @@ class MetricsLog:
         self._guard(lambda file: file.close())
 
     def _guard(self, action: Callable[[TextIO], object]) -> None:
-        if self._file is None:
-            return
-        try:
-            action(self._file)
-        except OSError as error:
-            raise DiskError(f"cannot write {self._path}: {error.strerror or error}") from error
+        if self._file is not None:
+            with disk_errors(f"cannot write {self._path}"):
+                action(self._file)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from patchgd_jax.errors import ConfigError, DataError
-from patchgd_jax.io.files import fsync_path
+from patchgd_jax.io.files import atomic_file
+from patchgd_jax.io.text import first_line
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
@@ -68,7 +69,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # A damaged or hostile pickle can raise anything.
-        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        reason = first_line(error).split(". ")[0]
         raise DataError(
             f"weight file {path} is damaged, or holds more than tensors (nothing of it was "
             f"executed): {reason}"
@@ -105,14 +106,10 @@ def _to_numpy(path: Path, name: str, value: Any) -> np.ndarray:
 def write_safetensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file and makes it durable.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Writes a safetensors file with `atomic_file`."""
     from safetensors.numpy import save
 
     # The library reads memory as it lies there, whatever the strides say.
     content = save({name: np.ascontiguousarray(a) for name, a in tensors.items()}, dict(metadata))
-    path.write_bytes(content)
-    fsync_path(path)
+    with atomic_file(path) as partial:
+        partial.write_bytes(content)

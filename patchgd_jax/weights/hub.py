@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from patchgd_jax.errors import ConfigError, DataError, DiskError, unknown_name
-from patchgd_jax.io.files import fsync_path
+from patchgd_jax.errors import ConfigError, DataError, unknown_name
+from patchgd_jax.io.files import atomic_file, disk_errors
+from patchgd_jax.io.files import sha256 as file_sha256
 from patchgd_jax.weights.files import SUFFIXES
 
 
@@ -108,25 +107,19 @@ def _fetched(url: str, sha256: str, message: Callable[[str], None]) -> Path:
         raise ConfigError(f"{url} does not end in a file name with one of {', '.join(SUFFIXES)}")
     folder = Path(platformdirs.user_cache_dir("patchgd-jax")) / "weights"
     kept = folder / f"{sha256[:16]}-{name[0]}"
-    try:
-        if kept.is_file() and _sha256(kept).startswith(sha256):
+    with disk_errors(f"cannot keep weights in {folder}"):
+        if kept.is_file() and file_sha256(kept).startswith(sha256):
             return kept
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
-            path = Path(temporary) / name[0]
-            message(f"Fetching {url}")
+        message(f"Fetching {url}")
+        with atomic_file(kept) as path:
             _download(url, path)
-            found = _sha256(path)
+            found = file_sha256(path)
             if not found.startswith(sha256):
                 raise DataError(
                     f"{url} is not the pinned file: its SHA-256 is {found}, not {sha256}"
                     f"{'' if len(sha256) == 64 else '...'}; nothing of it was kept"
                 )
-            fsync_path(path)
-            path.replace(kept)
-        fsync_path(folder)
-    except OSError as error:
-        raise DiskError(f"cannot keep weights in {folder}: {error.strerror or error}") from error
     return kept
 
 
@@ -141,8 +134,3 @@ def _download(url: str, path: Path) -> None:
             f"cannot fetch {url}, which has not been fetched here before: {error}. Without a "
             "network, fetch it elsewhere and name the file with --model.weights"
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,6 +14,7 @@ from patchgd_jax.data.images.pixels import DTYPES, to_uint8
 from patchgd_jax.data.images.region_base import ClippedRegions
 from patchgd_jax.data.images.safe_image import ImageReadError
 from patchgd_jax.data.images.tiff_levels import micrometres
+from patchgd_jax.io.text import first_line
 
 MARKERS = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
 """Files by which a folder is known to be Zarr."""
@@ -61,7 +62,7 @@ class ZarrRegions(ClippedRegions):
             raise
         except Exception as error:
             # tensorstore raises ValueError for nearly all; the metadata may hold anything.
-            raise ImageReadError(path, _first_line(error)) from error
+            raise ImageReadError(path, first_line(error)) from error
         first = self._stores[0]
         if first.dtype.name not in DTYPES:
             raise ImageReadError(
@@ -97,7 +98,7 @@ class ZarrRegions(ClippedRegions):
             raise ImageReadError(
                 self.path,
                 f"{height} x {width} px at row {y}, column {x} of level {level} are damaged: "
-                f"{_first_line(error)}",
+                f"{first_line(error)}",
             ) from error
         kept = [axis for axis in self._axes if axis in where]
         window = np.asarray(window).transpose([kept.index(axis) for axis in "yxc" if axis in kept])
@@ -107,10 +108,6 @@ class ZarrRegions(ClippedRegions):
     def close(self) -> None:
         """Lets go of the store; reading afterwards is an error."""
         self._stores = []
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

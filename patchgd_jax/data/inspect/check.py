@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from patchgd_jax.data.inspect.check_report import CheckReport, Problem
 from patchgd_jax.data.sources.channels import ADVICE, common_channels
 from patchgd_jax.data.tables.splits import Split, absent_labels
 from patchgd_jax.data.tables.table import ImageTable
+from patchgd_jax.io.files import sha256
 from patchgd_jax.io.text import printable
 
 _SWEEP = 2048
@@ -155,16 +155,11 @@ def _copies(table: ImageTable, indices: Sequence[int], pool: ThreadPoolExecutor)
         if table.paths[index].is_file():
             by_size.setdefault(table.paths[index].stat().st_size, []).append(index)
     candidates = [index for same in by_size.values() if len(same) > 1 for index in same]
-    by_content: dict[bytes, list[int]] = {}
-    digests = pool.map(lambda index: _digest(table.paths[index]), candidates)
+    by_content: dict[str, list[int]] = {}
+    digests = pool.map(lambda index: sha256(table.paths[index]), candidates)
     for index, digest in zip(candidates, digests, strict=True):
         by_content.setdefault(digest, []).append(index)
     return [same for same in by_content.values() if len(same) > 1]
-
-
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _copy_problems(table: ImageTable, home: Mapping[int, str], first: int, index: int) -> list[str]:

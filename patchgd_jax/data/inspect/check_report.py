@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from patchgd_jax.errors import DiskError
-from patchgd_jax.io.files import fsync_path
+from patchgd_jax.io.files import atomic_file
 from patchgd_jax.io.text import csv_cell, printable
 
 _LINES = 20
@@ -98,16 +97,11 @@ def write_bad_list(path: str | Path, problems: Iterable[Problem]) -> None:
     Raises:
         DiskError: if it cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        with partial.open("w", encoding="utf-8", errors="replace", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(Problem._fields)
-            for row, name, reason in problems:
-                writer.writerow([row or "", csv_cell(name), csv_cell(reason)])
-        fsync_path(partial)
-        partial.replace(path)
-        fsync_path(path.parent)
-    except OSError as error:
-        raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
+    with (
+        atomic_file(path) as partial,
+        partial.open("w", encoding="utf-8", errors="replace", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Problem._fields)
+        for row, name, reason in problems:
+            writer.writerow([row or "", csv_cell(printable(name)), csv_cell(printable(reason))])

@@ -7,13 +7,13 @@ import io
 from pathlib import Path
 
 from patchgd_jax.data.loading.bad_records import BadRecord
-from patchgd_jax.errors import CheckpointError, DiskError
-from patchgd_jax.io.files import write_whole
+from patchgd_jax.errors import CheckpointError
+from patchgd_jax.io.files import atomic_file
+from patchgd_jax.io.text import csv_cell
 
 BAD_IMAGES = "bad_images.csv"
 
 _HEADER = ["index", "path", "reason"]
-_GUARDED = ("=", "+", "-", "@", "'")
 
 
 class BadImages:
@@ -54,15 +54,16 @@ class BadImages:
         if (index, path) in self._records:
             return
         self._records[index, path] = BadRecord(index, path, reason)
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_HEADER)
-        writer.writerows((r.index, _guard(r.description), _guard(r.reason)) for r in self.records)
-        try:
+        with (
+            atomic_file(self.path) as partial,
             # Names of files need not be valid UTF-8.
-            write_whole(self.path, text.getvalue().encode(errors="surrogateescape"))
-        except OSError as error:
-            raise DiskError(f"cannot write {self.path}: {error.strerror or error}") from error
+            partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(_HEADER)
+            for record in self.records:
+                cells = csv_cell(record.description), csv_cell(record.reason)
+                writer.writerow([record.index, *cells])
 
     def _read(self) -> list[BadRecord]:
         try:
@@ -77,10 +78,6 @@ class BadImages:
             raise CheckpointError(
                 f"cannot read {self.path}: {error}; delete it, it will be written anew"
             ) from error
-
-
-def _guard(cell: str) -> str:
-    return f"'{cell}" if cell.startswith(_GUARDED) else cell
 
 
 def _plain(cell: str) -> str:

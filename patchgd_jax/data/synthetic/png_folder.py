@@ -17,8 +17,7 @@ from patchgd_jax.data.synthetic.encoded import (
     require_generated,
 )
 from patchgd_jax.data.synthetic.ultramnist import UltraMnist
-from patchgd_jax.errors import ConfigError
-from patchgd_jax.io.staging import leftovers, staged_folder
+from patchgd_jax.io.files import atomic_folder, unfinished_folders
 
 TABLE = "labels.csv"
 
@@ -49,22 +48,17 @@ def make_folder(
     """
     require_generated(config)
     folder = Path(folder).absolute()
-    for path in leftovers(folder):
+    for path in unfinished_folders(folder):
         on_note(f"{path} is unfinished work; delete it if no other process is writing it")
-    try:
-        with staged_folder(folder) as work, (work / TABLE).open("w", newline="") as table:
-            rows = csv.writer(table)
-            rows.writerow(["path", "label", "split"])
-            for split in get_args(Split):
-                source = UltraMnist(config, split, seed)
-                (work / split).mkdir()
-                digits = len(str(len(source) - 1))
-                for example in encoded_examples(source, on_example):
-                    name = f"{split}/{example.index:0{digits}d}.png"
-                    (work / name).write_bytes(example.png)
-                    rows.writerow([name, example.label, split])
-    except FileExistsError as error:
-        raise ConfigError(
-            f"{folder} is not empty; name another folder, or delete it to make it anew"
-        ) from error
+    with atomic_folder(folder) as work, (work / TABLE).open("w", newline="") as table:
+        rows = csv.writer(table)
+        rows.writerow(["path", "label", "split"])
+        for split in get_args(Split):
+            source = UltraMnist(config, split, seed)
+            (work / split).mkdir()
+            digits = len(str(len(source) - 1))
+            for example in encoded_examples(source, on_example):
+                name = f"{split}/{example.index:0{digits}d}.png"
+                (work / name).write_bytes(example.png)
+                rows.writerow([name, example.label, split])
     return folder

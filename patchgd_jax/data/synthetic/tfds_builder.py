@@ -32,7 +32,7 @@ from patchgd_jax.data.synthetic.encoded import (
 )
 from patchgd_jax.data.synthetic.ultramnist import GENERATOR_VERSION, UltraMnist
 from patchgd_jax.errors import ConfigError, DiskError
-from patchgd_jax.io.staging import leftovers, staged_folder
+from patchgd_jax.io.files import atomic_folder, unfinished_folders
 
 NAME = "ultra_mnist"
 
@@ -270,18 +270,16 @@ def make_dataset(
             f"{final} holds this data set already; use it with --data.tfds {final}, or delete it "
             "to make it anew"
         )
-    for path in leftovers(final):
+    for path in unfinished_folders(final):
         on_note(f"{path} is unfinished work; delete it if no other process is writing it")
     try:
-        with staged_folder(final) as work:
+        with atomic_folder(final) as work:
             builder.write_records(work, on_example=on_example)
             builder.info.write_to_directory(os.fspath(work))
-    except FileExistsError as error:
+    except ConfigError:
         # Another process may have made the same set meanwhile; equal settings, equal pixels.
         if not (final / "dataset_info.json").exists():
-            raise ConfigError(
-                f"{final} holds something that is no data set; move it away"
-            ) from error
+            raise
     return final
 
 
