@@ -45,7 +45,8 @@ class TrainOrder:
         """A bucket's indices in the order of its pass `number`."""
         indices, seed = self._buckets[bucket], self._seed + bucket
         if len(indices) >= _FEW:
-            return indices[cipher_permutation(len(indices), (seed + number) % 2**32)]
+            (first,) = np.random.SeedSequence([seed, 1]).generate_state(1)
+            return indices[cipher_permutation(len(indices), (int(first) + number) % 2**32)]
         moment = np.random.default_rng([_PASS, seed, number]).random(len(indices))
         return indices[np.argsort(moment, kind="stable")]
 
