@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from patchgd_jax import TrainConfig
-from patchgd_jax.baselines.registry import settled_method
+from patchgd_jax.baselines.registry import resolve_method
 from patchgd_jax.data.sources.channels import with_channels
 from patchgd_jax.io.files import write_json
 from patchgd_jax.runs.folder import SUMMARY
@@ -17,7 +17,7 @@ from patchgd_jax.runs.out_of_memory import out_of_memory_told
 from patchgd_jax.runs.progress import Progress
 from patchgd_jax.runs.recorder import peak_memory
 from patchgd_jax.runs.signals import StopRequest
-from patchgd_jax.runs.train import Run
+from patchgd_jax.runs.run import Run
 
 STEPS = 5
 """Steps that are timed, after one that is not."""
@@ -31,20 +31,20 @@ def measure(config: TrainConfig, folder: Path, progress: Progress) -> None:
         folder: gets `summary.json`.
         progress: shows how it goes.
     """
-    config = settled_method(with_channels(config))
+    config = resolve_method(with_channels(config))
     with StopRequest() as stop, stop.immediate(), out_of_memory_told(config, folder):
         run = Run(config, None, progress, None)
         state = run.first_state()
-        progress.message(run.execution.compile(state))
-        with run.execution.train_batches(0, lambda index, path, reason: None) as batches:
+        progress.message(run.executor.compile(state))
+        with run.executor.train_batches(0, lambda index, path, reason: None) as batches:
             batch = next(batches)
         seconds = []
         for _ in range(1 + STEPS):
             begun = time.monotonic()
-            state, metrics = run.execution.train(state, batch)
+            state, metrics = run.executor.train(state, batch)
             jax.block_until_ready((state, metrics))
             seconds.append(time.monotonic() - begun)
-        step_bytes = run.execution.compiled_bytes()
+        step_bytes = run.executor.compiled_bytes()
         perf = {
             "images_per_s": float(f"{config.images_per_step / statistics.median(seconds[1:]):.4g}"),
             "peak_memory_mib": round(peak_memory(run.device) / 2**20, 1),

@@ -14,6 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from patchgd_jax.engine.sharding.placement import (
+    make_mesh,
+    param_shardings,
+    shard_batch,
+    sharded_eval_step,
+    sharded_train_step,
+)
 from test_ragged import LARGE, listed, masked_toy, ragged_batch
 from toy import max_relative, recording_sgd, toy_batch, toy_model, toy_params
 
@@ -29,13 +36,6 @@ from patchgd_jax import (
     init_state,
     make_optimizer,
     train_step,
-)
-from patchgd_jax.engine.sharding.placement import (
-    make_mesh,
-    param_shardings,
-    shard_batch,
-    sharded_eval_step,
-    sharded_train_step,
 )
 from patchgd_jax.models.encoders.small_cnn import SmallCNN
 from patchgd_jax.models.heads.simple import CNNHead, LinearHead

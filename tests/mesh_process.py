@@ -14,10 +14,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from toy import recording_sgd, toy_batch, toy_model, toy_params
-
-from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, init_state, train_step
-from patchgd_jax.engine.distributed import check_same, initialize, watched
 from patchgd_jax.engine.sharding.placement import (
     DATA,
     PATCH,
@@ -27,6 +23,10 @@ from patchgd_jax.engine.sharding.placement import (
     shard_batch,
     sharded_train_step,
 )
+from toy import recording_sgd, toy_batch, toy_model, toy_params
+
+from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, init_state, train_step
+from patchgd_jax.engine.distributed import check_same, initialize, watched
 
 # No array is made at import: processes must join before jax is used.
 SEED = 5

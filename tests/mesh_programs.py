@@ -15,9 +15,6 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-
-from patchgd_jax import ModelConfig, PatchGDConfig, PatchGrid, build_model, init_state
-from patchgd_jax.engine.compiling import compiler_options
 from patchgd_jax.engine.sharding.placement import (
     DATA,
     PATCH,
@@ -26,6 +23,9 @@ from patchgd_jax.engine.sharding.placement import (
     param_shardings,
     sharded_train_step,
 )
+
+from patchgd_jax import ModelConfig, PatchGDConfig, PatchGrid, build_model, init_state
+from patchgd_jax.engine.compiling import compiler_options
 
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|"

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from patchgd_jax.core.latents import chunked_ids, encode_patches, fill
 from toy import max_relative, recording_sgd, toy_batch, toy_model, toy_params
 
 from patchgd_jax import AugmentConfig, ConfigError, PatchGDConfig, PatchGrid, TrainConfig
 from patchgd_jax.core.augment import augment_patches, augmentation, jitter, turn_and_flip
 from patchgd_jax.core.gradients import read_z, stream
-from patchgd_jax.core.latents import chunked_ids, encode_patches, fill
 from patchgd_jax.core.step import init_state, train_step
 from patchgd_jax.core.tasks import SINGLE_LABEL
 

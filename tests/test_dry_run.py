@@ -9,7 +9,7 @@ from test_cli import MICRO
 from test_files import config_for, write_csv, write_images
 
 from patchgd_jax import CheckpointError
-from patchgd_jax.engine.registry import ResidentExecution
+from patchgd_jax.engine.build import ResidentExecutor
 from patchgd_jax.runs.dry_run import dry_run
 
 
@@ -35,13 +35,13 @@ def test_every_padded_size_is_compiled_and_the_memory_compared(tmp_path, monkeyp
     said, trained, scored = [], [], []
 
     def watch(name, log):
-        original = getattr(ResidentExecution, name)
+        original = getattr(ResidentExecutor, name)
 
         def watched(self, *arguments):
             log.append(original(self, *arguments))
             return log[-1]
 
-        monkeypatch.setattr(ResidentExecution, name, watched)
+        monkeypatch.setattr(ResidentExecutor, name, watched)
 
     watch("compile", said)
     watch("train", trained)

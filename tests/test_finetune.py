@@ -27,12 +27,12 @@ from patchgd_jax import (
     TrainConfig,
     build_encoder,
     build_model,
+    ema_params,
     encoder_layers,
-    evaluated_params,
     init_state,
     make_optimizer,
     train_step,
-    with_average,
+    with_ema,
 )
 from patchgd_jax.engine.setup import make_run_optimizer, run_frozen
 from patchgd_jax.runs.checkpoint import Checkpoints
@@ -191,20 +191,20 @@ def toy_run(steps, optimizer, frozen=frozenset(), **config):
 def test_the_average_is_its_closed_form(float64):
     """d^n p_0 + (1 - d) sum_i d^(n - i) p_i, one update a step."""
     decay, steps = 0.7, 5
-    states = toy_run(steps, with_average(optax.adam(0.05), decay))
+    states = toy_run(steps, with_ema(optax.adam(0.05), decay))
     weights = [decay**steps] + [(1 - decay) * decay ** (steps - i) for i in range(1, steps + 1)]
     wanted = jax.tree.map(
         lambda *p: sum(w * x for w, x in zip(weights, p, strict=True)), *(s.params for s in states)
     )
-    assert max_relative(evaluated_params(states[-1]), wanted) < 1e-12
+    assert max_relative(ema_params(states[-1]), wanted) < 1e-12
     # It takes no part in the training.
     plain = toy_run(steps, optax.adam(0.05))
     assert max_relative(states[-1].params, plain[-1].params) == 0
-    assert evaluated_params(plain[-1]) is plain[-1].params
+    assert ema_params(plain[-1]) is plain[-1].params
 
 
 def test_the_average_starts_from_parameters_that_were_replaced(float64):
-    optimizer = with_average(optax.sgd(0.1), 0.9)
+    optimizer = with_ema(optax.sgd(0.1), 0.9)
     before, after = {"w": jnp.zeros(2)}, {"w": jnp.array([3.0, -1.0])}
     state = optimizer.init(before)
     _, state = optimizer.update({"w": jnp.ones(2)}, state, after)
@@ -222,11 +222,11 @@ def test_a_frozen_entry_changes_nothing_but_itself(float64, mode):
     wanted = free[1].opt_state
     wanted = {**wanted, "encoder": {k: wanted["encoder"][k] for k in ("b1", "w2")}}
     assert max_relative(held[1].opt_state, wanted) < 1e-12
-    moved = toy_run(3, with_average(optax.adam(0.1), 0.5), frozen, **config)
+    moved = toy_run(3, with_ema(optax.adam(0.1), 0.5), frozen, **config)
     before, after = moved[0].params["encoder"], moved[3].params["encoder"]
     np.testing.assert_array_equal(after["w1"], before["w1"])
     assert max_relative(after["w2"], before["w2"]) > 0
-    average = evaluated_params(moved[3])
+    average = ema_params(moved[3])
     assert jax.tree.structure(average) == jax.tree.structure(moved[3].params)
     np.testing.assert_array_equal(average["encoder"]["w1"], before["w1"])
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from patchgd_jax.core.latents import chunked_ids
 from test_ragged import LARGE, SIZES, masked_toy, ragged_batch
 from test_step import KEY, digits_batch, shipped
 from toy import max_relative, recording_sgd, toy_batch, toy_model, toy_params
@@ -27,7 +28,6 @@ from patchgd_jax import (
 from patchgd_jax.config import StreamConfig
 from patchgd_jax.contrib.importance import importance_groups, probabilities, weighted_group
 from patchgd_jax.core.gradients import inner_gradient
-from patchgd_jax.core.latents import chunked_ids
 from patchgd_jax.core.tasks import SINGLE_LABEL
 from patchgd_jax.engine.streaming.step import StreamedStep
 

@@ -13,6 +13,9 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from patchgd_jax.baselines.answers import answers_loss, pooled
+from patchgd_jax.baselines.base import one_update
+from patchgd_jax.core.latents import chunked_ids
 from toy import max_relative, recording_sgd, toy_batch, toy_model, toy_params
 
 from patchgd_jax import (
@@ -36,15 +39,12 @@ from patchgd_jax import (
     register_encoder,
     train_step,
 )
-from patchgd_jax.baselines.answers import answers_loss, pooled
-from patchgd_jax.baselines.base import one_update
 from patchgd_jax.baselines.fully_conv import fully_conv_gradient
 from patchgd_jax.baselines.ips import only, select_patches
 from patchgd_jax.baselines.patchwise import patchwise_eval, patchwise_gradient
-from patchgd_jax.baselines.registry import make_method, settled_method
+from patchgd_jax.baselines.registry import make_method, resolve_method
 from patchgd_jax.config import METHODS, BackgroundConfig, SplitConfig
 from patchgd_jax.core.gradients import full_gradient, stream
-from patchgd_jax.core.latents import chunked_ids
 from patchgd_jax.core.tasks import SINGLE_LABEL, make_task
 from patchgd_jax.models.layers.conv import stem_side
 from patchgd_jax.models.layers.pool import max_pool, mean_pool
@@ -162,7 +162,7 @@ def test_whole_image_is_plain_training(float64):
     model = build_model(model_config, grid=grid, channels=1, classes=3, mean=0.0, std=1.0)
     params, model_state = jax.tree.map(lambda x: x.astype(float), model.init(KEY))
     batch = {"image": np.random.default_rng(0).random((2, 16, 24, 1)), "label": np.array([0, 2])}
-    config = settled_method(TrainConfig(method="gd"))
+    config = resolve_method(TrainConfig(method="gd"))
     optimizer = recording_sgd(0.1)
     state = init_state(KEY, model=model, optimizer=optimizer)._replace(params=params)
     new, _ = method_of(config).train_step(
@@ -346,7 +346,7 @@ def test_ips_selects_by_attention_and_trains_nothing_else():
     drawn = select_patches(params, model_state, z, batch, model=model, grid=grid, count=3, key=KEY)
     np.testing.assert_array_equal(drawn, ids)
 
-    config = settled_method(TrainConfig(method="ips", baseline=BaselineConfig(top_patches=3)))
+    config = resolve_method(TrainConfig(method="ips", baseline=BaselineConfig(top_patches=3)))
     optimizer = recording_sgd(0.1)
     state = init_state(KEY, model=model, optimizer=optimizer)._replace(params=params)
     method = method_of(config)
@@ -390,7 +390,7 @@ def test_equal_patches_are_drawn_at_random():
 def test_mil_is_the_heads_part_of_the_gradient(float64):
     grid = PatchGrid(12, 20, 4)
     params, model, batch = toy_parts(grid)
-    config = settled_method(TrainConfig(method="mil", patchgd=PatchGDConfig(patch=4)))
+    config = resolve_method(TrainConfig(method="mil", patchgd=PatchGDConfig(patch=4)))
     optimizer = recording_sgd(0.1)
     entries = frozenset(params["encoder"])
     state = init_state(KEY, model=model, optimizer=optimizer, frozen=entries)
@@ -571,7 +571,7 @@ def test_the_largest_batch_of_a_method():
     config = dataclasses.replace(
         BASE, data=data, model=ModelConfig(), method="gd", batch_size="auto", device="cpu"
     )
-    chosen = settled(settled_method(config), "140MiB")
+    chosen = settled(resolve_method(config), "140MiB")
     plan = plan_of(chosen)
     (request,) = plan.requests
     assert plan.method == "gd"
@@ -625,7 +625,7 @@ def test_patchwise_on_images_with_fewer_patches_than_groups():
 def test_mil_keeps_features_and_the_encoder(tiny_encoder, tmp_path, monkeypatch):
     """What is kept is neither encoded nor read again; the encoder is what it was."""
     from patchgd_jax.data.synthetic.ultramnist import UltraMnist
-    from patchgd_jax.engine.registry import FeatureExecution
+    from patchgd_jax.engine.build import FeatureExecutor
 
     runs, reads = [], []
     read = UltraMnist.__getitem__
@@ -636,7 +636,7 @@ def test_mil_keeps_features_and_the_encoder(tiny_encoder, tmp_path, monkeypatch)
         return read(self, index)
 
     monkeypatch.setattr(UltraMnist, "__getitem__", counted_read)
-    compile_train = FeatureExecution._compile_train
+    compile_train = FeatureExecutor._compile_train
 
     class Counted:
         """A compiled program that counts its calls."""
@@ -657,7 +657,7 @@ def test_mil_keeps_features_and_the_encoder(tiny_encoder, tmp_path, monkeypatch)
         self._encode[number] = encode._replace(run=Counted(encode.run))
         return program
 
-    monkeypatch.setattr(FeatureExecution, "_compile_train", counted)
+    monkeypatch.setattr(FeatureExecutor, "_compile_train", counted)
     # With one thread two of the eight batches of an epoch are read ahead.
     few = dataclasses.replace(run_of("mil"), batch_size=2, reader_threads=1, epochs=4)
     train(few, tmp_path / "run")
@@ -760,7 +760,7 @@ BAD = {
 def test_settings_that_a_method_cannot_have(name):
     settings, message = BAD[name]
     with pytest.raises(ConfigError, match=message):
-        settled_method(TrainConfig(**settings))
+        resolve_method(TrainConfig(**settings))
 
 
 @pytest.mark.parametrize(

@@ -61,13 +61,13 @@ def test_the_run_says_what_is_saved_and_what_would_fit(error, tmp_path):
 
 def test_the_command_ends_with_4(tmp_path, monkeypatch, capsys):
     """Through the command's own code, with a step that fails as XLA's do."""
-    from patchgd_jax.engine.registry import ResidentExecution
+    from patchgd_jax.engine.build import ResidentExecutor
 
     def step(self, state, batch):
         raise jax.errors.JaxRuntimeError(FAILURE)
 
-    monkeypatch.setattr(ResidentExecution, "train", step)
-    monkeypatch.setattr(ResidentExecution, "compile", lambda self, state: "")
+    monkeypatch.setattr(ResidentExecutor, "train", step)
+    monkeypatch.setattr(ResidentExecutor, "compile", lambda self, state: "")
     monkeypatch.chdir(tmp_path)
     settings = ["--data.size", "32", "32", "--data.digits", "font", "--patchgd.patch", "16"]
     assert main(["train", *settings, "--device", "cpu", "--run-dir", "run"]) == 4
@@ -114,9 +114,9 @@ LIMITED = """
 import resource, sys
 import psutil
 from patchgd_jax.cli.main import main
-from patchgd_jax.engine.registry import ResidentExecution
+from patchgd_jax.engine.build import ResidentExecutor
 
-compile = ResidentExecution.compile
+compile = ResidentExecutor.compile
 
 def compile_then_limit(self, state):
     said = compile(self, state)
@@ -125,7 +125,7 @@ def compile_then_limit(self, state):
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     return said
 
-ResidentExecution.compile = compile_then_limit
+ResidentExecutor.compile = compile_then_limit
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -13,11 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from virtual_devices import several_devices
-
-from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, sample_groups
 from patchgd_jax.core.latents import chunked_strata
-from patchgd_jax.core.sampling import inclusion_probability, strata_lists
 from patchgd_jax.engine.sharding.placement import (
     Bands,
     check_rules,
@@ -27,6 +23,10 @@ from patchgd_jax.engine.sharding.placement import (
     parse_rules,
     shard_batch,
 )
+from virtual_devices import several_devices
+
+from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, sample_groups
+from patchgd_jax.core.sampling import inclusion_probability, strata_lists
 
 HERE = Path(__file__).parent
 KEY = jax.random.key(3)

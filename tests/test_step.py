@@ -11,6 +11,7 @@ import optax
 import pytest
 import reference
 from flax import linen as nn
+from patchgd_jax.core.latents import chunked_ids, write_latents
 from toy import max_relative, recording_sgd, toy_batch, toy_model, toy_params
 
 from patchgd_jax import (
@@ -33,7 +34,6 @@ from patchgd_jax.core.gradients import (
     listed_patches,
     stream,
 )
-from patchgd_jax.core.latents import chunked_ids, write_latents
 from patchgd_jax.core.step import global_norm
 
 KEY = jax.random.key(7)

@@ -28,7 +28,7 @@ from patchgd_jax import (
     from_linen,
     init_state,
     train_step,
-    with_average,
+    with_ema,
 )
 from patchgd_jax.engine.streaming.feed import ChunkIds, PatchFeed, PatchReader
 from patchgd_jax.engine.streaming.latent_store import LatentStore
@@ -151,7 +151,7 @@ def test_bits_of_statistics_dropout_augmentation_frozen_layers_and_average():
     config = PatchGDConfig(patch=4, mode="patchgd", fraction=0.25, norm_policy="paper")
     augment = AugmentConfig(flips=True, turns=True, brightness=0.2)
     rest = {"augment": augment, "frozen": frozenset({"Dense_0"})}
-    arguments = (model, with_average(optax.sgd(0.1), 0.9), grid, config, pixel_batch(grid))
+    arguments = (model, with_ema(optax.sgd(0.1), 0.9), grid, config, pixel_batch(grid))
     assert_same_bits(streamed(*arguments, **rest), resident(*arguments, **rest))
 
 

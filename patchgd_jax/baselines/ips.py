@@ -14,20 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from patchgd_jax.baselines.base import Metrics, scores
-from patchgd_jax.config import PatchGDConfig
-from patchgd_jax.core.augment import Augment
-from patchgd_jax.core.gradients import Batch, Gradient, full_gradient, patch_mask, read_z, stream
+from patchgd_jax.core.forward import apply_head, encode_all, score_logits, z_map
+from patchgd_jax.core.gradients import full_gradient
 from patchgd_jax.core.grid import Grid
-from patchgd_jax.core.model import Params, PatchModel
-from patchgd_jax.core.sampling import without_repeats
-from patchgd_jax.core.step import eval_fill
-from patchgd_jax.core.tasks import SINGLE_LABEL, Task
+from patchgd_jax.core.model import PatchModel
+from patchgd_jax.core.patch_ids import unique_padding_ids, valid_mask
+from patchgd_jax.core.problem import Batch, Problem, Weights, named_key
+from patchgd_jax.core.update import Gradient, Metrics
 from patchgd_jax.errors import ConfigError
 
 
 def selected(grid: Grid, *, top: int | None, inner_steps: int) -> int:
-    """M: `top`, or as many patches as PatchGD re-encodes at a time, and no more than there are."""
+    """Returns M: `top`, or as many patches as PatchGD re-encodes at a time, and at most N."""
     return min(grid.num_patches, top or -(-grid.num_patches // inner_steps))
 
 
@@ -40,7 +38,7 @@ def require_attention(model: PatchModel, grid: Grid, width: int) -> None:
         width: D, of a latent.
 
     Raises:
-        ConfigError: if it has none.
+        ConfigError: if the head has none.
     """
 
     def attention(key: jax.Array, z: jax.Array) -> jax.Array:
@@ -53,37 +51,30 @@ def require_attention(model: PatchModel, grid: Grid, width: int) -> None:
 
 
 def select_patches(
-    params: Params,
-    model_state: Params,
+    problem: Problem,
+    weights: Weights,
     z: jax.Array,
     batch: Batch,
-    *,
-    model: PatchModel,
-    grid: Grid,
     count: int,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The patches of each image with the most attention.
+    """Selects the patches of each image with the most attention.
 
     Args:
-        params: of both parts.
-        model_state: of both parts.
+        problem: with a model that `require_attention` has passed.
+        weights: of encoder and head.
         z: `float [B, N, D]`.
-        batch: which patches count.
-        model: one that `require_attention` has passed.
-        grid: the patch grid.
+        batch: tells which patches are valid.
         count: M, at most N.
-        key: PRNG key that equal patches are drawn with. None: the first of them are taken.
+        key: draws among equal patches. None: the first of them are taken.
 
     Returns:
-        `int32 [B, M]` in order; slots without a patch are N and more, at the end.
+        `int32 [B, M]` in order, padding last.
     """
-    assert model.attend is not None
+    assert problem.model.attend is not None
     images, patches = z.shape[:2]
-    mask = patch_mask(batch, grid)
-    attention = model.attend(
-        params, model_state, z.reshape(images, grid.rows, grid.cols, -1), mask
-    ).reshape(images, patches)
+    mask = valid_mask(batch, problem.grid)
+    attention = problem.model.attend(*weights, z_map(problem, z), mask).reshape(images, patches)
     if mask is not None:
         attention = jnp.where(mask.reshape(images, patches), attention, -1)
     tie = (
@@ -92,82 +83,39 @@ def select_patches(
         else jax.random.uniform(key, attention.shape)
     )
     best = jnp.lexsort((tie, -attention), axis=-1)[:, :count].astype(jnp.int32)
-    counts = jnp.take_along_axis(attention, best, axis=1) >= 0
-    return without_repeats(jnp.sort(jnp.where(counts, best, patches), axis=-1), patches)
+    valid = jnp.take_along_axis(attention, best, axis=1) >= 0
+    return unique_padding_ids(jnp.sort(jnp.where(valid, best, patches), axis=-1), patches)
 
 
-def only(batch: Batch, ids: jax.Array) -> dict[str, jax.Array]:
-    """The batch with no patches but `ids int [B, M]`."""
+def restrict_to_patches(batch: Batch, ids: jax.Array) -> dict[str, jax.Array]:
+    """Returns the batch with no valid patches but `ids int [B, M]`."""
     return {**{name: x for name, x in batch.items() if name != "size"}, "patches": ids}
 
 
 def ips_gradient(
-    params: Params,
-    model_state: Params,
+    problem: Problem,
+    weights: Weights,
     batch: Batch,
     key: jax.Array,
     *,
-    model: PatchModel,
-    grid: Grid,
-    patchgd: PatchGDConfig,
-    task: Task,
-    augment: Augment | None,
     count: Callable[[Grid], int],
 ) -> Gradient:
-    """End-to-end autodiff through the selected patches, which are all that the head sees.
+    """Differentiates end to end through the selected patches; the head sees no others.
 
-    Arguments are those of `gradients.full_gradient`; `count` gives M, the patches that are selected
-    of an image.
+    Arguments are those of `full_gradient`; `count` gives M for a grid.
     """
-    z = eval_fill(params, model_state, batch, model=model, grid=grid, fill_chunk=patchgd.fill_chunk)
-    ids = select_patches(
-        lax.stop_gradient(params),
-        model_state,
-        lax.stop_gradient(z),
-        batch,
-        model=model,
-        grid=grid,
-        count=count(grid),
-        key=stream(key, "selection"),
-    )
-    return full_gradient(
-        params,
-        model_state,
-        only(batch, ids),
-        key,
-        model=model,
-        grid=grid,
-        chunk=patchgd.fill_chunk,
-        train_encoder=patchgd.norm_policy != "frozen",
-        remat=False,
-        task=task,
-        augment=augment,
-    )
+    constant, z = lax.stop_gradient((weights, encode_all(problem, weights, batch)))
+    selection = named_key(key, "selection")
+    ids = select_patches(problem, constant, z, batch, count(problem.grid), selection)
+    return full_gradient(problem, weights, restrict_to_patches(batch, ids), key)
 
 
 def ips_eval(
-    params: Params,
-    model_state: Params,
-    batch: Batch,
-    *,
-    model: PatchModel,
-    grid: Grid,
-    fill_chunk: int,
-    task: Task = SINGLE_LABEL,
-    count: Callable[[Grid], int],
+    problem: Problem, weights: Weights, batch: Batch, *, count: Callable[[Grid], int]
 ) -> Metrics:
-    """The head reads the selected patches; arguments and results of `step.eval_step`."""
-    z = eval_fill(params, model_state, batch, model=model, grid=grid, fill_chunk=fill_chunk)
-    ids = select_patches(params, model_state, z, batch, model=model, grid=grid, count=count(grid))
-    logits, _, _ = read_z(
-        params,
-        model_state,
-        z,
-        only(batch, ids),
-        jax.random.key(0),
-        model=model,
-        grid=grid,
-        train=False,
-        task=task,
-    )
-    return scores(logits, batch, task)
+    """Reads the selected patches with the head; arguments and results as `eval_step`'s."""
+    z = encode_all(problem, weights, batch)
+    ids = select_patches(problem, weights, z, batch, count(problem.grid))
+    only, key = restrict_to_patches(batch, ids), jax.random.key(0)
+    logits, _ = apply_head(problem, weights, z, only, key, train=False)
+    return score_logits(problem, logits, batch)

@@ -1,25 +1,28 @@
-"""PatchGD and the methods it is compared with, as steps of one training loop.
+"""PatchGD and the methods it is compared with, by the name in `TrainConfig.method`.
 
-All share encoder, data, optimizer, metrics and checkpoints. A method is named by
-`TrainConfig.method`; `settled_method` fits the other settings to it, and `make_method` gives its
-steps. gd, gd-extended and downscale are the mode `full` on a grid of one patch, the whole image.
+All share encoder, data, optimizer, metrics and checkpoints. gd, gd-extended and downscale are the
+mode `full` on a grid of one patch, the whole image.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from patchgd_jax.baselines.base import Method, one_update
 from patchgd_jax.baselines.fully_conv import fully_conv_eval, fully_conv_gradient
 from patchgd_jax.baselines.ips import ips_eval, ips_gradient, selected
 from patchgd_jax.baselines.mil import FEATURES, mil_gradient
 from patchgd_jax.baselines.patchwise import patchwise_eval, patchwise_step
 from patchgd_jax.config import BaselineConfig, MethodName, ModelConfig, PatchGDConfig, TrainConfig
-from patchgd_jax.core.step import eval_step, train_step
+from patchgd_jax.core.forward import eval_step
+from patchgd_jax.core.problem import Batch, Problem, Weights
+from patchgd_jax.core.step import train_step
+from patchgd_jax.core.update import Metrics, TrainStep, make_train_step
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.models.depth import encoder_layers
 from patchgd_jax.models.registry import build_encoder
@@ -27,11 +30,11 @@ from patchgd_jax.models.registry import build_encoder
 __all__ = [
     "FEATURES",
     "WHOLE_IMAGE",
-    "Method",
+    "Algorithm",
     "frozen_entries",
-    "make_method",
+    "make_algorithm",
     "method_model",
-    "settled_method",
+    "resolve_method",
 ]
 
 WHOLE_IMAGE = frozenset({"gd", "gd-extended", "downscale", "fully-conv"})
@@ -40,11 +43,11 @@ _NO_Z = frozenset({"gd", "downscale", "patchwise", "fully-conv"})
 """Methods without PatchGD's head: a dense layer reads one latent."""
 
 
-def settled_method(config: TrainConfig) -> TrainConfig:
-    """The same run with the settings that its method decides.
+def resolve_method(config: TrainConfig) -> TrainConfig:
+    """Sets the settings that the run's method decides; resolving again changes nothing.
 
     Where there are no inner steps, `patchgd.mode` becomes full; for `downscale`, the images' size
-    becomes that of the shrunk ones. What is settled stays as it is.
+    becomes that of the shrunk ones.
 
     Raises:
         ConfigError: for settings that the method cannot have.
@@ -75,11 +78,11 @@ _READ_BY = {
     "positions": {"fully-conv"},
     "top_patches": {"ips"},
 }
-"""The methods that each setting of `BaselineConfig` is about."""
+"""The methods that use each setting of `BaselineConfig`."""
 
 
 def _check_read(config: TrainConfig) -> None:
-    """Refuses settings that the method would not look at."""
+    """Raises `ConfigError` for settings that the method does not use."""
     method, usual = config.method, BaselineConfig()
     for name, methods in _READ_BY.items():
         if getattr(config.baseline, name) != getattr(usual, name) and method not in methods:
@@ -158,24 +161,28 @@ def frozen_entries(
     return encoder_layers(encoder, patch=patch, channels=channels).until(stages)
 
 
-def make_method(method: MethodName, baseline: BaselineConfig, patchgd: PatchGDConfig) -> Method:
-    """The steps of a method; see `settled_method` for what its `patchgd` must be."""
+class Algorithm(NamedTuple):
+    """A method's train step and eval step, with the arguments of PatchGD's."""
+
+    train_step: TrainStep
+    eval_step: Callable[[Problem, Weights, Batch], Metrics]
+
+
+def make_algorithm(
+    method: MethodName, baseline: BaselineConfig, patchgd: PatchGDConfig
+) -> Algorithm:
+    """Makes the steps of a method; `resolve_method` gives the `patchgd` that it needs."""
+    pooling = baseline.pooling
     if method == "patchwise":
-        return Method(
-            partial(patchwise_step, pooling=baseline.pooling),
-            partial(patchwise_eval, pooling=baseline.pooling),
-        )
+        return Algorithm(patchwise_step(pooling), partial(patchwise_eval, pooling=pooling))
     if method == "fully-conv":
-        gradient = partial(
-            fully_conv_gradient, positions=baseline.positions, pooling=baseline.pooling
-        )
-        return Method(one_update(gradient), partial(fully_conv_eval, pooling=baseline.pooling))
+        gradient = partial(fully_conv_gradient, positions=baseline.positions, pooling=pooling)
+        return Algorithm(make_train_step(gradient), partial(fully_conv_eval, pooling=pooling))
     if method == "mil":
-        return Method(one_update(mil_gradient), eval_step)
+        return Algorithm(make_train_step(mil_gradient), eval_step)
     if method == "ips":
-        inner_steps = patchgd.num_inner_steps
-        count = partial(selected, top=baseline.top_patches, inner_steps=inner_steps)
-        return Method(
-            one_update(partial(ips_gradient, count=count)), partial(ips_eval, count=count)
-        )
-    return Method(train_step, eval_step)
+        steps = patchgd.num_inner_steps
+        count = partial(selected, top=baseline.top_patches, inner_steps=steps)
+        gradient = partial(ips_gradient, count=count)
+        return Algorithm(make_train_step(gradient), partial(ips_eval, count=count))
+    return Algorithm(train_step, eval_step)

@@ -32,17 +32,16 @@ Device = Literal["auto", "cpu", "gpu", "tpu"]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """A run, and what is not a setting of it."""
+    """A run, and options that are no settings of it."""
 
     config: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
     budget: str | None = None
-    """Memory that settings which are auto must fit in: 8GiB, say. None: what is free on the
-    device."""
+    """Memory that auto settings must fit, such as 8GiB. None: the device's free memory."""
 
 
 @dataclass(frozen=True)
 class Peers:
-    """The processes of a run; what is not given is what the environment says."""
+    """The processes of a run; the environment gives what is left out."""
 
     coordinator: str | None = None
     """host:port of process 0 of a run of several processes; auto: jax finds it (Cloud TPU). None:
@@ -53,9 +52,9 @@ class Peers:
     """The number of this one, from 0. None: $PATCHGD_PROCESS."""
 
     def join(self, device: str) -> Progress:
-        """Joins the others, if there are any; what shows progress in this one."""
+        """Joins the other processes, if any; returns what shows this one's progress."""
+        from patchgd_jax.engine.devices import select_device
         from patchgd_jax.engine.distributed import check_same, initialize, is_first
-        from patchgd_jax.engine.setup import select_device
         from patchgd_jax.runs.progress import ConsoleProgress, Progress
 
         if initialize(self.coordinator, self.processes, self.process):
@@ -107,7 +106,7 @@ Options = TypeVar("Options", bound=RunOptions)
 def run_options(
     kind: type[Options], command: str, about: str, arguments: Sequence[str]
 ) -> tuple[Options, str]:
-    """The options that a command line names, from a preset's settings on, and the run folder."""
+    """Parses options on top of a preset's settings; returns them and the run folder."""
     preset, default, rest = preset_argument(arguments)
     options = tyro.cli(
         kind,
@@ -125,7 +124,7 @@ def run_options(
 
 
 def cross_validate_command(arguments: Sequence[str]) -> None:
-    """Train a run for each fold of your images, and sum them up."""
+    """Train a run for each fold of your images, and average their scores."""
     options, folder = run_options(
         RunOptions, "cross-validate", "Train a run for each fold", arguments
     )
@@ -143,7 +142,7 @@ def cross_validate_command(arguments: Sequence[str]) -> None:
 
 
 def resume_command(arguments: Sequence[str]) -> None:
-    """Continue an interrupted run exactly where it was."""
+    """Continue an interrupted run exactly where it stopped."""
 
     def resume_run(
         run: Positional[str],
@@ -155,9 +154,8 @@ def resume_command(arguments: Sequence[str]) -> None:
 
         Args:
             run: Run folder.
-            accept_changed_data: Go on although images, labels or splits are no longer the same.
-            mesh: How the devices that there are now share the work: data=2,patch=4,rows=2, or auto.
-                None: as before.
+            accept_changed_data: Go on although images, labels or splits have changed.
+            mesh: How the devices now share the work: data=2,patch=4, or auto. None: as before.
             peers: The processes of the run.
         """
         from patchgd_jax.runs.folder import RunFolder
@@ -183,7 +181,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
 
         Args:
             run: Run folder.
-            split: Images to score: those the best checkpoint was chosen by, or those held out.
+            split: Images to score: validation (it chose the best checkpoint), or the held-out test.
             checkpoint: The one with the best validation score, or the last.
             device: Device to run on.
             as_json: Print one JSON object.
@@ -220,7 +218,7 @@ def predict_command(arguments: Sequence[str]) -> None:
         device: Device = "auto",
         as_json: Annotated[bool, arg(name="json"), FlagCreatePairsOff] = False,
     ) -> None:
-        """Label image files with a trained run; they may have another size than those it saw.
+        """Label image files with a trained run; they may have another size than its own.
 
         Args:
             run: Run folder.
@@ -267,7 +265,7 @@ def export_command(arguments: Sequence[str]) -> None:
             to: File format.
             output: Folder to make; must not hold anything. None: RUN/export.
         """
-        from patchgd_jax.engine.setup import select_device
+        from patchgd_jax.engine.devices import select_device
         from patchgd_jax.runs.export import export_run
         from patchgd_jax.runs.progress import StderrProgress
 
@@ -297,7 +295,7 @@ def presets_command(arguments: Sequence[str]) -> None:
 
 def _load(run: str, checkpoint: Literal["best", "last"], device: str) -> tuple[Any, Any]:
     from patchgd_jax.engine.compiling import use_compilation_cache
-    from patchgd_jax.engine.setup import select_device
+    from patchgd_jax.engine.devices import select_device
     from patchgd_jax.runs.predict import TrainedModel
     from patchgd_jax.runs.progress import StderrProgress
 

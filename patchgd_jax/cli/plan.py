@@ -80,10 +80,10 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         MemoryBudgetError: if the budget is below the parameters, or what is to be solved for does
             not fit at its smallest.
     """
-    from patchgd_jax.baselines.registry import settled_method
+    from patchgd_jax.baselines.registry import resolve_method
     from patchgd_jax.data.sources.channels import with_channels
     from patchgd_jax.engine.compiling import use_compilation_cache
-    from patchgd_jax.engine.setup import select_device
+    from patchgd_jax.engine.devices import select_device
     from patchgd_jax.errors import ConfigError, unknown_name
     from patchgd_jax.planner import (
         METHODS,
@@ -121,7 +121,7 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     budget = parse_size(options.budget) if options.budget not in (None, "auto") else None
     if options.solve and options.budget is None:
         raise ConfigError("--solve needs a --budget: a size such as 8GiB, or auto")
-    config = settled_method(with_channels(options.config))
+    config = resolve_method(with_channels(options.config))
     device = select_device(config.device)
     if not is_settled(config):
         given = None if options.budget == "auto" else options.budget

@@ -1,4 +1,4 @@
-"""The settings of the methods that PatchGD is compared with."""
+"""Settings of the methods that PatchGD is compared with."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class BaselineConfig:
     """Method downscale: the longer side in pixels that images are shrunk to. None: the patch
     side."""
     pooling: Literal["mean", "vote"] = "mean"
-    """Methods patchwise and fully-conv: how an image's answer comes from those of its patches.
-    mean: of their logits. vote: each patch has one (single-label only)."""
+    """Methods patchwise and fully-conv: how patch logits become an image's. mean: their mean. vote:
+    each patch votes for its most probable class (single-label only)."""
     positions: float = 1.0
-    """Method fully-conv: the share of the output positions that have a loss in a step, drawn anew
-    each time; with few of them it comes near patchwise."""
+    """Method fully-conv: share of the output positions in the loss, drawn anew in each step; the
+    fewer, the closer to patchwise."""
     top_patches: int | None = None
-    """Method ips: patches of an image that are trained, those with the most attention. None: as
+    """Method ips: number of an image's patches with the most attention, which are trained. None: as
     many as an inner step of PatchGD samples."""
 
     def __post_init__(self) -> None:

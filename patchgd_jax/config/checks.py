@@ -1,11 +1,11 @@
-"""How settings are checked when they are made."""
+"""Checks of settings."""
 
 from __future__ import annotations
 
 from patchgd_jax.errors import ConfigError
 
-NOT_SETTLED = (
-    "{} is auto, which is not a number yet; patchgd_jax.planner.auto_settings.settled makes it one"
+UNRESOLVED = (
+    "{} is auto, which is no number yet; resolve it with planner.auto_settings.resolve_auto"
 )
 
 

@@ -1,4 +1,4 @@
-"""The settings of the networks and of what they are trained for."""
+"""Settings of the networks, the task and augmentation."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ModelConfig:
     tiny, small or base."""
     norm: Literal["group", "batch", "layer"] | None = None
     """Normalisation inside the encoder. None: its architecture's own, layer for ConvNeXt-V2, DeiT
-    and ViT, which have no other, and batch for the rest, which can have group. What batch
-    statistics do is `patchgd.norm_policy`."""
+    and ViT, which have no other; batch for the rest, which can have group. `patchgd.norm_policy`
+    decides when batch statistics move."""
     latent_dim: int = 128
     """Length D of a patch's latent vector."""
     stem_stride: int | None = None
@@ -33,21 +33,20 @@ class ModelConfig:
     dropout: float | None = None
     """Dropout rate inside the head. None: the head's own (0.2 for the paper's, else 0)."""
     drop_path: float = 0.0
-    """Stochastic depth: the share of patches for which the encoder's last residual block is left
-    out in training; earlier blocks have less (ResNet, EfficientNet, ConvNeXt-V2, DeiT and ViT)."""
+    """Stochastic depth: the share of patches that skip the encoder's last residual block in
+    training; earlier blocks are skipped less (ResNet, EfficientNet, ConvNeXt-V2, DeiT and ViT)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the encoder's computation; parameters stay float32."""
     remat: Literal["none", "dots", "blocks", "everything"] = "dots"
-    """What the encoder computes again in the backward pass instead of keeping it. none: nothing;
-    dots: norms and activations, the cheap half; blocks: all but each block's input; everything: all
-    of it."""
+    """What the backward pass recomputes instead of keeping it. none: nothing; dots: norms and
+    activations, the cheap half; blocks: all but each block's input; everything: all of it."""
     weights: str | None = None
     """Pretrained weights to start from: a torchvision .pth, a timm .safetensors, what
     `patchgd-jax export` wrote, a name such as resnet50-imagenet1k-v2, or URL#sha256=HASH. Images
     are scaled as the weights need it."""
     allow_partial: bool = False
-    """Start with a new head where that of an export does not fit, for other classes say. Published
-    weights have neither head nor latent layer; both are always new."""
+    """Start with a new head where that of an export does not fit, such as for other classes.
+    Published weights have neither head nor latent layer; both are always new."""
 
     def __post_init__(self) -> None:
         require(self.latent_dim >= 1, f"model.latent_dim is {self.latent_dim}; at least 1")
@@ -70,19 +69,19 @@ class ModelConfig:
         )
         require(
             self.weights is not None or not self.allow_partial,
-            "model.allow_partial is about model.weights, but none are named",
+            "model.allow_partial needs model.weights; name them, or leave it out",
         )
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What the labels are, and the loss that goes with them."""
+    """The label format, its loss and its metrics."""
 
     name: Literal["single-label", "multi-label", "regression", "ordinal"] = "single-label"
     """single-label: one of several classes. multi-label: any of them. regression: a number.
-    ordinal: one of several grades in order (CORN)."""
+    ordinal: one of several ordered classes (CORN)."""
     label_smoothing: float = 0.0
-    """Share of each training target that is spread over all answers."""
+    """Share of each training target that is spread over all classes."""
     class_weights: tuple[float, ...] | None = None
     """Factors on the training loss, one for each class: larger ones for rare classes."""
     best_metric: str | None = None
@@ -95,18 +94,18 @@ class AugmentConfig:
     """Random changes of single patches while training; their places in Z stay."""
 
     flips: bool = False
-    """Flip patches, each way with a chance of a half."""
+    """Flip patches vertically and horizontally, each with probability 1/2."""
     turns: bool = False
     """Turn patches by 0, 90, 180 or 270 degrees."""
     brightness: float = 0.0
-    """Multiply a patch by a factor in 1 - this .. 1 + this."""
+    """Multiply a patch by a factor drawn from 1 - this .. 1 + this."""
     contrast: float = 0.0
     """The same for the distance of its pixels from its mean grey."""
     saturation: float = 0.0
     """The same for the distance of its colours from grey (three channels only)."""
     same_draw: bool = False
-    """Change a patch in the fill and in the inner step of an outer step in the same way, so that
-    its entry in Z is renewed by nothing but the parameters. Otherwise each draws anew."""
+    """Change a patch alike in the fill and the inner step of an outer step, so that its entry in Z
+    changes by the parameters only. Otherwise each draws anew."""
 
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation"):
@@ -115,7 +114,7 @@ class AugmentConfig:
 
     @property
     def jitters(self) -> bool:
-        """Whether colours change."""
+        """Whether brightness, contrast or saturation change."""
         return max(self.brightness, self.contrast, self.saturation) > 0
 
     @property

@@ -1,4 +1,4 @@
-"""The settings of the optimizer."""
+"""Settings of the optimizer."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class OptimizerConfig:
     encoder_learning_rate: float | None = None
     """Peak learning rate of the encoder. None: learning_rate, which is always the head's."""
     layer_decay: float = 1.0
-    """Factor on the encoder's learning rate for each block that lies between a layer and the
-    latents: 1 for the last layer, the decay for the last block, its square for the one before."""
+    """Factor on the encoder's learning rate for each block between a layer and the latents: 1 for
+    the last layer, the decay for the last block, its square for the one before."""
     freeze_stages: int = 0
-    """Stages of the encoder, from the input on and with the stem, whose parameters stay as they
-    are. Their batch statistics follow patchgd.norm_policy."""
+    """Number of the encoder's first stages, with the stem, whose parameters are frozen. Their batch
+    statistics follow patchgd.norm_policy."""
     ema_decay: float | None = None
-    """Keep an exponential moving average of the parameters, this share of which stays at each
-    update; it is what is evaluated. None: the parameters themselves are."""
+    """Decay of an exponential moving average of the parameters, which is then evaluated and
+    exported. None: the parameters themselves are."""
 
     def __post_init__(self) -> None:
         require(
@@ -63,7 +63,7 @@ class OptimizerConfig:
         require(
             rate is None or (rate > 0 and math.isfinite(rate)),
             f"optimizer.encoder_learning_rate is {rate}; it must be positive and finite; "
-            "to keep an encoder as it is, freeze its stages",
+            "to keep an encoder unchanged, freeze its stages",
         )
         require(
             0 < self.layer_decay <= 1,

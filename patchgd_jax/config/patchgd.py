@@ -1,4 +1,4 @@
-"""The settings of the method: the patch grid, and how the model is updated from it."""
+"""Settings of the method: the patch grid, and how the model is updated from it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from patchgd_jax.config.checks import NOT_SETTLED, require
+from patchgd_jax.config.checks import UNRESOLVED, require
 from patchgd_jax.errors import ConfigError
 
 
@@ -20,8 +20,9 @@ class PatchGDConfig:
     """Pixels between neighbouring patches; less than the patch side makes them overlap. None:
     the patch side."""
     fraction: float | Literal["auto"] = 0.25
-    """Sampling fraction: the share of an image's patches one inner step re-encodes. auto: the
-    largest that fits the memory; `train` makes it a number. --fraction for short."""
+    """Sampling fraction: the share of an image's patches one inner step re-encodes, rounded to
+    1 / ceil(1 / fraction), so that J groups cover the image (0.3 becomes 1/4). auto: the largest
+    that fits the memory. --fraction for short."""
     inner_steps: int | None = None
     """Inner steps J per outer step. None: ceil(1 / fraction), so that each patch gets exactly
     one gradient."""
@@ -36,25 +37,25 @@ class PatchGDConfig:
     sample_per: Literal["batch", "image"] = "batch"
     """Whether all images of a batch share the sampled positions."""
     importance: Literal["none", "loss", "attention", "staleness"] = "none"
-    """Which patches inner steps draw more often; their part of the encoder's gradient has less
-    weight in turn, so that it is unbiased. loss: those whose latents move the loss most, by the
-    norm of its gradient after the fill. attention: those the head looks at. staleness: those not
-    encoded for long. Needs sampling uniform."""
+    """Importance sampling: which patches inner steps draw more often; their part of the encoder's
+    gradient is weighted down, so that it is unbiased. loss: by the norm of the loss gradient of
+    their latents after the fill. attention: by the head's attention. staleness: by the time since
+    they were encoded. Needs sampling uniform."""
     importance_mix: float = 0.2
-    """Share of the draws that are uniform all the same; no weight exceeds 1 / importance_mix."""
+    """Share of the draws that stay uniform; no weight exceeds 1 / importance_mix."""
     strata: int = 1
-    """Parts of the grid, equal runs of patches, that each sample takes an equal share of. Devices
-    share an image by strata: their number along the mesh's patch axis must divide this."""
+    """Number of equal runs of patches of which each sample takes an equal share. The mesh's patch
+    axis must divide it, since devices share an image by strata."""
     norm_policy: Literal["inner", "paper", "frozen"] = "inner"
-    """When the encoder's batch statistics move: in inner steps, in the fill as well, or never.
-    paper fills Z in train mode, in shuffled groups of the inner steps' size as the official code
-    does; frozen runs the encoder in eval mode, so its dropout is off, too."""
+    """When the encoder's batch statistics move. inner: in inner steps. paper: in the fill as well,
+    which runs in train mode, in shuffled groups of the inner steps' size, as in the official code.
+    frozen: never; the encoder runs in eval mode, without dropout."""
     encoder_grad_scale: float | Literal["unbiased"] = 1.0
-    """Factor on the encoder's gradient. unbiased: one over the share of inner steps a patch is in,
+    """Factor on the encoder's gradient. unbiased: one over a patch's share of the inner steps,
     which undoes the paper's 1 / J."""
     fill_chunk: int = 4
-    """Grid positions encoded at a time where no gradient is kept (but for norm_policy paper), and
-    in mode exact."""
+    """Patches of an image encoded at a time without gradient (not with norm_policy paper), and in
+    mode exact."""
     remat: bool = False
     """Mode full: recompute activations chunk by chunk instead of keeping them."""
 
@@ -67,8 +68,8 @@ class PatchGDConfig:
         if isinstance(self.fraction, str):
             require(
                 self.inner_steps is None,
-                f"patchgd.inner_steps {self.inner_steps} says how many patches are sampled, and so "
-                "does patchgd.fraction auto; give one of them",
+                f"patchgd.inner_steps {self.inner_steps} and patchgd.fraction auto both decide how "
+                "many patches are sampled; leave one out",
             )
             require(
                 self.mode in ("patchgd", "accumulate"),
@@ -104,7 +105,7 @@ class PatchGDConfig:
         setting = f"patchgd.importance {self.importance}"
         require(
             self.mode in ("patchgd", "accumulate"),
-            f"{setting} says which patches are sampled, but patchgd.mode {self.mode} takes the "
+            f"{setting} decides which patches are sampled, but patchgd.mode {self.mode} takes the "
             "gradient of all; use mode patchgd or accumulate",
         )
         require(
@@ -114,7 +115,7 @@ class PatchGDConfig:
         )
         require(
             self.strata == 1,
-            f"{setting} draws from the whole image, but patchgd.strata {self.strata} wants equal "
+            f"{setting} draws from the whole image, but patchgd.strata {self.strata} needs equal "
             "shares of its parts; use strata 1 (and one device per image)",
         )
 
@@ -126,7 +127,7 @@ class PatchGDConfig:
             ConfigError: if the fraction is still auto.
         """
         if isinstance(self.fraction, str):
-            raise ConfigError(NOT_SETTLED.format("patchgd.fraction"))
+            raise ConfigError(UNRESOLVED.format("patchgd.fraction"))
         # 1 / (1 / 49) is 49.00000000000001 in floating point; the ceiling must be 49.
         return self.inner_steps or math.ceil(1 / self.fraction - 1e-9)
 

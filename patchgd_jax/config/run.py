@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from patchgd_jax.config.baseline import BaselineConfig, MethodName
-from patchgd_jax.config.checks import NOT_SETTLED, require
+from patchgd_jax.config.checks import UNRESOLVED, require
 from patchgd_jax.config.data import DataConfig
 from patchgd_jax.config.model import AugmentConfig, ModelConfig, TaskConfig
 from patchgd_jax.config.optimizer import OptimizerConfig
@@ -16,30 +16,29 @@ from patchgd_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Images that stay in their files, or are generated piece by piece: only chunks of patches come
-    to the device.
+    """Streaming: images stay in their files, or are generated in pieces; the device holds chunks of
+    patches only.
     """
 
     enabled: bool = False
-    """Read patches as they are needed, instead of whole images beforehand: for images that exceed
-    the device's memory, or the host's. Needs data.fit native, or generated images."""
+    """Read patches as they are needed instead of whole images: for images that exceed the memory
+    of the device or the host. Needs data.fit native, or generated images."""
     buffers: int = 3
-    """Chunks of patches that are read, travel or are computed on at once."""
+    """Chunks of patches in memory at once: being read, sent or computed on."""
     readers: int = 4
     """Threads that read patches."""
     micro_batch: int | None = None
-    """Images whose chunks travel together; it divides batch_size, and gradients are added up. None:
-    the whole batch."""
+    """Images whose chunks are sent together; it divides batch_size, and gradients are added up.
+    None: the whole batch."""
     max_age: int = 0
     """Outer steps for which an entry of Z is reused when its image comes again, instead of encoded
-    anew. A resumed run begins without such entries. Needs enabled, also for images that would fit
-    the device: a fill of whole images is one program for all patches, and saves nothing by leaving
-    some out. Generated images, and files with data.fit native, can be streamed at any size. 0: the
-    fill encodes all."""
+    anew. A resumed run begins without such entries. Needs enabled, also where whole images fit:
+    their fill is one program for all patches, which saves nothing by leaving some out. 0: the fill
+    encodes all."""
     store_mib: int = 1024
-    """Most memory in MiB that the entries of Z between visits take (max_age, and method mil)."""
+    """Memory in MiB for entries of Z between visits, at most (max_age, and method mil)."""
     store_dir: str | None = None
-    """Folder in which they are kept on disk. None: they are kept in memory."""
+    """Folder that stores them on disk. None: in memory."""
 
     def __post_init__(self) -> None:
         require(self.buffers >= 2, f"stream.buffers is {self.buffers}; at least 2")
@@ -53,7 +52,7 @@ class StreamConfig:
         require(self.max_age >= 0, f"stream.max_age is {self.max_age}; it must not be negative")
         require(
             self.enabled or (self.micro_batch is None and self.max_age == 0),
-            "stream.micro_batch and stream.max_age are about streamed images; add --stream.enabled",
+            "stream.micro_batch and stream.max_age need streamed images; add --stream.enabled",
         )
 
 
@@ -64,10 +63,10 @@ class TrainConfig:
     method: MethodName = "patchgd"
     """How the model is trained. patchgd: see patchgd.mode. gd: the encoder sees the whole image,
     and a dense layer its latent. gd-extended: the same with PatchGD's head. downscale: gd on the
-    image shrunk to baseline.side. patchwise: every patch is told its image's label. fully-conv: one
-    pass over the whole image, a loss at every position of the encoder's map. mil: the encoder stays
-    as it is, and the head learns from features that are kept. ips: only the patches with the most
-    attention are trained."""
+    image shrunk to baseline.side. patchwise: each patch is trained with its image's label.
+    fully-conv: one pass over the whole image, a loss at every position of the encoder's map. mil:
+    the encoder is frozen, and the head learns from stored features. ips: only the patches with the
+    most attention are trained."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     patchgd: PatchGDConfig = field(default_factory=PatchGDConfig)
@@ -77,8 +76,8 @@ class TrainConfig:
     stream: StreamConfig = field(default_factory=StreamConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     batch_size: int | Literal["auto"] = 16
-    """Images per outer step. auto: the most that fit the memory; `train` makes it a number, which
-    eval_batch_size does not exceed then. --batch for short."""
+    """Images per outer step. auto: the most that fit the memory; eval_batch_size is then at most
+    that. --batch for short."""
     eval_batch_size: int = 16
     """Images per evaluation step."""
     epochs: int = 1
@@ -94,20 +93,19 @@ class TrainConfig:
     run_dir: str | None = None
     """Folder of the run; must not hold another. None: runs/<date>-<preset>."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """Device to train on; anything but auto is an error where it is missing."""
+    """Device to train on. auto: the best one there is; a missing device is an error otherwise."""
     mesh: str | None = None
-    """How all devices share the work: data=2,patch=4 (images, and parts of each image; and rows=2
-    for parts of each patch), or auto. None: one device trains; in a run of several processes,
-    auto."""
+    """How all devices share the work, such as data=2,patch=4: images, and parts of each image;
+    rows=2 (experimental) divides each patch. auto: by images as far as they go. None: one device;
+    in a run of several processes, auto."""
     param_rules: tuple[str, ...] = ()
-    """Parameters that the devices of a mesh divide among them, each a regular expression for their
-    paths and an axis for each dimension: kernel$=-,-,-,data (- leaves a dimension whole). The first
-    that is found in a path, and has as many dimensions, counts; the rest is whole on every
-    device."""
+    """Parameter sharding on a mesh: regular expressions for paths, each with an axis for every
+    dimension, such as kernel$=-,-,-,data (- leaves a dimension whole). The first that matches a
+    path, and has as many dimensions, counts; other parameters are whole on every device."""
     reader_threads: int = 1
     """Threads that read images ahead of the training step."""
     reader_mib: int = 256
-    """Most memory in MiB for images that wait for their step."""
+    """Memory in MiB for images that wait for their step, at most."""
 
     def __post_init__(self) -> None:
         require(
@@ -167,8 +165,8 @@ class TrainConfig:
         )
         require(
             self.method == "patchgd" or self.patchgd.importance == "none",
-            f"patchgd.importance {self.patchgd.importance} is about inner steps, which method "
-            f"{self.method} has none of; use --method patchgd, or leave it out",
+            f"patchgd.importance {self.patchgd.importance} draws inner steps, but method "
+            f"{self.method} has none; use --method patchgd, or leave it out",
         )
         require(
             stream.max_age == 0
@@ -188,7 +186,7 @@ class TrainConfig:
         )
         require(
             self.init_encoder is None or self.model.weights is None,
-            "init_encoder and model.weights both say what the encoder starts from; name one",
+            "init_encoder and model.weights both set the encoder's start; name one",
         )
         require(
             self.baseline.pooling == "mean" or self.task.name == "single-label",
@@ -212,7 +210,7 @@ class TrainConfig:
             ConfigError: if it is still auto.
         """
         if isinstance(self.batch_size, str):
-            raise ConfigError(NOT_SETTLED.format("batch_size"))
+            raise ConfigError(UNRESOLVED.format("batch_size"))
         return self.batch_size
 
     def steps_per_epoch(self, examples: int) -> int:

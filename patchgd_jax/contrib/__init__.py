@@ -1,1 +1,1 @@
-"""Parts without a measured gain, or of one experiment; they may change without notice."""
+"""Params without a measured gain, or of one experiment; they may change without notice."""

@@ -18,76 +18,56 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from patchgd_jax.config import PatchGDConfig
-from patchgd_jax.core.gradients import Batch, head_loss, listed_patches, patch_mask, stream
-from patchgd_jax.core.grid import Grid
-from patchgd_jax.core.model import Params, PatchModel
-from patchgd_jax.core.placement import ALONE, Placement
-from patchgd_jax.core.sampling import counted_once, group_size
-from patchgd_jax.core.staleness import never_sampled, sampled_now
-from patchgd_jax.core.tasks import Task
+from patchgd_jax.core.forward import head_loss, z_map
+from patchgd_jax.core.patch_ids import PatchIds, deduplicate, valid_ids, valid_mask
+from patchgd_jax.core.problem import Batch, Problem, Spec, Weights, named_key
+from patchgd_jax.core.sampling import group_size
+from patchgd_jax.core.staleness import init_last_encoded, mark_encoded
 from patchgd_jax.errors import ConfigError
 
 
 def importance_groups(
-    params: Params,
-    model_state: Params,
-    z: jax.Array,
-    batch: Batch,
-    key: jax.Array,
-    *,
-    model: PatchModel,
-    grid: Grid,
-    patchgd: PatchGDConfig,
-    task: Task,
-    placement: Placement = ALONE,
-) -> tuple[jax.Array, jax.Array]:
-    """Patch numbers of every inner step, drawn by `patchgd.importance`, and their weights.
+    problem: Problem, weights: Weights, z: jax.Array, batch: Batch, key: jax.Array
+) -> PatchIds:
+    """Draws the groups of every inner step by `config.importance`; a `problem.Sampler`.
 
-    Scores of a patch, `patchgd.importance`:
+    Scores of a patch, `config.importance`:
     - `loss`: the norm of `dL/dZ` there, at the filled Z: the first-order effect of the patch's
       latent on the loss, and so the encoder's gradient through it up to the encoder's Jacobian.
     - `attention`: the head's attention there, at the filled Z.
     - `staleness`: inner steps since its entry of Z was computed (the fill is the step before the
-      first). In each step's own draw.
+      first), anew in each step.
 
-    The share `patchgd.importance_mix` of the draws is uniform. With `patchgd.sample_per` batch the
+    The share `config.importance_mix` of the draws is uniform. With `config.sample_per` batch the
     scores of a position are summed over the images. The draws are with replacement, and a patch
     that is drawn twice in a group counts once.
 
     Args:
-        params: of both parts.
-        model_state: of both parts.
+        problem: with an `importance` that is not none; for `attention` its head must have some.
+        weights: of encoder and head.
         z: the filled Z, `[B, N, D]`.
-        batch: see `gradients.Batch`.
-        key: the outer step's PRNG key.
-        model: the model; for `attention` its head must have some.
-        grid: the patch grid of the images.
-        patchgd: with an `importance` that is not none.
-        task: it has the loss.
-        placement: of the images.
+        batch: see `problem.Batch`.
+        key: the outer step's.
 
     Returns:
-        Groups `int32 [J, B, k]` as those of `sampling.sample_groups`, and `float [J, B, k]` the
-        weights for `gradients.inner_gradient`: the chance to be in the group of a uniform draw over
+        Groups `[J, B, k]` with weights: the probability to be in the group of a uniform draw over
         that of this one, at most 1 / `importance_mix`.
 
     Raises:
         ConfigError: if the head has no attention to draw by, there are more inner steps than
-            patches, or images with patches of their own are to share positions.
+            patches, or images with valid patches of their own are to share positions.
     """
-    listed = listed_patches(batch, grid)
-    shared = patchgd.sample_per == "batch"
-    if listed is not None and shared:
+    grid, config = problem.grid, problem.config
+    valid, shared = valid_ids(batch, grid), config.sample_per == "batch"
+    if valid is not None and shared:
         raise ConfigError(
-            f"patchgd.importance {patchgd.importance} with patchgd.sample_per batch draws the same "
+            f"patchgd.importance {config.importance} with patchgd.sample_per batch draws the same "
             "patches of all images, but these images differ in which they have; add "
             "--patchgd.sample-per image"
         )
-    steps = patchgd.num_inner_steps
-    k = group_size(grid.num_patches if listed is None else listed.shape[1], steps)
-    images = z.shape[0]
-    mask = patch_mask(batch, grid)
+    steps, images = config.num_inner_steps, z.shape[0]
+    k = group_size(grid.num_patches if valid is None else valid.shape[1], steps)
+    mask = valid_mask(batch, grid)
     counted = jnp.ones((1, grid.num_patches), bool)
     if mask is not None:
         counted = mask.reshape(images, -1)
@@ -95,19 +75,8 @@ def importance_groups(
     draws = jnp.minimum(-(-counted.sum(1) // steps), k)
 
     fixed = None
-    if patchgd.importance != "staleness":
-        fixed = _scores(
-            params,
-            model_state,
-            z,
-            batch,
-            stream(key, "importance"),
-            model=model,
-            grid=grid,
-            by_attention=patchgd.importance == "attention",
-            task=task,
-            placement=placement,
-        )
+    if config.importance != "staleness":
+        fixed = _scores(problem, weights, z, batch, named_key(key, "importance"))
         if shared:
             fixed = fixed.sum(0, keepdims=True)
 
@@ -116,22 +85,22 @@ def importance_groups(
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         number, key = step
         scores = number - computed if fixed is None else fixed
-        chance = probabilities(scores, counted, patchgd.importance_mix)
+        chance = probabilities(scores, counted, config.importance_mix)
         keys = jax.random.split(key, chance.shape[0])
         choose = partial(jax.random.choice, a=grid.num_patches, shape=(k,))
         drawn = jax.vmap(lambda key, p: choose(key, p=p))(keys, chance)
-        ids, weights = weighted_group(drawn, chance, counted, draws)
-        return sampled_now(computed, ids, number), (ids, weights)
+        ids, factors = weighted_group(drawn, chance, counted, draws)
+        return mark_encoded(computed, ids, number), (ids, factors)
 
-    keys = jax.random.split(stream(key, "sampling"), steps)
-    start = never_sampled(1 if shared else images, grid.num_patches)
-    _, (ids, weights) = lax.scan(draw, start, (jnp.arange(steps), keys))
+    keys = jax.random.split(named_key(key, "sampling"), steps)
+    start = init_last_encoded(1 if shared else images, grid.num_patches)
+    _, (ids, factors) = lax.scan(draw, start, (jnp.arange(steps), keys))
     shape = (steps, images, k)
-    return jnp.broadcast_to(ids, shape), jnp.broadcast_to(weights, shape)
+    return PatchIds(jnp.broadcast_to(ids, shape), True, jnp.broadcast_to(factors, shape))
 
 
 def probabilities(scores: jax.Array, counted: jax.Array, mix: float) -> jax.Array:
-    """The probability of each patch in one draw.
+    """Computes the probability of each patch in one draw.
 
     Args:
         scores: `[B, N]`, not negative; all zero is as good as all equal.
@@ -151,7 +120,7 @@ def probabilities(scores: jax.Array, counted: jax.Array, mix: float) -> jax.Arra
 def weighted_group(
     drawn: jax.Array, chance: jax.Array, counted: jax.Array, draws: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The group of some draws, and the weights that make its gradient unbiased.
+    """Makes a group of some draws, with the weights that make its gradient unbiased.
 
     Args:
         drawn: `int [B, k]`, patch numbers, drawn with replacement.
@@ -167,7 +136,7 @@ def weighted_group(
     # Rounding of the cumulative probabilities must not let in what cannot be drawn.
     possible = jnp.take_along_axis(chance, drawn, axis=1) > 0
     used = possible & (jnp.arange(k) < draws[:, None])
-    ids = counted_once(jnp.where(used, drawn, num_patches), num_patches)
+    ids = deduplicate(jnp.where(used, drawn, num_patches), num_patches)
     uniform = 1 / jnp.maximum(counted.sum(1, keepdims=True), 1).astype(float)
     inside = _inclusion(chance, draws[:, None])
     weights = _inclusion(uniform, draws[:, None]) / jnp.where(inside > 0, inside, 1)
@@ -175,72 +144,36 @@ def weighted_group(
 
 
 def _inclusion(chance: jax.Array, draws: jax.Array) -> jax.Array:
-    """The chance to be drawn at least once, 1 - (1 - p)^k, exact for small p."""
+    """Computes the probability to be drawn at least once, 1 - (1 - p)^k, exact for small p."""
     return -jnp.expm1(draws * jnp.log1p(-chance))
 
 
 def _scores(
-    params: Params,
-    model_state: Params,
-    z: jax.Array,
-    batch: Batch,
-    key: jax.Array,
-    *,
-    model: PatchModel,
-    grid: Grid,
-    by_attention: bool,
-    task: Task,
-    placement: Placement,
+    problem: Problem, weights: Weights, z: jax.Array, batch: Batch, key: jax.Array
 ) -> jax.Array:
-    """The scores `float [B, N]` of the filled Z; 0 for padding examples."""
+    """Computes the scores `float [B, N]` of the filled Z; 0 for padding examples."""
 
-    def local(
-        params: Params, model_state: Params, z: jax.Array, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array]:
-        if by_attention:
-            attention = _attend(params, model_state, z, batch, model=model, grid=grid)
-            return (attention.reshape(z.shape[:2]),)
+    def local(weights: Weights, z: jax.Array, batch: Batch, key: jax.Array) -> jax.Array:
+        if problem.config.importance == "attention":
+            return _attend(problem, weights, z, batch).reshape(z.shape[:2])
+        # What this pass does to batch statistics is dropped.
+        dz = jax.grad(lambda z: head_loss(problem, weights, z, batch, key)[0])(z)
+        dz = dz.astype(jnp.promote_types(z.dtype, jnp.float32))
+        return jnp.sqrt((dz * dz).sum(-1))
 
-        def loss_of(z: jax.Array) -> jax.Array:
-            # What this pass does to batch statistics is dropped.
-            return head_loss(
-                params,
-                model_state,
-                z,
-                batch,
-                key,
-                model=model,
-                grid=grid,
-                task=task,
-                placement=placement,
-            )[0]
-
-        dz = jax.grad(loss_of)(z).astype(jnp.promote_types(z.dtype, jnp.float32))
-        return (jnp.sqrt((dz * dz).sum(-1)),)
-
-    (scores,) = placement.spread(local, ("params", "same", "images", "batch", "same"), ("images",))(
-        params, model_state, z, batch, key
-    )
+    kinds = (Spec.WEIGHTS, Spec.IMAGES, Spec.BATCH, Spec.SAME)
+    scores: jax.Array = problem.layout.spread(local, kinds, Spec.IMAGES)(weights, z, batch, key)
     weight = batch.get("weight")
     return scores if weight is None else jnp.where(weight[:, None] > 0, scores, 0)
 
 
-def _attend(
-    params: Params,
-    model_state: Params,
-    z: jax.Array,
-    batch: Batch,
-    *,
-    model: PatchModel,
-    grid: Grid,
-) -> jax.Array:
-    if model.attend is None:
+def _attend(problem: Problem, weights: Weights, z: jax.Array, batch: Batch) -> jax.Array:
+    if problem.model.attend is None:
         raise ConfigError(
             "patchgd.importance attention needs a head with attention, but the model's `attend` is "
             "None; give it one, or use --patchgd.importance loss"
         )
-    z = z.reshape(z.shape[0], grid.rows, grid.cols, z.shape[-1])
     try:
-        return model.attend(params, model_state, z, patch_mask(batch, grid))
+        return problem.model.attend(*weights, z_map(problem, z), valid_mask(batch, problem.grid))
     except ConfigError as error:
         raise ConfigError(f"patchgd.importance attention: {error}") from error

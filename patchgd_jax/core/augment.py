@@ -21,11 +21,10 @@ _GREY = (0.299, 0.587, 0.114)
 def augmentation(
     config: AugmentConfig | None, key: jax.Array, first_image: int | jax.Array = 0
 ) -> Augment | None:
-    """The changes of one outer step, or None if there are none to make.
+    """Returns the changes of one outer step, or None.
 
-    A patch's changes are a function of the key, the image's place in the batch and the patch's
-    number only: whoever is given the same key sees the same picture. `first_image` is the place of
-    the first image given.
+    A patch's changes depend on the key, the image's place in the batch and the patch id only.
+    `first_image` is the place of the first image.
     """
     if config is None or not config.active:
         return None
@@ -40,11 +39,11 @@ def augment_patches(
     config: AugmentConfig,
     first_image: int | jax.Array = 0,
 ) -> jax.Array:
-    """Changes each patch by itself; nothing moves in Z.
+    """Changes each patch by itself; its place in Z stays.
 
     Args:
         patches: `[B, k, p, p, C]`, uint8 or float in [0, 1].
-        ids: `int [B, k]`, the patches' numbers.
+        ids: `int [B, k]`, patch ids.
         key: PRNG key of the outer step.
         config: what changes and how much.
         first_image: the first image's place in the batch.
@@ -106,7 +105,7 @@ def jitter(patch: jax.Array, factors: jax.Array) -> jax.Array:
     Args:
         patch: `[p, p, C]`, uint8 or float in [0, 1].
         factors: `float [3]`: on the values, on their distance from the patch's mean grey, and on
-            that from each pixel's grey (for three channels only). 1 leaves things as they are.
+            their distance from each pixel's grey (three channels only). 1 changes nothing.
 
     Returns:
         `float [p, p, C]` in [0, 1].

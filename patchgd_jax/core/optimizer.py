@@ -17,7 +17,7 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 def make_schedule(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> Schedule:
-    """The learning rate at an outer step.
+    """Makes the learning rate as a function of the outer step.
 
     The rate rises linearly from `peak / warmup_steps` to the peak over `warmup_steps`. Then
     `linear` falls so that it would reach zero at `decay_factor * total_steps` (the official
@@ -55,10 +55,10 @@ def make_optimizer(
         total_steps: outer steps of the run.
         steps_per_epoch: outer steps of an epoch.
         updates_per_step: updates of one outer step; the rate is the same for all of them.
-        depth: of each of the encoder's top-level entries: `encoder_layers(...).depth`.
+        depth: of each of the encoder's top-level entries, from `encoder_layers(...).depth`.
 
     Raises:
-        ConfigError: if `layer_decay` is set, and there is no `depth`.
+        ConfigError: if `layer_decay` is set without `depth`.
     """
     warmup_steps = min(total_steps, round(config.warmup_epochs * steps_per_epoch))
     per_outer_step = make_schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
@@ -76,11 +76,11 @@ def make_optimizer(
     steps = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     steps.append(rule)
     if config.encoder_learning_rate is not None or config.layer_decay != 1:
-        # Each rule's update is its rate times something that does not depend on it.
+        # Updates are linear in the learning rate, so scaling them equals scaling the rate.
         ratio = (config.encoder_learning_rate or config.learning_rate) / config.learning_rate
         steps.append(_scale_encoder(ratio, config.layer_decay, depth))
     optimizer = steps[0] if len(steps) == 1 else optax.chain(*steps)
-    return with_average(optimizer, config.ema_decay)
+    return with_ema(optimizer, config.ema_decay)
 
 
 def _scale_encoder(
@@ -107,20 +107,20 @@ def _scale_encoder(
     return optax.stateless(scale)
 
 
-class AverageState(NamedTuple):
-    """The state of an optimizer that also averages the parameters."""
+class EmaState(NamedTuple):
+    """State of an optimizer with an EMA of the parameters."""
 
     updates: jax.Array
-    """`int32 []`, how many there were."""
+    """`int32 []`, their number so far."""
     average: Params
-    """Of the parameters that are trained."""
+    """EMA of the trainable parameters."""
     inner: PyTree
 
 
-def with_average(
+def with_ema(
     optimizer: optax.GradientTransformation, decay: float | None
 ) -> optax.GradientTransformation:
-    """Keeps an exponential moving average of the parameters beside an optimizer's state.
+    """Adds an exponential moving average (EMA) of the parameters to an optimizer.
 
     With the parameters `p_0` before the first update and `p_i` after update `i`, the average is
     `a_0 = p_0`, `a_i = decay * a_(i - 1) + (1 - decay) * p_i`.
@@ -132,23 +132,23 @@ def with_average(
     if decay is None:
         return optimizer
 
-    def init(params: Params) -> AverageState:
+    def init(params: Params) -> EmaState:
         # Copies: a donated state must not hold one buffer twice.
         average = jax.tree.map(jnp.copy, params)
-        return AverageState(jnp.zeros((), jnp.int32), average, optimizer.init(params))
+        return EmaState(jnp.zeros((), jnp.int32), average, optimizer.init(params))
 
     def update(
-        grads: Params, state: AverageState, params: Params | None = None
-    ) -> tuple[Params, AverageState]:
+        grads: Params, state: EmaState, params: Params | None = None
+    ) -> tuple[Params, EmaState]:
         updates, inner = optimizer.update(grads, state.inner, params)
         after = optax.apply_updates(params, updates)
 
         def mean(average: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
-            # Parameters may have been replaced since `init`, by another run's encoder say.
+            # Parameters may have been replaced since `init`, such as by pretrained ones.
             average = jnp.where(state.updates == 0, before, average)
             return decay * average + (1 - decay) * after
 
         average = jax.tree.map(mean, state.average, params, after)
-        return updates, AverageState(state.updates + 1, average, inner)
+        return updates, EmaState(state.updates + 1, average, inner)
 
     return optax.GradientTransformation(init, update)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from patchgd_jax.core.latents import read_latents
+from patchgd_jax.core.forward import read_latents
 
 
-def never_sampled(batch: int, num_patches: int) -> jax.Array:
-    """The inner step in which each entry was computed, before the first: -1, for the fill.
+def init_last_encoded(batch: int, num_patches: int) -> jax.Array:
+    """Starts the record of the inner step that computed each entry of Z: -1, the fill.
 
     Returns:
         `int32 [B, N]`.
@@ -18,11 +18,11 @@ def never_sampled(batch: int, num_patches: int) -> jax.Array:
     return jnp.full((batch, num_patches), -1, jnp.int32)
 
 
-def sampled_now(computed: jax.Array, ids: jax.Array, number: jax.Array) -> jax.Array:
-    """When each entry was computed, after an inner step.
+def mark_encoded(computed: jax.Array, ids: jax.Array, number: jax.Array) -> jax.Array:
+    """Records the entries that an inner step computes.
 
     Args:
-        computed: `int32 [B, N]`, from `never_sampled` or here.
+        computed: `int32 [B, N]`, from `init_last_encoded` or here.
         ids: `int [B, k]`, the inner step's group; those of at least N are dropped.
         number: `int []`, of the inner step.
 
@@ -34,7 +34,7 @@ def sampled_now(computed: jax.Array, ids: jax.Array, number: jax.Array) -> jax.A
 
 
 def mean_age(ids: jax.Array, num_patches: int, real: jax.Array | None = None) -> jax.Array:
-    """The mean age of the entries of Z that the head reads, over patches and inner steps.
+    """Averages the age of the entries of Z that the head reads, over patches and inner steps.
 
     An entry's age is the number of inner steps since the one that computed it: 0 where it is
     encoded in this very step. The fill counts as the step before the first, so what is never
@@ -53,19 +53,19 @@ def mean_age(ids: jax.Array, num_patches: int, real: jax.Array | None = None) ->
 
     def read(computed: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         number, group = step
-        computed = sampled_now(computed, group, number)
+        computed = mark_encoded(computed, group, number)
         # Not a sum of integers, which many patches and steps could overflow.
         ages = (number - computed).astype(jnp.float32)
         return computed, ages.sum(where=real) / count
 
     steps = (jnp.arange(inner_steps), ids)
-    return lax.scan(read, never_sampled(batch, num_patches), steps)[1].mean()
+    return lax.scan(read, init_last_encoded(batch, num_patches), steps)[1].mean()
 
 
 def squared_change(
     old: jax.Array, new: jax.Array, ids: jax.Array, weight: jax.Array | None = None
 ) -> jax.Array:
-    """How much the entries that were encoded anew have changed.
+    """Sums the squared change of the entries that were encoded anew.
 
     Args:
         old: Z before, `[B, N, D]`.
@@ -87,12 +87,11 @@ def squared_change(
 
 
 def drift(changes: jax.Array) -> jax.Array:
-    """The relative change `|new - old| / |old|` of an entry since it was last computed.
+    """Averages the relative change `|new - old| / |old|` of entries since they were last computed.
 
-    Whatever makes a patch's latent another one is in it, not updates of the encoder alone: dropout,
-    changes of a patch that are drawn anew (`augment.same_draw` False), and batch statistics, which
-    are those of the group in an inner step, but the moving ones in a fill (unless `norm_policy` is
-    paper or frozen): then a drift of 1 says nothing about the updates.
+    Besides updates of the encoder it includes dropout, augmentation drawn anew (`augment.same_draw`
+    False), and the difference between a group's batch statistics and the moving ones of the fill
+    (unless `norm_policy` is paper or frozen): then a drift of 1 says nothing about the updates.
 
     Args:
         changes: `float [J, 2]`, from `squared_change`.

@@ -1,4 +1,4 @@
-"""What a head's outputs mean: their number, the loss, the prediction and the metrics of a task."""
+"""Tasks: the label format, and the loss, prediction and metrics that go with it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse"})
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """One kind of label. Hashable and without arrays: a static argument of the jitted step.
+    """A label format with its loss and metrics. Hashable: static in the jitted step.
 
-    K is the number of classes, labels or grades of the data; O is `num_outputs(K)`.
+    K is the number of classes of the data; O is `num_outputs(K)`.
 
     Args:
-        label_smoothing: share of a target that is spread evenly over all answers.
-        class_weights: K factors on the loss; see each task. None: 1. The mean over a batch is over
-            its examples, not over their weights, so that an example counts alike in every batch.
+        label_smoothing: share of a target that is spread evenly over all classes.
+        class_weights: K factors on the loss; see each task. None: 1. A batch's mean is over its
+            examples, not over their weights, so that an example counts alike in every batch.
         selection: metric of `summary`, or `loss`, by which the best checkpoint is chosen. None:
             `best_metric`.
 
@@ -45,11 +45,11 @@ class Task(ABC):
 
     name: ClassVar[str]
     training_metric: ClassVar[str] = "accuracy"
-    """What the mean of `score` is called."""
+    """Name of the mean of `score`."""
     best_metric: ClassVar[str] = "accuracy"
-    """The metric of `summary` by which the best checkpoint is chosen, unless `selection` is set."""
+    """Metric of `summary` that chooses the best checkpoint, unless `selection` is set."""
     numbers: ClassVar[tuple[str, ...]] = _CLASSIFICATION
-    """The metrics of `summary` that are single numbers, the most telling first."""
+    """Metrics of `summary` that are single numbers, the most important first."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -70,11 +70,11 @@ class Task(ABC):
             )
 
     def for_evaluation(self) -> Task:
-        """The task without smoothing and weights, whose loss compares between runs."""
+        """Returns the task without smoothing and weights, whose loss compares between runs."""
         return dataclasses.replace(self, label_smoothing=0.0, class_weights=None)
 
     def check_classes(self, classes: int) -> None:
-        """Checks the settings against the data.
+        """Checks the class weights against the data.
 
         Raises:
             ConfigError: if there are not as many class weights as classes.
@@ -87,15 +87,15 @@ class Task(ABC):
 
     @abstractmethod
     def num_outputs(self, classes: int) -> int:
-        """O, the length of the head's output, for K classes."""
+        """Returns O, the length of the head's output, for K classes."""
 
     @abstractmethod
     def label_spec(self, batch: int, classes: int) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of the labels of a batch of B."""
+        """Returns shape and dtype of the labels of a batch of B."""
 
     @abstractmethod
     def loss(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        """The loss of each example.
+        """Computes the loss of each example.
 
         Args:
             outputs: `float [B, O]`.
@@ -105,20 +105,20 @@ class Task(ABC):
             `float [B]`.
 
         Raises:
-            ConfigError: if the labels have another shape or kind, or there is not a class weight
-                for each class.
+            ConfigError: if the labels have another shape or kind, or the class weights another
+                number.
         """
 
     @abstractmethod
     def predict(self, outputs: jax.Array) -> jax.Array:
-        """The answers to `outputs float [B, O]`, which compare with labels."""
+        """Predicts labels from `outputs float [B, O]`."""
 
     @abstractmethod
     def score(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        """The training metric of each example, `bool` or `float [B]`."""
+        """Computes the training metric of each example, `bool` or `float [B]`."""
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray:
-        """The probability of each class: `float64 [B, K]` of `outputs float [B, O]`, on the host.
+        """Computes class probabilities `float64 [B, K]` of `outputs float [B, O]`, on the host.
 
         Raises:
             ConfigError: if the task has no classes.
@@ -129,10 +129,10 @@ class Task(ABC):
     def summary(
         self, *, labels: np.ndarray, predictions: np.ndarray, outputs: np.ndarray, classes: int
     ) -> dict[str, Any]:
-        """The metrics of an evaluation, on the host; arrays hold all examples."""
+        """Computes the metrics of an evaluation on the host; arrays hold all examples."""
 
     def rank(self, summary: Mapping[str, Any]) -> float:
-        """A number that is higher for a better evaluation."""
+        """Returns a number that is higher for a better evaluation."""
         metric = self.selection or self.best_metric
         value = summary[metric]
         if value is None:
@@ -140,7 +140,7 @@ class Task(ABC):
         return float(-value if metric in _LOWER_IS_BETTER else value)
 
     def _check(self, outputs: jax.Array, labels: jax.Array, wide: bool, kinds: str) -> None:
-        """Refuses labels of another shape, or of a kind that is not among NumPy's `kinds`."""
+        """Raises `ConfigError` for labels of another shape, or not of NumPy's `kinds`."""
         wanted = outputs.shape if wide else outputs.shape[:1]
         if labels.shape == wanted and np.dtype(labels.dtype).kind in kinds:
             return
@@ -163,7 +163,7 @@ class SingleLabel(Task):
     name: ClassVar[str] = "single-label"
 
     def num_outputs(self, classes: int) -> int:
-        """K."""
+        """Returns K."""
         return classes
 
     def label_spec(self, batch: int, classes: int) -> jax.ShapeDtypeStruct:
@@ -184,11 +184,11 @@ class SingleLabel(Task):
         return -(target * jax.nn.log_softmax(outputs)).sum(-1)
 
     def predict(self, outputs: jax.Array) -> jax.Array:
-        """The likeliest class, `int [B]`."""
+        """Most probable class, `int [B]`."""
         return outputs.argmax(-1)
 
     def score(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        """Whether the class is right, `bool [B]`."""
+        """Correctness of the class, `bool [B]`."""
         return self.predict(outputs) == labels
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray:
@@ -206,15 +206,14 @@ class SingleLabel(Task):
 
 @dataclass(frozen=True)
 class Ordinal(Task):
-    """One of K grades in order: `int [B]` in `0..K-1`. CORN: Shi et al., arXiv 2111.08851.
+    """One of K ordered classes: `int [B]` in `0..K-1`. CORN: Shi et al., arXiv 2111.08851.
 
-    Output `j` of K - 1 is the logit of "above `j`, given that it is at least `j`". An example takes
-    part in the questions up to its grade (section 3.3), so its loss is the negative log-likelihood
-    of its grade, in nats; the paper divides by the number of questions, this by that of examples.
-    Chances of being above a grade are products (equation 4), so they never rise with the grade.
+    Output `j` of K - 1 is the logit of "above `j`, given at least `j`". An example takes part in
+    the binary tasks up to its class (section 3.3), so its loss is the negative log-likelihood of
+    its class, in nats; the paper divides by the number of binary tasks, this by that of examples.
+    Probabilities of being above a class are products (equation 4), so they never rise with it.
 
-    The weight of an example is that of its grade. Smoothing moves the answers to the yes-or-no
-    questions towards a half.
+    The weight of an example is that of its class. Smoothing moves the binary targets towards 1/2.
     """
 
     name: ClassVar[str] = "ordinal"
@@ -222,9 +221,9 @@ class Ordinal(Task):
     numbers: ClassVar[tuple[str, ...]] = (*_CLASSIFICATION, "mae")
 
     def num_outputs(self, classes: int) -> int:
-        """K - 1."""
+        """Returns K - 1."""
         if classes < 2:
-            raise ConfigError(f"the task ordinal needs at least 2 grades, not {classes}")
+            raise ConfigError(f"the task ordinal needs at least 2 classes, not {classes}")
         return classes - 1
 
     def label_spec(self, batch: int, classes: int) -> jax.ShapeDtypeStruct:
@@ -235,26 +234,26 @@ class Ordinal(Task):
         """Negative log-likelihood `float [B]`."""
         self._check(outputs, labels, False, "iu")
         self.check_classes(outputs.shape[1] + 1)
-        question = jnp.arange(outputs.shape[1])
-        above = (labels[:, None] > question).astype(outputs.dtype)
-        asked = labels[:, None] >= question
+        threshold = jnp.arange(outputs.shape[1])
+        above = (labels[:, None] > threshold).astype(outputs.dtype)
+        reached = labels[:, None] >= threshold
         losses = _binary_cross_entropy(outputs, above, self.label_smoothing)
-        total = jnp.where(asked, losses, 0).sum(-1)
+        total = jnp.where(reached, losses, 0).sum(-1)
         if self.class_weights is None:
             return total
         return total * jnp.asarray(self.class_weights, outputs.dtype)[labels]
 
     def predict(self, outputs: jax.Array) -> jax.Array:
-        """The number of grades that it is above with a chance of over a half, `int [B]`."""
+        """Number of thresholds passed with probability above 0.5, `int [B]`."""
         above = jnp.cumsum(jax.nn.log_sigmoid(outputs), axis=-1)
         return (above > math.log(0.5)).sum(-1)
 
     def score(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        """Whether the grade is right, `bool [B]`."""
+        """Correctness of the class, `bool [B]`."""
         return self.predict(outputs) == labels
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray:
-        """Differences of the chances of being above each grade."""
+        """Differences of the probabilities of being above each class."""
         above = np.cumprod(1 / (1 + np.exp(-np.asarray(outputs, np.float64))), axis=-1)
         above = np.pad(above, ((0, 0), (1, 0)), constant_values=1)
         return above - np.pad(above[:, 1:], ((0, 0), (0, 1)))
@@ -262,7 +261,7 @@ class Ordinal(Task):
     def summary(
         self, *, labels: np.ndarray, predictions: np.ndarray, outputs: np.ndarray, classes: int
     ) -> dict[str, Any]:
-        """See `metrics.classification`; and `mae`, in grades."""
+        """See `metrics.classification`; and `mae`, in classes."""
         mae = float(np.abs(labels - predictions).mean())
         return {**metrics.classification(labels, predictions, classes), "mae": mae}
 
@@ -272,7 +271,7 @@ class MultiLabel(Task):
     """Any of K labels: `bool` or `float [B, K]` in [0, 1]. Mean binary cross-entropy in nats.
 
     A class's weight is the factor on its positives, as `pos_weight` of torch.nn.BCEWithLogitsLoss.
-    Smoothing moves the targets towards a half.
+    Smoothing moves the targets towards 1/2.
     """
 
     name: ClassVar[str] = "multi-label"
@@ -280,7 +279,7 @@ class MultiLabel(Task):
     numbers: ClassVar[tuple[str, ...]] = ("mean_average_precision", "mean_f1", "accuracy")
 
     def num_outputs(self, classes: int) -> int:
-        """K."""
+        """Returns K."""
         return classes
 
     def label_spec(self, batch: int, classes: int) -> jax.ShapeDtypeStruct:
@@ -297,15 +296,15 @@ class MultiLabel(Task):
         return _binary_cross_entropy(outputs, labels, self.label_smoothing, factors).mean(-1)
 
     def predict(self, outputs: jax.Array) -> jax.Array:
-        """The labels with a chance of over a half, `bool [B, K]`."""
+        """Labels with probability above 0.5, `bool [B, K]`."""
         return outputs > 0
 
     def score(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        """The share of the labels that are right, `float [B]`."""
+        """Share of correct labels, `float [B]`."""
         return (self.predict(outputs) == (labels > 0.5)).mean(-1)
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray:
-        """Logistic, each label by itself."""
+        """Sigmoid of each output."""
         return 1 / (1 + np.exp(-np.asarray(outputs, np.float64)))
 
     def summary(
@@ -317,7 +316,7 @@ class MultiLabel(Task):
 
 @dataclass(frozen=True)
 class Regression(Task):
-    """A number: `float [B]`. Squared error; there are no classes to weigh or to smooth."""
+    """A number: `float [B]`. Squared error, without class weights and smoothing."""
 
     name: ClassVar[str] = "regression"
     training_metric: ClassVar[str] = "mae"
@@ -333,7 +332,7 @@ class Regression(Task):
             )
 
     def num_outputs(self, classes: int) -> int:
-        """1."""
+        """Returns 1."""
         return 1
 
     def label_spec(self, batch: int, classes: int) -> jax.ShapeDtypeStruct:
@@ -346,11 +345,11 @@ class Regression(Task):
         return jnp.square(self.predict(outputs) - labels)
 
     def predict(self, outputs: jax.Array) -> jax.Array:
-        """The number, `float [B]`."""
+        """Predicted number, `float [B]`."""
         return outputs[:, 0]
 
     def score(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        """The absolute error, `float [B]`."""
+        """Absolute error, `float [B]`."""
         return jnp.abs(self.predict(outputs) - labels)
 
     def summary(
@@ -369,7 +368,7 @@ TASKS: Mapping[str, type[Task]] = {
 
 
 def make_task(config: TaskConfig, classes: int) -> Task:
-    """The task of a config, for data of K classes.
+    """Makes the task of a config, for data of K classes.
 
     Raises:
         ConfigError: for an unknown name, or settings that the task or the data cannot have.
@@ -385,7 +384,7 @@ def make_task(config: TaskConfig, classes: int) -> Task:
 def _binary_cross_entropy(
     logits: jax.Array, targets: jax.Array, smoothing: float, factors: jax.Array | None = None
 ) -> jax.Array:
-    """Elementwise, in nats; `factors` stand before the positive part."""
+    """Computes it elementwise, in nats; `factors` scale the positive part."""
     targets = targets.astype(logits.dtype) * (1 - smoothing) + smoothing / 2
     positive = targets * jax.nn.log_sigmoid(logits)
     if factors is not None:

@@ -1,4 +1,4 @@
-"""What a run is made of, and what carries out its steps."""
+"""`Setup` (model, data, optimizer of a run) and the `Executor` interface."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import optax
 
-from patchgd_jax.baselines.registry import Method
+from patchgd_jax.baselines.registry import Algorithm
 from patchgd_jax.config import TrainConfig
-from patchgd_jax.core.grid import Grid, PatchGrid
-from patchgd_jax.core.model import Params, PatchModel
-from patchgd_jax.core.step import TrainState
+from patchgd_jax.core.grid import PatchGrid
+from patchgd_jax.core.problem import Problem, Weights
 from patchgd_jax.core.tasks import Task
+from patchgd_jax.core.update import Metrics, TrainState
 from patchgd_jax.data.loading.bad_records import OnBad
 from patchgd_jax.data.loading.pipeline import TrainBatches, eval_batches
 from patchgd_jax.data.protocols import ExampleSource
@@ -30,28 +30,28 @@ class Setup(NamedTuple):
 
     config: TrainConfig
     data: RunData
-    method: Method
-    """Its steps; a mesh and streaming have those of PatchGD."""
-    grids: tuple[Grid, ...]
-    """By padded size, as `data.shapes`."""
-    models: tuple[PatchModel, ...]
-    """The model for each grid."""
+    algorithm: Algorithm
+    """The method's steps; on a mesh and streamed it is always PatchGD's."""
+    problems: tuple[Problem, ...]
+    """The static part of a step for each padded size, as `data.shapes`."""
     optimizer: optax.GradientTransformation
-    task: Task
-    frozen: frozenset[str]
-    """The encoder's entries that are not trained."""
     key: jax.Array
     """The run's."""
 
     @property
+    def task(self) -> Task:
+        """The run's task."""
+        return self.problems[0].task
+
+    @property
     def patch_grids(self) -> tuple[PatchGrid, ...]:
         """The grids of a method that cuts images into patches."""
-        grids = tuple(grid for grid in self.grids if isinstance(grid, PatchGrid))
-        assert len(grids) == len(self.grids)
+        grids = tuple(p.grid for p in self.problems if isinstance(p.grid, PatchGrid))
+        assert len(grids) == len(self.problems)
         return grids
 
     def batch_spec(self, number: int, size: int, *, weight: bool) -> dict[str, Any]:
-        """Shapes and dtypes of the arrays that a step takes of a batch.
+        """Returns shapes and dtypes of the arrays that a step takes of a batch.
 
         Args:
             number: of the padded size.
@@ -71,8 +71,8 @@ class Setup(NamedTuple):
         return arrays
 
 
-class Execution(abc.ABC):
-    """Carries out the steps of a run.
+class Executor(abc.ABC):
+    """Executes the steps of a run.
 
     Args:
         setup: of the run.
@@ -84,22 +84,22 @@ class Execution(abc.ABC):
         """Seconds so far that steps themselves have waited for pixels."""
 
     def layout(self, like: TrainState) -> TrainState:
-        """The state's `jax.ShapeDtypeStruct`s with the shardings that it has on the devices."""
+        """Returns the state's `jax.ShapeDtypeStruct`s with their shardings."""
         return like
 
     def place(self, state: TrainState) -> TrainState:
         """Lays a state over the devices, of which every process has all."""
         return state
 
-    def own_rows(self, size: int) -> range:
-        """The places in a batch of `size` of the examples that this process reads."""
+    def local_rows(self, size: int) -> range:
+        """Returns the places in a batch of `size` of the examples that this process reads."""
         return range(size)
 
     def train_batches(self, start: int, on_bad: OnBad) -> TrainBatches:
-        """This process's rows of the batches from number `start` on, as `train` takes them."""
+        """Iterates over this process's rows of the train batches from number `start` on."""
         config = self.setup.config
         size = config.images_per_step
-        own = self.own_rows(size)
+        own = self.local_rows(size)
         return TrainBatches(
             self._examples(self.setup.data.train),
             batch_size=size,
@@ -116,9 +116,9 @@ class Execution(abc.ABC):
     def eval_batches(
         self, source: ExampleSource, on_bad: OnBad
     ) -> Generator[dict[str, np.ndarray], None, None]:
-        """This process's rows of all examples of a source, in batches as `score` takes them."""
+        """Iterates over this process's rows of the eval batches of a source."""
         config = self.setup.config
-        own = self.own_rows(config.eval_batch_size)
+        own = self.local_rows(config.eval_batch_size)
         return eval_batches(
             self._examples(source),
             config.eval_batch_size,
@@ -131,7 +131,7 @@ class Execution(abc.ABC):
         )
 
     def _examples(self, source: ExampleSource) -> ExampleSource:
-        """What batches are made of."""
+        """Returns the examples that batches are made of."""
         return source
 
     @abc.abstractmethod
@@ -146,38 +146,36 @@ class Execution(abc.ABC):
         """
 
     def compiled_bytes(self) -> int | None:
-        """What the largest program takes of a device by XLA; None if none is compiled yet."""
+        """Returns the device memory of the largest program by XLA; None before any is compiled."""
         return None
 
     @abc.abstractmethod
-    def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """An outer step; see `step.train_step`. It may consume `state`.
+    def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
+        """Makes an outer step, see `core.step.train_step`; it may consume (donate) `state`.
 
         Returns before the device has finished.
         """
 
     @abc.abstractmethod
-    def score(
-        self, source: ExampleSource, params: Params, model_state: Params, batch: HostBatch
-    ) -> dict[str, Any]:
-        """Scores a batch of a source.
+    def evaluate(self, source: ExampleSource, weights: Weights, batch: HostBatch) -> Metrics:
+        """Evaluates a batch of a source.
 
         Returns:
-            What `step.eval_step` does, and `label` and `weight`; of the whole batch, also where
-            this process read some of it. Rows that are padding may be left out.
+            The results of `forward.eval_step`, with `label` and `weight`; of the whole batch, also
+            where this process read some of it. Padding rows may be left out.
         """
 
 
 def check_budget(setup: Setup, budget: int) -> None:
-    """Checks that a store of so many bytes holds the latents of any image.
+    """Checks that a store of `budget` bytes holds the latents of any image.
 
     Raises:
         ConfigError: if not.
     """
     entry = 8 + 4 * setup.config.model.latent_dim
-    largest = max(grid.num_patches for grid in setup.grids) * entry
+    largest = max(problem.grid.num_patches for problem in setup.problems) * entry
     if largest > budget:
         raise ConfigError(
             f"stream.store_mib {setup.config.stream.store_mib} holds no image's latents, which "
-            f"take {largest / 2**20:.1f} MiB each (times {len(setup.grids)} padded sizes); raise it"
+            f"take {largest / 2**20:.1f} MiB each (times {len(setup.problems)} sizes); raise it"
         )

@@ -1,4 +1,4 @@
-"""How programs are compiled: the options they need, where they are kept, what they leave behind."""
+"""Compilation: the options programs need, the memory XLA allots them, and the persistent cache."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
@@ -20,6 +21,38 @@ def compiler_options() -> dict[str, bool | int | str | float]:
     if jax.default_backend() != "cpu":
         return {}
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
+
+class Compiled(NamedTuple):
+    """Memory of one compiled program in bytes, as XLA allots it."""
+
+    arguments: int
+    outputs: int
+    temporary: int
+    aliased: int
+    """Outputs that lie in donated arguments."""
+    resident: int
+    """What stays on the device beside the program's arguments."""
+
+    @property
+    def total(self) -> int:
+        """All that must fit at once."""
+        return self.arguments + self.outputs - self.aliased + self.temporary + self.resident
+
+
+def allotted(compiled: Any, resident: int = 0) -> Compiled:
+    """Reads what XLA allots to a compiled program.
+
+    Its `peak_memory_in_bytes` is not used: on the CPU it leaves the temporary buffers out.
+    """
+    analysis: Any = compiled.memory_analysis()
+    return Compiled(
+        arguments=int(analysis.argument_size_in_bytes),
+        outputs=int(analysis.output_size_in_bytes),
+        temporary=int(analysis.temp_size_in_bytes),
+        aliased=int(analysis.alias_size_in_bytes),
+        resident=resident,
+    )
 
 
 def release_memory() -> None:

@@ -1,4 +1,4 @@
-"""Steps on features that are computed once: the encoder stays as it is (method mil)."""
+"""Executor of steps on stored features: the encoder is frozen (method mil)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import jax
 import numpy as np
 
 from patchgd_jax.baselines.registry import FEATURES
-from patchgd_jax.core.step import TrainState, eval_fill
+from patchgd_jax.core.forward import encode_all
+from patchgd_jax.core.update import Metrics, TrainState
 from patchgd_jax.data.protocols import ExampleSource, ReadOtherwise
 from patchgd_jax.engine.base import HostBatch, Setup, check_budget
-from patchgd_jax.engine.resident import Program, ResidentExecution
+from patchgd_jax.engine.compiling import allotted
+from patchgd_jax.engine.resident import Program, ResidentExecutor
 from patchgd_jax.engine.streaming.latent_store import LatentStore
-from patchgd_jax.planner.compiled import allotted
 
 _KEPT = "kept"
-"""Entry of a batch: which examples come with their latents instead of their pixels, `bool [B]`."""
+"""Entry of a batch: `bool [B]`, examples with stored latents instead of pixels."""
 
 
 class _Features:
-    """Z of the training images of one padded size that were visited last, for several threads.
+    """Z of the train images of one padded size that were visited last; thread-safe.
 
     Args:
         store: keeps Z.
@@ -35,19 +36,19 @@ class _Features:
         self._lock = Lock()
 
     def get(self, index: int) -> np.ndarray | None:
-        """Z of an example, `[N, D]`, if it is kept."""
+        """Returns the Z `[N, D]` of an example, if it is stored."""
         with self._lock:
             stored = self._store.get(str(index))
         return None if stored is None else stored.z
 
     def put(self, index: int, z: np.ndarray) -> None:
-        """Keeps Z of an example."""
+        """Stores the Z of an example."""
         with self._lock:
             self._store.put(str(index), z, np.zeros(len(z), np.int64))
 
 
 class _Visited(ReadOtherwise):
-    """Training examples; of those whose Z is kept, no pixel is read.
+    """Train examples, without reading pixels of those whose Z is stored.
 
     Args:
         source: the examples.
@@ -60,7 +61,7 @@ class _Visited(ReadOtherwise):
         self._rest: dict[int, tuple[tuple[int, ...], dict[str, Any]]] = {}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """As the source's, with `FEATURES` and `_KEPT`."""
+        """Returns the source's example, with `FEATURES` and `_KEPT`."""
         if index in self._rest:
             shape, rest = self._rest[index]
             z = self._features[shape[:2]].get(int(rest["id"]))
@@ -74,12 +75,12 @@ class _Visited(ReadOtherwise):
         return {**example, FEATURES: np.zeros(latents.shape, latents.dtype), _KEPT: False}
 
 
-class FeatureExecution(ResidentExecution):
-    """Encodes a training image at its first visit, and keeps its Z on the host.
+class FeatureExecutor(ResidentExecutor):
+    """Encodes a train image at its first visit, and stores its Z on the host.
 
-    Z of the images visited last is kept, within `stream.store_mib` of memory or on the disk of
-    `stream.store_dir`; the others are read and encoded again. Worker processes do not see what is
-    kept and read every image. Validation images are always encoded.
+    Z of the images visited last is stored, within `stream.store_mib` of memory or on the disk of
+    `stream.store_dir`; the others are read and encoded again. Worker processes do not see the store
+    and read every image. Validation images are always encoded.
 
     Args:
         setup: of the run.
@@ -94,10 +95,10 @@ class FeatureExecution(ResidentExecution):
     @property
     def _budget(self) -> int:
         # A store is for latents of one shape.
-        return self.setup.config.stream.store_mib * 2**20 // len(self.setup.grids)
+        return self.setup.config.stream.store_mib * 2**20 // len(self.setup.problems)
 
     def compiled_bytes(self) -> int | None:
-        """See `Execution`; encoding is a program of its own."""
+        """See `Executor`; encoding is a program of its own."""
         encode = [allotted(program.run).total for program in self._encode.values()]
         step = super().compiled_bytes()
         return None if step is None else max(step, *encode)
@@ -108,21 +109,14 @@ class FeatureExecution(ResidentExecution):
         return _Visited(source, self._features)
 
     def _compile_train(self, state: TrainState, number: int) -> Program:
-        """Compiles the encoding as well, and a step on what it gives."""
+        """Compiles the encoding, and a step on its latents."""
         setup, config = self.setup, self.setup.config
         size = config.images_per_step
-        encode = jax.jit(
-            partial(
-                eval_fill,
-                model=setup.models[number],
-                grid=setup.grids[number],
-                fill_chunk=config.patchgd.fill_chunk,
-            )
-        )
+        encode = jax.jit(partial(encode_all, setup.problems[number]))
         batch = setup.batch_spec(number, size, weight=setup.data.weighted)
-        lowered = encode.lower(state.params, state.model_state, batch)
+        lowered = encode.lower(state.weights, batch)
         self._encode[number] = Program(lowered.compile(), tuple(batch))
-        z = jax.eval_shape(encode, state.params, state.model_state, batch)
+        z = jax.eval_shape(encode, state.weights, batch)
         store = LatentStore(self._budget, config.stream.store_dir)
         self._features[setup.data.shapes[number]] = _Features(
             store, jax.ShapeDtypeStruct(z.shape[1:], z.dtype)
@@ -130,20 +124,20 @@ class FeatureExecution(ResidentExecution):
         del batch["image"]
         return self._compile_step(state, number, {**batch, FEATURES: z})
 
-    def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """See `Execution`."""
+    def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
+        """See `Executor`."""
         number = self._number(batch)
         features, program = self._features[self.setup.data.shapes[number]], self._encode[number]
         indices = batch["id"].tolist()
         read = batch.get(_KEPT, np.zeros(len(indices), bool))
-        # What was not kept when the batch was read may be by now.
+        # Latents may have been stored since the batch was read.
         kept = [
             batch[FEATURES][row] if read[row] else features.get(index)
             for row, index in enumerate(indices)
         ]
         if any(z is None for z in kept):
             arrays = jax.device_put(program.of(batch))
-            encoded = jax.device_get(program.run(state.params, state.model_state, arrays))
+            encoded = jax.device_get(program.run(state.weights, arrays))
             for row, index in enumerate(indices):
                 if kept[row] is None:
                     kept[row] = encoded[row]

@@ -1,4 +1,4 @@
-"""Steps on whole images that several devices share, in one process or in many."""
+"""Executor of steps on a mesh of devices, in one process or in several."""
 
 from __future__ import annotations
 
@@ -9,31 +9,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from patchgd_jax.core.model import Params
-from patchgd_jax.core.step import TrainState
+from patchgd_jax.core.problem import Problem, Weights
+from patchgd_jax.core.update import Metrics, TrainState
 from patchgd_jax.data.loading.bands import Band, BandExamples
 from patchgd_jax.data.protocols import ExampleSource, as_regions
 from patchgd_jax.engine.base import HostBatch, Setup
 from patchgd_jax.engine.compiling import compiler_options
-from patchgd_jax.engine.resident import ResidentExecution
-from patchgd_jax.engine.sharding.placement import (
+from patchgd_jax.engine.resident import ResidentExecutor
+from patchgd_jax.engine.sharding.layout import sharded_eval_step, sharded_train_step
+from patchgd_jax.engine.sharding.mesh import (
     PATCH,
     Bands,
-    Rules,
     batch_shardings,
-    check_rules,
     own_images,
     own_pixels,
-    param_shardings,
     replicated,
     shard_batch,
-    sharded_eval_step,
-    sharded_train_step,
 )
+from patchgd_jax.engine.sharding.params import Rules, check_rules, param_shardings
 
 
-class MeshExecution(ResidentExecution):
-    """Images and their patches laid over a mesh of devices.
+class MeshExecutor(ResidentExecutor):
+    """Executes steps on images and patches that are laid over a mesh.
 
     Args:
         setup: of the run.
@@ -48,17 +45,17 @@ class MeshExecution(ResidentExecution):
         super().__init__(setup)
         self._mesh, self._rules = mesh, rules
         self._bands = [Bands(grid, mesh.shape[PATCH]) for grid in setup.patch_grids]
-        params, _ = jax.eval_shape(setup.models[0].init, setup.key)
+        params, _ = jax.eval_shape(setup.problems[0].model.init, setup.key)
         check_rules(params, rules)
         self._rows, self._shapes = self._own_parts()
         # Virtual devices share the cores' threads: steps in flight would starve each other.
         self._one_by_one = mesh.devices.flat[0].platform == "cpu"
 
     def _own_parts(self) -> tuple[list[slice] | None, list[tuple[int, int]]]:
-        """The pixel rows that are read of images of each padded size, and the shapes read.
+        """Returns the pixel rows to read of images of each padded size, and the shapes read.
 
-        The rows are None if images are read whole: if this process has a part of all rows, if
-        the images cannot be read by parts, or if their sizes could not be told apart by parts.
+        The rows are None if images are read whole: if this process needs all rows, if the images
+        cannot be read by parts, or if the parts' shapes would not identify the padded size.
         """
         grids = self.setup.patch_grids
         whole = [(grid.height, grid.width) for grid in grids]
@@ -70,7 +67,7 @@ class MeshExecution(ResidentExecution):
         return rows, shapes
 
     def layout(self, like: TrainState) -> TrainState:
-        """See `Execution`."""
+        """See `Executor`."""
         laid_out: TrainState = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             like,
@@ -79,7 +76,7 @@ class MeshExecution(ResidentExecution):
         return laid_out
 
     def place(self, state: TrainState) -> TrainState:
-        """See `Execution`."""
+        """See `Executor`."""
         shardings = param_shardings(state, self._rules, self._mesh)
         placed: TrainState = jax.device_put(jax.tree.map(np.asarray, state), shardings)
         return placed
@@ -98,23 +95,28 @@ class MeshExecution(ResidentExecution):
     def _number(self, batch: HostBatch) -> int:
         return self._shapes.index(batch["image"].shape[1:3])
 
-    def own_rows(self, size: int) -> range:
-        """See `Execution`."""
+    def local_rows(self, size: int) -> range:
+        """See `Executor`."""
         return own_images(self._mesh, size)
 
-    def _train_step(self, **arguments: Any) -> jax.stages.Wrapped:
-        step = partial(sharded_train_step, mesh=self._mesh, rules=self._rules, **arguments)
+    def _train_step(self, problem: Problem) -> jax.stages.Wrapped:
+        step = partial(
+            sharded_train_step,
+            problem,
+            self.setup.optimizer,
+            mesh=self._mesh,
+            rules=self._rules,
+        )
         return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
-    def _score_step(self, **arguments: Any) -> jax.stages.Wrapped:
-        arguments |= {"mesh": self._mesh, "rules": self._rules}
-
-        def score(params: Params, model_state: Params, batch: dict[str, Any]) -> dict[str, Any]:
+    def _eval_step(self, problem: Problem) -> jax.stages.Wrapped:
+        def evaluate(weights: Weights, batch: dict[str, Any]) -> Metrics:
             # Of the whole batch, also what this process did not read.
             known = {"label": batch["label"], "weight": batch["weight"]}
-            return {**sharded_eval_step(params, model_state, batch, **arguments), **known}
+            step = partial(sharded_eval_step, mesh=self._mesh, rules=self._rules)
+            return {**step(problem, weights, batch), **known}
 
-        return jax.jit(score, out_shardings=replicated(self._mesh))
+        return jax.jit(evaluate, out_shardings=replicated(self._mesh))
 
     def _laid_out(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
         shardings = batch_shardings(batch, self._mesh)
@@ -128,20 +130,18 @@ class MeshExecution(ResidentExecution):
         }
 
     def _put(self, arrays: HostBatch, number: int, size: int) -> dict[str, jax.Array]:
-        first = self.own_rows(size).start
+        first = self.local_rows(size).start
         rows = None if self._rows is None else self._rows[number]
         grid = self.setup.patch_grids[number]
         return shard_batch(arrays, grid, self._mesh, first=first, total=size, rows=rows)
 
-    def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """See `Execution`."""
+    def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
+        """See `Executor`."""
         return self._ended(super().train(state, batch))
 
-    def score(
-        self, source: ExampleSource, params: Params, model_state: Params, batch: HostBatch
-    ) -> dict[str, Any]:
-        """See `Execution`."""
-        return self._ended(super().score(source, params, model_state, batch))
+    def evaluate(self, source: ExampleSource, weights: Weights, batch: HostBatch) -> Metrics:
+        """See `Executor`."""
+        return self._ended(super().evaluate(source, weights, batch))
 
     def _ended(self, result: Any) -> Any:
         return jax.block_until_ready(result) if self._one_by_one else result

@@ -1,4 +1,4 @@
-"""Steps on whole images that the device holds."""
+"""Executor of steps on whole images on one device."""
 
 from __future__ import annotations
 
@@ -9,44 +9,43 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from patchgd_jax.core.model import Params
-from patchgd_jax.core.step import TrainState
+from patchgd_jax.core.problem import Problem, Weights
+from patchgd_jax.core.update import Metrics, TrainState
 from patchgd_jax.data.protocols import ExampleSource
-from patchgd_jax.engine.base import Execution, HostBatch, Setup
-from patchgd_jax.engine.compiling import compiler_options, release_memory
-from patchgd_jax.planner.compiled import allotted
+from patchgd_jax.engine.base import Executor, HostBatch, Setup
+from patchgd_jax.engine.compiling import allotted, compiler_options, release_memory
 
 
 class Program(NamedTuple):
-    """A compiled step for one padded size, and the arrays of a batch that it takes."""
+    """A compiled step for one padded size, and the names of its batch's arrays."""
 
     run: Any
     arrays: tuple[str, ...]
 
     def of(self, batch: HostBatch) -> dict[str, np.ndarray]:
-        """What it takes of a batch."""
+        """Picks the arrays out of a batch."""
         return {name: batch[name] for name in self.arrays}
 
 
-class ResidentExecution(Execution):
-    """Whole images on one device."""
+class ResidentExecutor(Executor):
+    """Executes steps on whole images on one device."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self._train: dict[int, Program] = {}
-        self._score: dict[int, Program] = {}
+        self._eval: dict[int, Program] = {}
 
     def compile(self, state: TrainState) -> str:
-        """Compiles training and evaluation for each padded size; see `Execution`."""
+        """Compiles training and evaluation for each padded size; see `Executor`."""
         begun = time.monotonic()
-        for number in range(len(self.setup.grids)):
+        for number in range(len(self.setup.problems)):
             self._train[number] = self._compile_train(state, number)
-            self._score[number] = self._compile_score(state.params, state.model_state, number)
+            self._eval[number] = self._compile_eval(state.weights, number)
         release_memory()
         return f"Compiled {2 * len(self._train)} programs in {time.monotonic() - begun:.1f} s."
 
     def compiled_bytes(self) -> int | None:
-        """See `Execution`."""
+        """See `Executor`."""
         totals = [allotted(program.run).total for program in self._train.values()]
         return max(totals, default=None)
 
@@ -56,41 +55,27 @@ class ResidentExecution(Execution):
         return self._compile_step(state, number, setup.batch_spec(number, size, weight=weighted))
 
     def _compile_step(self, state: TrainState, number: int, batch: dict[str, Any]) -> Program:
-        """The training step of one padded size on the arrays of `batch`."""
-        setup, config = self.setup, self.setup.config
-        step = self._train_step(
-            model=setup.models[number],
-            optimizer=setup.optimizer,
-            grid=setup.grids[number],
-            patchgd=config.patchgd,
-            task=setup.task,
-            augment=config.augment,
-            frozen=setup.frozen,
-        )
-        lowered = step.lower(state, self._laid_out(batch, number), setup.key)
+        """Compiles the train step of one padded size on the arrays of `batch`."""
+        step = self._train_step(self.setup.problems[number])
+        lowered = step.lower(state, self._laid_out(batch, number), self.setup.key)
         return Program(lowered.compile(), tuple(batch))
 
-    def _compile_score(self, params: Params, model_state: Params, number: int) -> Program:
-        setup, config = self.setup, self.setup.config
-        step = self._score_step(
-            model=setup.models[number],
-            grid=setup.grids[number],
-            fill_chunk=config.patchgd.fill_chunk,
-            task=setup.task,
-        )
-        batch = setup.batch_spec(number, config.eval_batch_size, weight=True)
-        lowered = step.lower(params, model_state, self._laid_out(batch, number))
+    def _compile_eval(self, weights: Weights, number: int) -> Program:
+        size = self.setup.config.eval_batch_size
+        batch = self.setup.batch_spec(number, size, weight=True)
+        step = self._eval_step(self.setup.problems[number])
+        lowered = step.lower(weights, self._laid_out(batch, number))
         return Program(lowered.compile(), tuple(batch))
 
-    def _train_step(self, **arguments: Any) -> jax.stages.Wrapped:
-        step = partial(self.setup.method.train_step, **arguments)
+    def _train_step(self, problem: Problem) -> jax.stages.Wrapped:
+        step = partial(self.setup.algorithm.train_step, problem, self.setup.optimizer)
         return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
-    def _score_step(self, **arguments: Any) -> jax.stages.Wrapped:
-        return jax.jit(partial(self.setup.method.eval_step, **arguments))
+    def _eval_step(self, problem: Problem) -> jax.stages.Wrapped:
+        return jax.jit(partial(self.setup.algorithm.eval_step, problem))
 
     def _laid_out(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
-        """The shapes of a batch of one padded size as they are on the devices."""
+        """Returns the shapes of a batch of one padded size as they are on the devices."""
         return batch
 
     def _put(self, arrays: HostBatch, number: int, size: int) -> dict[str, jax.Array]:
@@ -101,22 +86,20 @@ class ResidentExecution(Execution):
     def _number(self, batch: HostBatch) -> int:
         return self.setup.data.shapes.index(batch["image"].shape[1:3])
 
-    def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """See `Execution`."""
+    def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
+        """See `Executor`."""
         number = self._number(batch)
         program = self._train[number]
         arrays = self._put(program.of(batch), number, self.setup.config.images_per_step)
         new_state, metrics = program.run(state, arrays, self.setup.key)
         return new_state, metrics
 
-    def score(
-        self, source: ExampleSource, params: Params, model_state: Params, batch: HostBatch
-    ) -> dict[str, Any]:
-        """See `Execution`."""
+    def evaluate(self, source: ExampleSource, weights: Weights, batch: HostBatch) -> Metrics:
+        """See `Executor`."""
         number = self._number(batch)
-        if number not in self._score:
-            self._score[number] = self._compile_score(params, model_state, number)
-        program = self._score[number]
+        if number not in self._eval:
+            self._eval[number] = self._compile_eval(weights, number)
+        program = self._eval[number]
         arrays = self._put(program.of(batch), number, self.setup.config.eval_batch_size)
-        out = program.run(params, model_state, arrays)
+        out = program.run(weights, arrays)
         return {"label": batch["label"], "weight": batch["weight"], **out}

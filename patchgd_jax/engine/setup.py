@@ -1,32 +1,32 @@
-"""From a config to the objects a run is made of: sources, grid, model and optimizer."""
+"""From a config to the objects of a run: grids, models, problems and optimizer."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import jax
 import optax
 
 from patchgd_jax.baselines.ips import require_attention
-from patchgd_jax.baselines.registry import WHOLE_IMAGE, frozen_entries, make_method, method_model
+from patchgd_jax.baselines.registry import WHOLE_IMAGE, frozen_entries, make_algorithm, method_model
 from patchgd_jax.config import TrainConfig
+from patchgd_jax.contrib.importance import importance_groups
 from patchgd_jax.core.freezing import partition_frozen
 from patchgd_jax.core.grid import Grid, PatchGrid, WholeImage
 from patchgd_jax.core.model import Params, PatchModel, PyTree
-from patchgd_jax.core.optimizer import make_optimizer, with_average
+from patchgd_jax.core.optimizer import make_optimizer, with_ema
+from patchgd_jax.core.problem import Problem
 from patchgd_jax.core.sampling import group_size
 from patchgd_jax.core.tasks import Task, make_task
 from patchgd_jax.data.preprocess import Preprocess
 from patchgd_jax.data.run_data import RunData
-from patchgd_jax.engine.registry import Setup
-from patchgd_jax.errors import ConfigError, DeviceError
+from patchgd_jax.engine.base import Setup
+from patchgd_jax.errors import ConfigError
 from patchgd_jax.models.depth import Layers, encoder_layers
 from patchgd_jax.models.registry import (
     build_encoder,
     build_model,
     encoder_entry,
-    encoder_norm,
     head_entry,
     map_side,
 )
@@ -34,7 +34,7 @@ from patchgd_jax.runs.checkpoint import Checkpoints
 
 
 def make_grid(config: TrainConfig, height: int, width: int, background: int = 0) -> PatchGrid:
-    """The patch grid for images of one size.
+    """Makes the patch grid for images of one size.
 
     Raises:
         ConfigError: if the patch is larger than the image.
@@ -43,7 +43,7 @@ def make_grid(config: TrainConfig, height: int, width: int, background: int = 0)
 
 
 def method_grid(config: TrainConfig, height: int, width: int, background: int = 0) -> Grid:
-    """The grid that the method sees an image of one size by.
+    """Makes the grid of the run's method for images of one size.
 
     Raises:
         ConfigError: if the patch is larger than the image, or the method cannot take its shape.
@@ -61,19 +61,23 @@ def method_grid(config: TrainConfig, height: int, width: int, background: int = 
     return WholeImage(height, width)
 
 
+def samples_patches(config: TrainConfig) -> bool:
+    """Tells whether the number of inner steps decides how many patches are encoded at a time."""
+    return config.patchgd.mode in ("patchgd", "accumulate") or (
+        config.method == "ips" and config.baseline.top_patches is None
+    )
+
+
 def training_grids(config: TrainConfig, data: RunData) -> tuple[Grid, ...]:
-    """The grid of each padded size, checked against the sampling and the head.
+    """Makes the grid of each padded size, and checks it against the sampling and the head.
 
     Raises:
         ConfigError: if the patch is larger than the image, there are more inner steps than patches,
             or there are several grids for a head that takes one.
     """
     grids = tuple(method_grid(config, *shape, data.background) for shape in data.shapes)
-    samples = config.patchgd.mode in ("patchgd", "accumulate") or (
-        config.method == "ips" and config.baseline.top_patches is None
-    )
     for grid, slots in zip(grids, data.slots, strict=True):
-        if samples:
+        if samples_patches(config):
             group_size(slots or grid.num_patches, config.patchgd.num_inner_steps)
     if config.method in WHOLE_IMAGE and encoder_entry(config.model.encoder).side_multiple > 1:
         sizes = {grid.patch_shape for grid in grids}
@@ -92,20 +96,11 @@ def training_grids(config: TrainConfig, data: RunData) -> tuple[Grid, ...]:
 
 
 def make_model(config: TrainConfig, grid: Grid, preprocess: Preprocess) -> PatchModel:
-    """The model for one grid.
+    """Makes the model for one grid.
 
     Raises:
         ConfigError: for an unknown encoder or head, or one that the method cannot train.
     """
-    if (
-        config.patchgd.mode == "exact"
-        and encoder_norm(config.model) == "batch"
-        and config.patchgd.norm_policy != "frozen"
-    ):
-        raise ConfigError(
-            "patchgd.mode exact needs model.norm group, or patchgd.norm_policy frozen: batch "
-            "statistics taken chunk by chunk are not those of the whole image"
-        )
     model = build_model(
         method_model(config.method, config.model),
         grid=grid,
@@ -125,7 +120,7 @@ def make_model(config: TrainConfig, grid: Grid, preprocess: Preprocess) -> Patch
 
 
 def make_run_task(config: TrainConfig, classes: int) -> Task:
-    """The task, checked against the number of classes of the data.
+    """Makes the task, and checks it against the number of classes of the data.
 
     Raises:
         ConfigError: for settings that do not fit the task or the number of classes.
@@ -146,7 +141,7 @@ def _layers(config: TrainConfig) -> Layers:
 
 
 def run_frozen(config: TrainConfig) -> frozenset[str]:
-    """The encoder's top-level entries that a run does not train; see `methods.frozen_entries`."""
+    """Lists the encoder's top-level entries that a run does not train."""
     return frozen_entries(
         config.method,
         config.model,
@@ -157,7 +152,7 @@ def run_frozen(config: TrainConfig) -> frozenset[str]:
 
 
 def make_run_optimizer(config: TrainConfig, examples: int) -> optax.GradientTransformation:
-    """The optimizer for the length of a run over so many training images."""
+    """Makes the optimizer for a run over `examples` training images."""
     return make_optimizer(
         config.optimizer,
         total_steps=config.total_steps(examples),
@@ -167,19 +162,36 @@ def make_run_optimizer(config: TrainConfig, examples: int) -> optax.GradientTran
     )
 
 
+def make_problem(config: TrainConfig, grid: Grid, preprocess: Preprocess, task: Task) -> Problem:
+    """Makes the static part of a run's steps for one grid.
+
+    Raises:
+        ConfigError: as `make_model`.
+    """
+    return Problem(
+        make_model(config, grid, preprocess),
+        grid,
+        config.patchgd,
+        task,
+        config.augment,
+        frozen=run_frozen(config),
+        sampler=None if config.patchgd.importance == "none" else importance_groups,
+    )
+
+
 def make_setup(
     config: TrainConfig,
     data: RunData,
     preprocess: Preprocess,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Setup:
-    """All that the steps of a run are made of.
+    """Makes the problems, steps and optimizer of a run.
 
     Args:
         config: of the run.
         data: of `make_data`.
-        preprocess: what its images go through.
-        optimizer: used instead of the config's, of which freezing and averaging stay.
+        preprocess: statistics that its images are normalised with.
+        optimizer: replaces the config's, of which freezing and the EMA stay.
 
     Raises:
         ConfigError: for settings that do not fit together, or the data.
@@ -188,17 +200,15 @@ def make_setup(
     if config.method in WHOLE_IMAGE:
         # Patches that are nothing but padding are part of the image for it.
         data = dataclasses.replace(data, slots=(None,) * len(grids), mean_slots=None)
+    task = make_run_task(config, data.num_classes)
     return Setup(
         config=config,
         data=data,
-        method=make_method(config.method, config.baseline, config.patchgd),
-        grids=grids,
-        models=tuple(make_model(config, grid, preprocess) for grid in grids),
+        algorithm=make_algorithm(config.method, config.baseline, config.patchgd),
+        problems=tuple(make_problem(config, grid, preprocess, task) for grid in grids),
         optimizer=make_run_optimizer(config, len(data.train))
         if optimizer is None
-        else with_average(optimizer, config.optimizer.ema_decay),
-        task=make_run_task(config, data.num_classes),
-        frozen=run_frozen(config),
+        else with_ema(optimizer, config.optimizer.ema_decay),
         key=jax.random.key(config.seed),
     )
 
@@ -224,30 +234,3 @@ def restore_params(
     trained, _ = partition_frozen(like, run_frozen(config))
     # What is frozen has no average.
     return {**params, **checkpoints.restore_part(step, f"opt_state/average/{part}", trained[part])}
-
-
-def select_device(name: str, *, shared: bool = False) -> jax.Device:
-    """Makes the named platform JAX's only one, and returns this process's first device of it.
-
-    Must run before anything else touches JAX.
-
-    Args:
-        name: auto, cpu, gpu or tpu.
-        shared: whether several devices share the work.
-
-    Raises:
-        DeviceError: if the platform is not there.
-    """
-    if name != "auto":
-        jax.config.update("jax_platforms", {"gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}[name])
-    if shared and str(getattr(jax.config, "jax_platforms", None) or "").startswith("cpu"):
-        # XLA:CPU starts independent collectives in any order, and one that waits keeps its thread:
-        # with as few threads as cores, virtual devices can wait for each other for good.
-        os.environ.setdefault("NPROC", "32")
-    try:
-        return jax.local_devices()[0]
-    except (RuntimeError, AssertionError) as error:
-        # A missing CUDA plugin shows as an AssertionError without a message.
-        install = {"gpu": "patchgd-jax[cuda13] or [cuda12]", "tpu": "patchgd-jax[tpu]"}.get(name)
-        hint = f"; install {install}, or use --device cpu" if install else ""
-        raise DeviceError(f"no {name} device{hint} ({error or 'no plugin for it'})") from error

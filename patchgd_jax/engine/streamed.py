@@ -1,4 +1,4 @@
-"""Steps on images that stay in their files: patches are read while the device computes."""
+"""Executor of steps on images that stay in their files."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
-import jax
 import numpy as np
 
-from patchgd_jax.core.model import Params
-from patchgd_jax.core.step import TrainState
+from patchgd_jax.core.problem import Weights
+from patchgd_jax.core.update import Metrics, TrainState
 from patchgd_jax.data.images.regions import RegionSource
 from patchgd_jax.data.protocols import ExampleSource, RegionExamples, Unread, as_regions
-from patchgd_jax.engine.base import Execution, HostBatch, Setup, check_budget
+from patchgd_jax.engine.base import Executor, HostBatch, Setup, check_budget
 from patchgd_jax.engine.streaming.latent_store import LatentStore
 from patchgd_jax.engine.streaming.step import StreamedStep
 
 
-class StreamedExecution(Execution):
-    """Images of which no more than some chunks of patches are in memory.
+class StreamedExecutor(Executor):
+    """Executes steps with no more than some chunks of patches in memory.
 
     Raises:
         ConfigError: for settings that streaming cannot have.
@@ -27,40 +26,32 @@ class StreamedExecution(Execution):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        config, stream = setup.config, setup.config.stream
+        stream = setup.config.stream
         assert setup.data.regions_level is not None
         # Each padded size has latents of its own form, and its share of the memory.
-        budget = stream.store_mib * 2**20 // len(setup.grids)
+        budget = stream.store_mib * 2**20 // len(setup.problems)
         if stream.max_age:
             check_budget(setup, budget)
         self._steps = [
             StreamedStep(
-                model,
+                problem,
                 setup.optimizer,
-                grid,
-                config.patchgd,
-                setup.task,
-                augment=config.augment,
-                frozen=setup.frozen,
+                stream,
                 level=setup.data.regions_level,
-                buffers=stream.buffers,
-                readers=stream.readers,
-                micro_batch=stream.micro_batch,
-                max_age=stream.max_age,
                 store=LatentStore(budget, stream.store_dir) if stream.max_age else None,
             )
-            for grid, model in zip(setup.patch_grids, setup.models, strict=True)
+            for problem in setup.problems
         ]
 
     def _examples(self, source: ExampleSource) -> ExampleSource:
         return Unread(as_regions(source))
 
     def compile(self, state: TrainState) -> str:
-        """Compiles nothing: a step's programs are small, and compiled as it meets them."""
+        """Compiles nothing: a step's programs are small, and compiled at first use."""
         return "Images are streamed; programs are compiled as they are needed."
 
-    def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """See `Execution`."""
+    def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
+        """See `Executor`."""
         source = as_regions(self.setup.data.train)
         step = self._step_of(source, batch)
         waited = step.read_wait
@@ -71,10 +62,8 @@ class StreamedExecution(Execution):
         self.read_wait += step.read_wait - waited
         return new_state, metrics
 
-    def score(
-        self, source: ExampleSource, params: Params, model_state: Params, batch: HostBatch
-    ) -> dict[str, Any]:
-        """See `Execution`."""
+    def evaluate(self, source: ExampleSource, weights: Weights, batch: HostBatch) -> Metrics:
+        """See `Executor`."""
         regions = as_regions(source)
         # Rows that are padding are not read: an image may be a large one.
         real = np.flatnonzero(batch["weight"] > 0)
@@ -82,10 +71,10 @@ class StreamedExecution(Execution):
         rows = np.resize(real, -(-len(real) // micro) * micro)
         part = {name: values[rows] for name, values in batch.items()}
         with _opened(regions, part) as (images, names):
-            out = self._step_of(regions, part).evaluate(
-                params, model_state, images, _labels(part, "label", "patches"), names
+            scored = self._step_of(regions, part).evaluate(
+                weights, images, _labels(part, "label", "patches"), names
             )
-        out = {name: values[: len(real)] for name, values in out.items()}
+        out: dict[str, Any] = {name: values[: len(real)] for name, values in scored.items()}
         return {**out, "label": batch["label"][real], "weight": batch["weight"][real]}
 
     def _step_of(self, source: RegionExamples, batch: HostBatch) -> StreamedStep:
@@ -100,7 +89,7 @@ def _labels(batch: HostBatch, *names: str) -> dict[str, np.ndarray]:
 def _opened(
     source: RegionExamples, batch: HostBatch
 ) -> Iterator[tuple[list[RegionSource], list[str]]]:
-    """The images of a batch, and what they are called."""
+    """Opens the images of a batch, and names them."""
     numbers = batch["id"].tolist()
     with ExitStack() as stack:
         images = [stack.enter_context(closing(source.open(number))) for number in numbers]

@@ -4,7 +4,8 @@
 `compiled_total` by XLA, `measure` by real steps, and `solve` the largest setting for a budget.
 """
 
-from patchgd_jax.planner.compiled import Compiled, Line, compile_program, compiled_total
+from patchgd_jax.engine.compiling import Compiled
+from patchgd_jax.planner.compiled import Line, compile_program, compiled_total
 from patchgd_jax.planner.errors import MeasureError, MemoryBudgetError
 from patchgd_jax.planner.explain import explain
 from patchgd_jax.planner.formula import Formula, Row, method_table

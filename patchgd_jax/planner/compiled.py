@@ -8,26 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from patchgd_jax.engine.compiling import compiler_options
+from patchgd_jax.engine.compiling import Compiled, allotted, compiler_options
 from patchgd_jax.planner.methods import Method, Program, step_of
 from patchgd_jax.planner.request import PlanRequest
-
-
-class Compiled(NamedTuple):
-    """Memory of one compiled program in bytes, as XLA allots it."""
-
-    arguments: int
-    outputs: int
-    temporary: int
-    aliased: int
-    """Outputs that lie in donated arguments."""
-    resident: int
-    """What stays on the device beside the program's arguments."""
-
-    @property
-    def total(self) -> int:
-        """All that must fit at once."""
-        return self.arguments + self.outputs - self.aliased + self.temporary + self.resident
 
 
 def compile_program(program: Program) -> tuple[Compiled, Any]:
@@ -41,21 +24,6 @@ def compile_program(program: Program) -> tuple[Compiled, Any]:
     jitted = jax.jit(program.function, donate_argnums=program.donated, compiler_options=options)
     compiled = jitted.lower(*program.arguments).compile()
     return allotted(compiled, program.resident), compiled
-
-
-def allotted(compiled: Any, resident: int = 0) -> Compiled:
-    """What XLA allots to a compiled program.
-
-    Its `peak_memory_in_bytes` is not used: on the CPU it leaves the temporary buffers out.
-    """
-    analysis: Any = compiled.memory_analysis()
-    return Compiled(
-        arguments=int(analysis.argument_size_in_bytes),
-        outputs=int(analysis.output_size_in_bytes),
-        temporary=int(analysis.temp_size_in_bytes),
-        aliased=int(analysis.alias_size_in_bytes),
-        resident=resident,
-    )
 
 
 def compiled_total(

@@ -13,12 +13,14 @@ import numpy as np
 import optax
 
 from patchgd_jax.baselines.ips import require_attention, selected
-from patchgd_jax.baselines.registry import WHOLE_IMAGE, frozen_entries, make_method, method_model
+from patchgd_jax.baselines.registry import WHOLE_IMAGE, frozen_entries, make_algorithm, method_model
 from patchgd_jax.config import MethodName, ModelConfig, PatchGDConfig
+from patchgd_jax.contrib.importance import importance_groups
 from patchgd_jax.core.grid import WholeImage
 from patchgd_jax.core.model import Params
 from patchgd_jax.core.optimizer import make_optimizer
-from patchgd_jax.core.step import TrainState, init_state
+from patchgd_jax.core.problem import Problem
+from patchgd_jax.core.update import TrainState, init_state
 from patchgd_jax.errors import ConfigError, unknown_name
 from patchgd_jax.models.depth import encoder_layers
 from patchgd_jax.models.layers.conv import SHORTEST, traced_for
@@ -125,19 +127,12 @@ def step_of(request: PlanRequest, method: Method, side: int | None = None) -> St
     optimizer = optimizer_of(request)
     stages = request.optimizer.freeze_stages
     frozen = frozen_entries(name, config, stages, patch=patch, channels=channels)
-    init = partial(init_state, model=model, optimizer=optimizer, frozen=frozen)
-    state: TrainState = jax.eval_shape(init, _key())
-    steps = make_method(name, request.baseline, patchgd)
-    train = partial(
-        steps.train_step,
-        model=model,
-        optimizer=optimizer,
-        grid=grid,
-        patchgd=patchgd,
-        augment=request.augment,
-        frozen=frozen,
-    )
-    evaluate = partial(steps.eval_step, model=model, grid=grid, fill_chunk=patchgd.fill_chunk)
+    sampler = None if patchgd.importance == "none" else importance_groups
+    problem = Problem(model, grid, patchgd, augment=request.augment, frozen=frozen, sampler=sampler)
+    state: TrainState = jax.eval_shape(partial(init_state, problem, optimizer), _key())
+    steps = make_algorithm(name, request.baseline, patchgd)
+    train = partial(steps.train_step, problem, optimizer)
+    evaluate = partial(steps.eval_step, problem)
     images = jax.ShapeDtypeStruct((request.batch, *image), np.uint8)
     batch = _batch(images)
     scored = _batch(jax.ShapeDtypeStruct((request.eval_batch, *image), np.uint8))
@@ -149,7 +144,7 @@ def step_of(request: PlanRequest, method: Method, side: int | None = None) -> St
         train=Program(train, (state, batch, _key()), donated=(0,)),
         evaluate=Program(
             evaluate,
-            (state.params, state.model_state, scored),
+            (state.weights, scored),
             # The rest of the state, and a training batch.
             resident=tree_bytes((state.step, state.opt_state, images)),
         ),

@@ -10,7 +10,8 @@ import jax
 from patchgd_jax.baselines.registry import WHOLE_IMAGE
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.run_data import make_data
-from patchgd_jax.engine.setup import make_run_task, select_device, training_grids
+from patchgd_jax.engine.devices import select_device
+from patchgd_jax.engine.setup import make_run_task, training_grids
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.planner import (
     Calibration,

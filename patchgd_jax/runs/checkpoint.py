@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from patchgd_jax.core.model import PyTree
+from patchgd_jax.core.update import TrainState
 from patchgd_jax.engine.distributed import all_or_none, is_first, watched
 from patchgd_jax.errors import CheckpointError, DiskError
 from patchgd_jax.io.files import disk_errors, fsync_path, sha256, write_json
@@ -86,7 +87,7 @@ class Checkpoints:
         Raises:
             DiskError: if it cannot be written; nothing of it is left and older steps are intact.
         """
-        final = self._path(step)
+        state, final = _stored(state), self._path(step)
         partial = self.folder / f".{final.name}.partial"
         # Of several processes, each writes its part of the arrays, and the first one the rest.
         with all_or_none(), self._all_or_nothing(final, partial):
@@ -227,7 +228,8 @@ class Checkpoints:
         Raises:
             CheckpointError: if the stored tree is another model's.
         """
-        difference = describe_difference(self.meta(step)["tree"], tree_spec(like))
+        stored = _stored(like)
+        difference = describe_difference(self.meta(step)["tree"], tree_spec(stored))
         if difference:
             raise CheckpointError(
                 f"checkpoint {self._path(step)} is of another model:\n  {difference}"
@@ -237,10 +239,11 @@ class Checkpoints:
             lambda leaf: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device
             ),
-            like,
+            stored,
         )
         with watched(), _checkpointer() as checkpointer:
-            return checkpointer.restore(self._path(step).absolute() / "state", target)
+            state = checkpointer.restore(self._path(step).absolute() / "state", target)
+        return TrainState(*state) if isinstance(like, TrainState) else state
 
     def restore_part(self, step: int, name: str, like: PyTree) -> PyTree:
         """Reads one part of a verified step, `params` say, without knowing the rest.
@@ -278,6 +281,19 @@ class Checkpoints:
             metadata = checkpointer.metadata(path).item_metadata.tree
             how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
             return checkpointer.restore(path, restore_args=how)
+
+
+class _StoredState(NamedTuple):
+    """A train state by its names on disk, which are those of the first version."""
+
+    step: Any
+    params: Any
+    model_state: Any
+    opt_state: Any
+
+
+def _stored(state: PyTree) -> PyTree:
+    return _StoredState(*state) if isinstance(state, TrainState) else state
 
 
 def _checkpointer() -> Any:

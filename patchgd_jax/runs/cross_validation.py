@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from patchgd_jax.baselines.registry import settled_method
+from patchgd_jax.baselines.registry import resolve_method
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.sources.channels import with_channels
 from patchgd_jax.engine.distributed import several_asked_for
@@ -78,7 +78,7 @@ def cross_validate(
     one = next(iter(fold_configs(config, folder).values()))
     channels = with_channels(one).data.channels
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, channels=channels))
-    config = settled_method(config)
+    config = resolve_method(config)
     if several_asked_for():
         raise ConfigError(
             "cross-validate trains in one process; for several, train each fold by itself with "

@@ -8,19 +8,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from patchgd_jax.baselines.registry import settled_method
 from patchgd_jax.config import TrainConfig
-from patchgd_jax.core.step import TrainState, evaluated_params
-from patchgd_jax.data.sources.channels import with_channels
+from patchgd_jax.core.update import TrainState, ema_params
 from patchgd_jax.errors import CheckpointError, ConfigError
 from patchgd_jax.planner import PeakMeter, show_size
-from patchgd_jax.planner.auto_settings import settled
 from patchgd_jax.planner.run_plan import plan_of
 from patchgd_jax.runs.checkpoint import Checkpoints
 from patchgd_jax.runs.out_of_memory import out_of_memory_told
 from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.run import Run
 from patchgd_jax.runs.signals import StopRequest
-from patchgd_jax.runs.train import Run
+from patchgd_jax.runs.train import resolve
 
 _STEPS = 2
 
@@ -45,7 +43,7 @@ def dry_run(
     """
     progress = progress or Progress()
     with StopRequest() as stop, stop.immediate(), tempfile.TemporaryDirectory() as folder:
-        config = settled(settled_method(with_channels(config)), budget, progress)
+        config = resolve(config, budget, progress)
         with out_of_memory_told(config, folder):
             return _rehearse(config, progress, Path(folder))
 
@@ -53,26 +51,26 @@ def dry_run(
 def _rehearse(config: TrainConfig, progress: Progress, folder: Path) -> dict[str, int | None]:
     run = Run(config, None, progress, None)
     state = run.first_state()
-    execution, data = run.execution, run.data
-    progress.message(execution.compile(state))
+    executor, data = run.executor, run.data
+    progress.message(executor.compile(state))
 
     def on_bad(index: int, path: str, reason: str) -> None:
         progress.warn(f"left out: {path}: {reason}")
 
-    with execution.train_batches(0, on_bad) as reader:
+    with executor.train_batches(0, on_bad) as reader:
         batches = [next(reader) for _ in range(_STEPS)]
     # State and batches are there already; the meter counts what comes on top of them.
     held = sum(leaf.nbytes for leaf in (*jax.tree.leaves(state), *batches[0].values()))
     meter = PeakMeter(run.device)
     for batch in batches:
-        state, metrics = execution.train(state, batch)
+        state, metrics = executor.train(state, batch)
         jax.block_until_ready(metrics)
     peak = meter.peak()
     if peak is not None and run.device.platform == "cpu":
         peak += held
-    batch = next(execution.eval_batches(data.validation, on_bad))
-    params = evaluated_params(state)
-    jax.block_until_ready(execution.score(data.validation, params, state.model_state, batch))
+    batch = next(executor.eval_batches(data.validation, on_bad))
+    weights = state.weights._replace(params=ema_params(state))
+    jax.block_until_ready(executor.evaluate(data.validation, weights, batch))
     checkpoints = Checkpoints(folder / "checkpoints")
     checkpoints.save(_STEPS, state, {})
     count = _compare(state, checkpoints.restore(_STEPS, run.state_spec()))
@@ -80,7 +78,7 @@ def _rehearse(config: TrainConfig, progress: Progress, folder: Path) -> dict[str
         f"{_STEPS} training steps and an evaluation of {len(batch['id'])} images ran; {count} "
         "arrays were saved and restored, equal bit for bit."
     )
-    return _told(config, execution.compiled_bytes(), peak, progress)
+    return _told(config, executor.compiled_bytes(), peak, progress)
 
 
 def _told(

@@ -10,18 +10,15 @@ import jax
 import numpy as np
 
 from patchgd_jax.core.metrics import Results
-from patchgd_jax.core.model import Params
 from patchgd_jax.core.tasks import SINGLE_LABEL, Task
 from patchgd_jax.data.protocols import ExampleSource
 from patchgd_jax.engine.distributed import watched
 
-EvalStep = Callable[[Params, Params, Mapping[str, np.ndarray]], dict[str, Any]]
+EvalStep = Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
 
 
 def evaluate(
     eval_step: EvalStep,
-    params: Params,
-    model_state: Params,
     source: ExampleSource,
     batches: Generator[dict[str, np.ndarray], None, None],
     *,
@@ -31,9 +28,7 @@ def evaluate(
     """Evaluates every example of the source once.
 
     Args:
-        eval_step: `Execution.score` of params, model state and a batch that is still on the host.
-        params: of both parts.
-        model_state: of both parts.
+        eval_step: `Executor.evaluate` of a batch that is still on the host.
         source: the examples.
         batches: all of them, from `eval_batches`; closed at the end.
         task: that of the step; it has the metrics.
@@ -61,7 +56,7 @@ def evaluate(
     with closing(batches):
         for batch in batches:
             with watched():
-                out = eval_step(params, model_state, batch)
+                out = eval_step(batch)
                 # The batch before, while the device is busy with this one.
                 if waiting is not None:
                     done += collect(waiting)

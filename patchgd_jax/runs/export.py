@@ -52,7 +52,7 @@ def export_run(
     folder = Path(os.path.abspath(output if output is not None else model.folder.path / "export"))
     with atomic_folder(folder) as partial:
         encoder = model.config.model.encoder
-        tensors = export_tensors(encoder, model.params, model.model_state)
+        tensors = export_tensors(encoder, *model.weights)
         write_safetensors(partial / WEIGHTS, tensors, export_header(model.config, model.preprocess))
         write_json(partial / PREPROCESS, dataclasses.asdict(model.preprocess))
     return folder / WEIGHTS

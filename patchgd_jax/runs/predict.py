@@ -13,30 +13,30 @@ import jax
 import numpy as np
 import optax
 
-from patchgd_jax.baselines.registry import WHOLE_IMAGE, make_method, method_model
-from patchgd_jax.config import TrainConfig
+from patchgd_jax.baselines.registry import WHOLE_IMAGE, make_algorithm, method_model
+from patchgd_jax.config import StreamConfig, TrainConfig
 from patchgd_jax.core.grid import Grid, PatchGrid
-from patchgd_jax.core.model import Params
+from patchgd_jax.core.problem import Weights
 from patchgd_jax.data.images.regions import RegionSource
 from patchgd_jax.data.images.safe_image import read_image
 from patchgd_jax.data.images.shrink import shrink
 from patchgd_jax.data.protocols import ExampleSource
 from patchgd_jax.data.run_data import RunData, make_data
 from patchgd_jax.data.sources.file_images import FileReader, used_patches
-from patchgd_jax.engine.registry import make_execution
+from patchgd_jax.engine.build import build
 from patchgd_jax.engine.setup import (
     make_grid,
     make_model,
+    make_problem,
     make_run_task,
-    make_setup,
     method_grid,
     restore_params,
 )
 from patchgd_jax.engine.streaming.step import StreamedStep
 from patchgd_jax.errors import ConfigError, DataError
 from patchgd_jax.models.registry import encoder_entry, head_entry
+from patchgd_jax.runs import evaluate as evaluation
 from patchgd_jax.runs.checkpoint import Checkpoints
-from patchgd_jax.runs.evaluate import evaluate
 from patchgd_jax.runs.folder import METRICS, RunFolder
 from patchgd_jax.runs.metrics_log import read_metrics
 from patchgd_jax.runs.progress import Progress
@@ -71,31 +71,25 @@ class TrainedModel:
         model = make_model(self.config, self._grid, self.preprocess)
         checkpoints = Checkpoints(self.folder.checkpoints, (progress or Progress()).warn)
         self.step = checkpoints.best() if which == "best" else checkpoints.newest_intact()
-        params, model_state = jax.eval_shape(model.init, jax.random.key(0))
-        self.params: Params = {
-            part: restore_params(checkpoints, self.step, self.config, params, part)
-            for part in params
-        }
-        self.model_state: Params = checkpoints.restore_part(self.step, "model_state", model_state)
-        self._score = lru_cache(maxsize=None)(self._jitted_score)
+        params, batch_stats = jax.eval_shape(model.init, jax.random.key(0))
+        self.weights = Weights(
+            {
+                part: restore_params(checkpoints, self.step, self.config, params, part)
+                for part in params
+            },
+            checkpoints.restore_part(self.step, "model_state", batch_stats),
+        )
+        self._eval = lru_cache(maxsize=None)(self._jitted_eval)
         self._streamed = lru_cache(maxsize=4)(self._streamed_step)
 
     def _grid_of(self, shape: tuple[int, int]) -> Grid:
         return method_grid(self.config, *shape, self.preprocess.background)
 
-    def _jitted_score(self, grid: Grid) -> Any:
-        model = make_model(self.config, grid, self.preprocess)
-        return jax.jit(
-            partial(
-                make_method(
-                    self.config.method, self.config.baseline, self.config.patchgd
-                ).eval_step,
-                model=model,
-                grid=grid,
-                fill_chunk=self.config.patchgd.fill_chunk,
-                task=self.task,
-            )
-        )
+    def _jitted_eval(self, grid: Grid) -> Any:
+        config = self.config
+        algorithm = make_algorithm(config.method, config.baseline, config.patchgd)
+        problem = make_problem(config, grid, self.preprocess, self.task)
+        return jax.jit(partial(algorithm.eval_step, problem))
 
     def source(self, split: EvaluationSplit) -> ExampleSource:
         """The images of a split.
@@ -139,7 +133,7 @@ class TrainedModel:
             param_rules=(),
             stream=dataclasses.replace(self.config.stream, max_age=0),
         )
-        execution = make_execution(make_setup(config, data, self.preprocess))
+        executor = build(config, data, self.preprocess)
         progress = progress or Progress()
 
         def show(done: int) -> bool:
@@ -149,12 +143,10 @@ class TrainedModel:
         def on_bad(index: int, path: str, reason: str) -> None:
             progress.warn(f"left out: {path}: {reason}")
 
-        metrics = evaluate(
-            partial(execution.score, source),
-            self.params,
-            self.model_state,
+        metrics = evaluation.evaluate(
+            partial(executor.evaluate, source, self.weights),
             source,
-            execution.eval_batches(source, on_bad),
+            executor.eval_batches(source, on_bad),
             task=self.task,
             on_batch=show,
         )
@@ -274,21 +266,20 @@ class TrainedModel:
         shape = source.level_shapes[self.config.data.level]
         grid = make_grid(self.config, *self._at_least_a_patch(*shape), self.preprocess.background)
         batch = self._batch(grid, patches)
-        out = self._streamed(grid).evaluate(self.params, self.model_state, [source], batch, [name])
+        out = self._streamed(grid).evaluate(self.weights, [source], batch, [name])
         return self._answer(out)
 
     def _streamed_step(self, grid: PatchGrid) -> StreamedStep:
         config = self.config
+        problem = make_problem(config, grid, self.preprocess, self.task)
+        # The gradient's mode does not matter here, but streaming has no mode full.
+        patchgd = dataclasses.replace(config.patchgd, mode="accumulate", importance="none")
+        stream = StreamConfig(buffers=config.stream.buffers, readers=config.stream.readers)
         return StreamedStep(
-            make_model(config, grid, self.preprocess),
+            dataclasses.replace(problem, config=patchgd),
             optax.identity(),
-            grid,
-            # The gradient's mode does not matter here, but streaming has no mode full.
-            dataclasses.replace(config.patchgd, mode="accumulate"),
-            self.task,
+            stream,
             level=config.data.level,
-            buffers=config.stream.buffers,
-            readers=config.stream.readers,
         )
 
     def patches(self, path: str | Path) -> np.ndarray | None:
@@ -313,7 +304,7 @@ class TrainedModel:
         """
         grid = self._grid_of(image.shape[:2])
         batch = {"image": image[None], **self._batch(grid, patches)}
-        return self._answer(self._score(grid)(self.params, self.model_state, jax.device_put(batch)))
+        return self._answer(self._eval(grid)(self.weights, jax.device_put(batch)))
 
     def _batch(self, grid: Grid, patches: np.ndarray | None) -> dict[str, np.ndarray]:
         """A batch of one image, without its pixels."""
@@ -365,3 +356,13 @@ class TrainedModel:
             return self.predict(self.read(path), self.patches(path))
         with closing(source):
             return self.predict_streamed(source, str(path), self.patches(path))
+
+
+def load_run(run_dir: str | Path, which: Which = "best") -> TrainedModel:
+    """Loads a run's model, to evaluate it and to label images; arguments as `TrainedModel`'s."""
+    return TrainedModel(run_dir, which)
+
+
+def evaluate(run_dir: str | Path, split: EvaluationSplit = "validation") -> dict[str, Any]:
+    """Scores the best checkpoint of a run again; see `TrainedModel.evaluate`."""
+    return load_run(run_dir).evaluate(split=split)

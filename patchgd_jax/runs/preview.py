@@ -7,10 +7,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from patchgd_jax.baselines.registry import settled_method
+from patchgd_jax.baselines.registry import resolve_method
 from patchgd_jax.config import TrainConfig
-from patchgd_jax.core.gradients import listed_patches, stream
 from patchgd_jax.core.grid import PatchGrid
+from patchgd_jax.core.patch_ids import valid_ids
+from patchgd_jax.core.problem import named_key
 from patchgd_jax.core.sampling import sample_groups
 from patchgd_jax.data.inspect.contact_sheet import SheetEntry
 from patchgd_jax.data.run_data import make_data
@@ -33,11 +34,11 @@ def preview(
         ConfigError: for settings that do not fit together.
         DataError: for images or labels that cannot be used.
     """
-    config = settled_method(with_channels(config))
+    config = resolve_method(with_channels(config))
     data = make_data(config)
     grids = dict(zip(data.shapes, training_grids(config, data), strict=True))
     source = data.train if split == "train" else data.validation
-    key = stream(jax.random.fold_in(jax.random.key(config.seed), 0), "sampling")
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
     entries: list[SheetEntry] = []
     for index in range(len(source)):
         if len(entries) == count:
@@ -53,19 +54,13 @@ def preview(
         batch: dict[str, Any] = {"image": image[None]}
         if "patches" in example:
             batch["patches"] = example["patches"][None]
-        patches = listed_patches(batch, grid)
+        patches = valid_ids(batch, grid)
         every = range(grid.num_patches)
         used = set(every) if patches is None else set(np.asarray(patches[0]).tolist())
         sampled: set[int] = set()
         if config.patchgd.mode in ("patchgd", "accumulate"):
-            groups = sample_groups(
-                key,
-                num_patches=grid.num_patches,
-                inner_steps=config.patchgd.num_inner_steps,
-                batch=1,
-                sampling=config.patchgd.sampling,
-                patches=patches,
-            )
+            sampling = named_key(key, "sampling")
+            groups = sample_groups(sampling, config.patchgd, grid.num_patches, 1, patches)
             sampled = set(np.asarray(groups[0, 0]).tolist()) & set(every)
         label = example["label"]
         if label.dtype.kind in "iu":

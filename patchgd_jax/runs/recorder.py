@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import psutil
 
-from patchgd_jax.core.step import TrainState
 from patchgd_jax.core.tasks import Task
+from patchgd_jax.core.update import TrainState
 from patchgd_jax.engine.distributed import all_or_none, from_first, is_first
 from patchgd_jax.errors import DiskError, DivergedError
 from patchgd_jax.runs.checkpoint import Checkpoints

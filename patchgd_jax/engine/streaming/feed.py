@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import jax
@@ -35,11 +34,11 @@ class ChunkIds(NamedTuple):
 
 
 class PatchReader:
-    """Reads single patches of a batch of images; pixels outside an image are the background's.
+    """Reads single patches of a batch of images; pixels outside an image are background.
 
     Args:
         images: one source for each image of the batch.
-        names: what errors call them.
+        names: of the images, for errors.
         grid: the patch grid, which may be larger than an image.
         level: resolution to read, an index into `RegionSource.level_shapes`.
 
@@ -79,11 +78,11 @@ class PatchReader:
         Args:
             place: the image's place in the batch.
             number: the patch's number.
-            out: what to write to.
+            out: is written to.
 
         Raises:
-            DataError: if the source raises or returns anything but what was asked for; the
-                package's own errors pass as they are. It names the image.
+            DataError: if the source fails or returns other pixels than asked for; it names the
+                image. The package's own errors pass as they are.
         """
         grid = self.grid
         y, x = (number // grid.cols) * grid.stride, (number % grid.cols) * grid.stride
@@ -118,15 +117,14 @@ class _Chunk(NamedTuple):
 
 
 class PatchFeed:
-    """Hands out the chunks of a plan in order, reading those to come meanwhile.
+    """Hands out the chunks of a plan in order, and reads the next ones meanwhile.
 
     Use it in a `with` statement: leaving it stops and joins its threads. For each chunk call
     `take`, start the computation on it, and call `used` with a result of that computation.
 
     Args:
         reader: of the batch.
-        plan: the chunks, in order. It is asked for the next one no sooner than its turn to be read
-            comes.
+        plan: the chunks, in order; consumed no sooner than they are read.
         buffers: chunks alive at once, at least 2.
         readers: threads that read.
     """
@@ -145,16 +143,11 @@ class PatchFeed:
         self._read_ahead()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def take(self) -> jax.Array:
-        """The next chunk, on its way to the device: `uint8 [b, k, p, p, C]`.
+        """Sends the next chunk to the device: `uint8 [b, k, p, p, C]`.
 
         Raises:
             DataError: if a patch of it could not be read.
@@ -168,13 +161,13 @@ class PatchFeed:
         return jax.device_put(chunk.pixels)
 
     def used(self, result: jax.Array) -> None:
-        """Says what computation the last chunk went into.
+        """Registers the computation that consumes the last chunk, for back-pressure.
 
         Waits for the computation before it, so that at most two are queued on the device: a queued
         call keeps its chunk alive.
 
         Args:
-            result: something that it computes; it must not be donated to another.
+            result: one of its results, which must not be donated.
         """
         self._running.append(result)
         if len(self._running) > 1:

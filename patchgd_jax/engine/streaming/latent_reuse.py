@@ -1,4 +1,4 @@
-"""Which entries of Z an image brings from its earlier visits, and how old they are."""
+"""Reuse of cached latents from earlier visits of an image, up to a maximum age."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from patchgd_jax.engine.streaming.latent_store import NEVER, LatentStore
 
 
 class Visit(NamedTuple):
-    """What is known of a batch's Z before the fill."""
+    """The entries of a batch's Z that are reused, before the fill."""
 
     z: np.ndarray
     """`[B, N, D]`: the entries that are reused, zero elsewhere."""
@@ -48,7 +48,7 @@ class LatentReuse:
         Args:
             step: number of the outer step.
             names: of the images, B.
-            counted: `bool [B, N]`, the patches that count.
+            counted: `bool [B, N]`, the valid patches.
             width: D.
             dtype: Z's.
         """
@@ -68,9 +68,9 @@ class LatentReuse:
         return Visit(z, missing, when, step - when[counted])
 
     def finish(self, names: Sequence[str], z: jax.Array, when: np.ndarray) -> None:
-        """Keeps the images' Z at the end of an outer step.
+        """Stores the images' Z at the end of an outer step.
 
-        Z is fetched when the next step begins: now would be to wait for this one.
+        Z is fetched when the next step begins: fetching it now would wait for this one.
 
         Args:
             names: of the images, b.

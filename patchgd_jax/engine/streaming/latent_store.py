@@ -1,11 +1,10 @@
-"""Latents of earlier visits to an image, kept on the host within a budget of bytes."""
+"""A cache of images' latents on the host, within a budget of bytes."""
 
 from __future__ import annotations
 
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
@@ -26,9 +25,9 @@ class StoredLatents(NamedTuple):
 
 
 class LatentStore:
-    """Keeps Z of the images visited last; those visited longest ago make room for new ones.
+    """Stores Z of the images visited last; the least recently visited make room.
 
-    It is a cache: nothing of it is needed to go on, and it ends with the process.
+    It is a cache that ends with the process.
 
     Args:
         budget: bytes that the kept latents may take.
@@ -64,12 +63,7 @@ class LatentStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property

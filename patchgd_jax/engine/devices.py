@@ -1,0 +1,36 @@
+"""Selection of the device that a run uses."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from patchgd_jax.errors import DeviceError
+
+
+def select_device(name: str, *, shared: bool = False) -> jax.Device:
+    """Makes a platform JAX's only one, and returns this process's first device.
+
+    Must run before anything else touches JAX.
+
+    Args:
+        name: auto, cpu, gpu or tpu.
+        shared: whether several devices share the work.
+
+    Raises:
+        DeviceError: if the platform is not there.
+    """
+    if name != "auto":
+        jax.config.update("jax_platforms", {"gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}[name])
+    if shared and str(getattr(jax.config, "jax_platforms", None) or "").startswith("cpu"):
+        # XLA:CPU starts independent collectives in any order, and one that waits keeps its thread:
+        # with as few threads as cores, virtual devices can wait for each other for good.
+        os.environ.setdefault("NPROC", "32")
+    try:
+        return jax.local_devices()[0]
+    except (RuntimeError, AssertionError) as error:
+        # A missing CUDA plugin shows as an AssertionError without a message.
+        install = {"gpu": "patchgd-jax[cuda13] or [cuda12]", "tpu": "patchgd-jax[tpu]"}.get(name)
+        hint = f"; install {install}, or use --device cpu" if install else ""
+        raise DeviceError(f"no {name} device{hint} ({error or 'no plugin for it'})") from error

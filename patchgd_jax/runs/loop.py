@@ -1,0 +1,179 @@
+"""The host loop: batches, train steps, metrics, evaluations and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from patchgd_jax._version import __version__
+from patchgd_jax.core.update import TrainState, ema_params
+from patchgd_jax.data.loading.bad_images import BadImages
+from patchgd_jax.data.loading.pipeline import TrainBatches
+from patchgd_jax.engine.distributed import Agreement, several, watched
+from patchgd_jax.errors import DataError
+from patchgd_jax.runs.evaluate import evaluate
+from patchgd_jax.runs.folder import CONFIG, RunFolder
+from patchgd_jax.runs.recorder import Recorder
+from patchgd_jax.runs.run import Run
+from patchgd_jax.runs.signals import StopRequest, interrupted
+
+OnStep = Callable[[int], None]
+"""Called with the number of outer steps done, after each."""
+
+
+class Loop:
+    """The loop over a run's outer steps.
+
+    Args:
+        run: what stays the same.
+        folder: its folder.
+        state: to start from.
+        step: outer steps done.
+        stop: tells whether a signal came.
+        on_step: called after each outer step.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        folder: RunFolder,
+        state: TrainState,
+        step: int,
+        stop: StopRequest,
+        on_step: OnStep | None,
+    ) -> None:
+        config = run.config
+        self._run, self._folder, self._stop, self._on_step = run, folder, stop, on_step
+        self._state, self._step = state, step
+        self._agreement = Agreement() if several() else None
+        self._eval_every = config.eval_every or config.steps_per_epoch(len(run.data.train))
+        self._save_every = config.save_every or self._eval_every
+        self._recorder = Recorder(
+            folder,
+            run.progress,
+            upto=step,
+            batch_size=config.images_per_step,
+            patches_per_image=run.data.mean_patches([p.grid for p in run.setup.problems]),
+            identity={**run.identity, "version": __version__},
+            device=run.device,
+            task=run.setup.task,
+        )
+        self._bad_images = BadImages(folder.path, process=jax.process_index() if several() else 0)
+
+    def run(self) -> dict[str, Any]:
+        """Runs to the end, or to a signal.
+
+        Returns:
+            What `summary.json` holds.
+
+        Raises:
+            Interrupted: on a signal, after saving.
+            DataError: for an image that cannot be read, after saving.
+            DivergedError: if the loss or a gradient is not finite.
+        """
+        run, recorder = self._run, self._recorder
+        with self._stop.immediate():
+            run.progress.message(run.executor.compile(self._state))
+            step_bytes = run.executor.compiled_bytes()
+            run.progress.shortcuts(run.data.shortcuts)
+        for record in self._bad_images.records:
+            run.progress.warn(f"known as unreadable: {record}")
+        batches = run.executor.train_batches(self._step, self._on_bad)
+        with batches, recorder, run.progress.running(self._step, run.total_steps):
+            try:
+                self._catch_up()
+                while self._step < run.total_steps:
+                    self._next(batches)
+            except DataError as error:
+                if self._agreement is not None:
+                    # The others are in the middle of a step that this one cannot join.
+                    raise
+                raise self._saved(error) from error
+        return recorder.finish(self._state, run.data.shortcuts, step_bytes)
+
+    def _catch_up(self) -> None:
+        """Evaluates first if a run was stopped during an evaluation."""
+        step, recorder = self._step, self._recorder
+        if step and self._due(self._eval_every) and not recorder.has_score(step):
+            self._evaluate()
+            recorder.save(step, self._state)
+            self._end_if_stopped(0 if recorder.has_score(step) else self._stop.signal_number or 0)
+
+    def _next(self, batches: TrainBatches) -> None:
+        """Trains one outer step, and evaluates and saves if due."""
+        run, recorder = self._run, self._recorder
+        with recorder.data_wait():
+            batch = next(batches)
+        read_wait = run.executor.read_wait
+        with watched():
+            self._state, metrics = run.executor.train(self._state, batch)
+            recorder.waited(run.executor.read_wait - read_wait)
+            # Reading the metrics of the step before keeps the device busy meanwhile.
+            recorder.flush()
+            self._step += 1
+            recorder.trained(self._step, batch["id"], metrics)
+            # Read once: a signal that comes after the save waits for the next step.
+            stopping = self._signal()
+        if self._due(self._eval_every) and not stopping:
+            recorder.flush()
+            self._evaluate()
+            stopping = self._signal()
+        if stopping or self._due(self._eval_every) or self._due(self._save_every):
+            recorder.flush()
+            recorder.save(self._step, self._state)
+        if self._on_step is not None:
+            self._on_step(self._step)
+        self._end_if_stopped(stopping)
+
+    def _evaluate(self) -> None:
+        run, source = self._run, self._run.data.validation
+        weights = self._state.weights._replace(params=ema_params(self._state))
+
+        def keep_evaluating(done: int) -> bool:
+            run.progress.evaluating(done, len(source))
+            # Processes that must agree do so between steps only.
+            return self._stop.signal_number is None or self._agreement is not None
+
+        metrics = evaluate(
+            partial(run.executor.evaluate, source, weights),
+            source,
+            run.executor.eval_batches(source, self._on_bad),
+            task=run.setup.task,
+            on_batch=keep_evaluating,
+        )
+        if metrics is not None:
+            self._recorder.scored(self._step, metrics)
+
+    def _due(self, every: int) -> bool:
+        return self._step % every == 0 or self._step == self._run.total_steps
+
+    def _on_bad(self, index: int, path: str, reason: str) -> None:
+        self._bad_images.add(index, path, reason)
+        self._run.progress.warn(f"left out: {path}: {reason}; see {self._bad_images.path}")
+
+    def _signal(self) -> int:
+        """Returns the signal that all processes know of; 0 for none."""
+        number = self._stop.signal_number or 0
+        return number if self._agreement is None else self._agreement.exchange(number)
+
+    def _end_if_stopped(self, signal_number: int) -> None:
+        step = self._step
+        if signal_number and not (step == self._run.total_steps and self._recorder.has_score(step)):
+            advice = f"saved. Continue with: patchgd-jax resume {self._folder.path}"
+            raise interrupted(signal_number, f"after step {step}; {advice}")
+
+    def _saved(self, error: DataError) -> DataError:
+        """Saves the run after an image that cannot be read; adds the next step to the error."""
+        self._recorder.flush()
+        if self._step:
+            self._recorder.save(self._step, self._state)
+        substitute = f", or set data.bad_images to substitute in {self._folder.path / CONFIG}"
+        if self._run.config.stream.enabled:
+            substitute = ""
+        return DataError(
+            f"{error}\nThe run is saved after step {self._step}. Mend the image{substitute}; "
+            f"then: patchgd-jax resume {self._folder.path} --accept-changed-data"
+        )
