@@ -113,13 +113,10 @@ def agreement(scale: Scale) -> dict[str, float]:
     )
     model = pgd.build_model(config, grid=grid, channels=3, classes=10, mean=0.5, std=0.25)
     optimizer = optax.sgd(1e-2)
-    step = functools.partial(
-        pgd.train_step,
-        model=model,
-        optimizer=optimizer,
-        grid=grid,
-        patchgd=pgd.PatchGDConfig(patch=32, inner_steps=4, norm_policy="paper"),
-    )
+    patchgd = pgd.PatchGDConfig(patch=32, inner_steps=4, norm_policy="paper")
+    problem = pgd.Problem(model, grid, patchgd)
+    init = functools.partial(pgd.init_state, problem, optimizer)
+    step = functools.partial(pgd.train_step, problem, optimizer)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, 128, 128, 3), np.uint8)
     batch = {"image": images, "label": np.array([1, 2], np.int32)}
@@ -128,11 +125,10 @@ def agreement(scale: Scale) -> dict[str, float]:
         for device in (jax.devices("cpu")[0], jax.devices()[0]):
             with jax.default_device(device):
                 key = jax.random.key(0)
-                init = functools.partial(pgd.init_state, model=model, optimizer=optimizer)
                 state = jax.jit(init)(key)
                 for _ in range(2):
                     state, metrics = jax.jit(step)(state, batch, key)
-                results.append(jax.device_get((state.params, state.model_state, metrics)))
+                results.append(jax.device_get((*state.weights, metrics)))
 
     def difference(a: Any, b: Any) -> float:
         return float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-12))

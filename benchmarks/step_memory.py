@@ -27,7 +27,6 @@ def temporary_bytes(side: int, mode: str) -> dict[str, int]:
     )
     optimizer = optax.adam(1e-3)
     key = jax.random.key(0)
-    state = jax.eval_shape(partial(pgd.init_state, model=model, optimizer=optimizer), key)
     batch = {
         "image": jax.ShapeDtypeStruct((1, side, side, 1), np.uint8),
         "label": jax.ShapeDtypeStruct((1,), np.int32),
@@ -35,7 +34,9 @@ def temporary_bytes(side: int, mode: str) -> dict[str, int]:
     patchgd = pgd.PatchGDConfig(
         patch=64, mode=mode, inner_steps=grid.num_patches // PATCHES, fill_chunk=PATCHES
     )
-    step = partial(pgd.train_step, model=model, optimizer=optimizer, grid=grid, patchgd=patchgd)
+    problem = pgd.Problem(model, grid, patchgd)
+    state = jax.eval_shape(partial(pgd.init_state, problem, optimizer), key)
+    step = partial(pgd.train_step, problem, optimizer)
     # As `patchgd-jax train` compiles it.
     jitted = jax.jit(step, donate_argnums=0, compiler_options=pgd.compiler_options())
     compiled = jitted.lower(state, batch, key).compile()

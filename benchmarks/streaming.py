@@ -33,10 +33,10 @@ from PIL import Image
 from record import record
 
 import patchgd_jax as pgd
-from patchgd_jax.engine.streaming.step import StreamedStep
 from patchgd_jax.models.heads.simple import AttentionHead
 
 KEY = jax.random.key(0)
+LABELS = {"label": np.zeros(1, np.int32)}
 ROUNDS = 5
 
 
@@ -72,8 +72,23 @@ class Thumbnail(nn.Module):
         return nn.Dense(32)(nn.relu(nn.Dense(64)(x)))
 
 
-def initial(model: pgd.PatchModel, optimizer: optax.GradientTransformation) -> pgd.TrainState:
-    return jax.jit(partial(pgd.init_state, model=model, optimizer=optimizer))(KEY)
+def thumbnails(side: int, **settings: Any) -> pgd.Problem:
+    grid = pgd.PatchGrid(side, side, 1024)
+    head = AttentionHead(classes=10, features=16)
+    model = pgd.from_linen(Thumbnail(), head, grid=grid, channels=1)
+    return pgd.Problem(model, grid, pgd.PatchGDConfig(fill_chunk=16, **settings))
+
+
+def small_cnn(side: int, **settings: Any) -> pgd.Problem:
+    grid = pgd.PatchGrid(side, side, 64)
+    model = pgd.build_model(
+        pgd.ModelConfig(norm="group"), grid=grid, channels=1, classes=10, mean=0.0, std=1.0
+    )
+    return pgd.Problem(model, grid, pgd.PatchGDConfig(fill_chunk=16, **settings))
+
+
+def initial(problem: pgd.Problem, optimizer: optax.GradientTransformation) -> pgd.TrainState:
+    return jax.jit(partial(pgd.init_state, problem, optimizer))(KEY)
 
 
 def needed(programs: dict[str, jax.stages.Lowered]) -> dict[str, int]:
@@ -90,23 +105,18 @@ def needed(programs: dict[str, jax.stages.Lowered]) -> dict[str, int]:
 def memory() -> dict[str, Any]:
     """Two outer steps on a virtual image of 4 Gpx, and what one of 8,192 px needs."""
     figures: dict[str, Any] = {}
-    labels = {"label": np.zeros(1, np.int32)}
     for side in (8_192, 65_536):
-        grid = pgd.PatchGrid(side, side, 1024)
-        head = AttentionHead(classes=10, features=16)
-        model = pgd.from_linen(Thumbnail(), head, grid=grid, channels=1)
+        patches = (side // 1024) ** 2
+        problem = thumbnails(side, mode="accumulate", inner_steps=patches // 16)
         optimizer = optax.adam(1e-3)
-        config = pgd.PatchGDConfig(
-            patch=1024, mode="accumulate", inner_steps=grid.num_patches // 16, fill_chunk=16
-        )
-        step = StreamedStep(model, optimizer, grid, config)
-        state = initial(model, optimizer)
-        figures[str(side)] = needed(step.lower(state, labels, 1))
-        figures[str(side)]["z"] = grid.num_patches * 32 * 4
+        step = pgd.StreamedStep(problem, optimizer)
+        state = initial(problem, optimizer)
+        figures[str(side)] = needed(step.lower(state, LABELS, 1))
+        figures[str(side)]["z"] = patches * 32 * 4
         start = time.perf_counter()
         losses = []
         for _ in range(2 if side == 8_192 else 1):
-            state, metrics = step.train(state, [VirtualImage(side)], labels, KEY)
+            state, metrics = step.train(state, [VirtualImage(side)], LABELS, KEY)
             losses.append(float(metrics["loss"]))
         figures[str(side)] |= {"seconds": time.perf_counter() - start, "loss": losses}
         print(side, figures[str(side)], flush=True)
@@ -114,12 +124,6 @@ def memory() -> dict[str, Any]:
     figures["ratio_without_z"] = large / small
     figures["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return figures
-
-
-def small_cnn(grid: pgd.PatchGrid) -> pgd.PatchModel:
-    return pgd.build_model(
-        pgd.ModelConfig(norm="group"), grid=grid, channels=1, classes=10, mean=0.0, std=1.0
-    )
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -130,28 +134,24 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def overlap() -> dict[str, Any]:
     """The same work with readers that take no time, by the readers alone, and by both."""
-    grid = pgd.PatchGrid(2048, 2048, 64)
-    model, optimizer = small_cnn(grid), optax.sgd(1e-3)
-    config = pgd.PatchGDConfig(
-        patch=64, mode="accumulate", inner_steps=grid.num_patches // 16, fill_chunk=16
-    )
-    readers = 4
-    step = StreamedStep(model, optimizer, grid, config, readers=readers)
-    state, image = initial(model, optimizer), VirtualImage(2048)
-    labels = {"label": np.zeros(1, np.int32)}
+    readers, patches = 4, (2048 // 64) ** 2
+    problem = small_cnn(2048, mode="accumulate", inner_steps=patches // 16)
+    optimizer = optax.sgd(1e-3)
+    step = pgd.StreamedStep(problem, optimizer, pgd.StreamConfig(enabled=True, readers=readers))
+    state, image = initial(problem, optimizer), VirtualImage(2048)
 
     def train() -> Any:
         nonlocal state
-        state, metrics = step.train(state, [image], labels, KEY)
+        state, metrics = step.train(state, [image], LABELS, KEY)
         return state, metrics
 
     def evaluate() -> Any:
-        return step.evaluate(state.params, state.model_state, [image], labels)
+        return step.evaluate(state.weights, [image], LABELS)
 
     figures: dict[str, Any] = {}
     for name, work, reads in (
-        ("train", train, 2 * grid.num_patches),
-        ("evaluate", evaluate, grid.num_patches),
+        ("train", train, 2 * patches),
+        ("evaluate", evaluate, patches),
     ):
         rounds = []
         work()
@@ -179,37 +179,28 @@ def overlap() -> dict[str, Any]:
 def exact() -> dict[str, Any]:
     """Mode exact, streamed, with 1 and 16 chunks of 16 patches, against mode full, resident."""
     figures: dict[str, Any] = {}
-    labels = {"label": np.zeros(1, np.int32)}
     optimizer = optax.sgd(1e-3)
     for side in (256, 1024):
-        grid = pgd.PatchGrid(side, side, 64)
-        model = small_cnn(grid)
-        config = pgd.PatchGDConfig(patch=64, mode="exact", fill_chunk=16)
-        step = StreamedStep(model, optimizer, grid, config)
-        programs = step.lower(initial(model, optimizer), labels, 1)
-        figures[f"temporary_{grid.num_patches}"] = max(
+        problem = small_cnn(side, mode="exact")
+        step = pgd.StreamedStep(problem, optimizer)
+        programs = step.lower(initial(problem, optimizer), LABELS, 1)
+        figures[f"temporary_{problem.grid.num_patches}"] = max(
             lowered.compile().memory_analysis().temp_size_in_bytes for lowered in programs.values()
         )
     image = VirtualImage(1024)
-    batch = {**labels, "image": image.read(0, 0, 1024, 1024)[None]}
-    full = partial(
-        pgd.train_step,
-        model=model,
-        optimizer=optimizer,
-        grid=grid,
-        patchgd=pgd.PatchGDConfig(patch=64, mode="full"),
-    )
+    batch = {**LABELS, "image": image.read(0, 0, 1024, 1024)[None]}
+    full = partial(pgd.train_step, small_cnn(1024, mode="full"), optimizer)
     compiled = (
         jax.jit(full, compiler_options=pgd.compiler_options())
-        .lower(initial(model, optimizer), batch, KEY)
+        .lower(initial(problem, optimizer), batch, KEY)
         .compile()
     )
     figures["temporary_full"] = compiled.memory_analysis().temp_size_in_bytes
     rounds = []
     for _ in range(ROUNDS + 1):
-        whole = seconds(partial(compiled, initial(model, optimizer), batch, KEY))
-        state = initial(model, optimizer)
-        rounds.append((whole, seconds(partial(step.train, state, [image], labels, KEY))))
+        whole = seconds(partial(compiled, initial(problem, optimizer), batch, KEY))
+        state = initial(problem, optimizer)
+        rounds.append((whole, seconds(partial(step.train, state, [image], LABELS, KEY))))
     # The first round compiles the streamed programs.
     rounds = rounds[1:]
     figures |= {
@@ -226,18 +217,13 @@ def exact() -> dict[str, Any]:
 def predict() -> dict[str, Any]:
     """A 100,000 px image, whole by a cheap encoder and as a user does, background left out."""
     side = 100_000
-    grid = pgd.PatchGrid(side, side, 1024)
-    model = pgd.from_linen(
-        Thumbnail(), AttentionHead(classes=10, features=16), grid=grid, channels=1
-    )
-    config = pgd.PatchGDConfig(patch=1024, fill_chunk=16)
-    step = StreamedStep(model, optax.identity(), grid, config)
-    params, model_state = jax.jit(model.init)(KEY)
+    problem = thumbnails(side)
+    step = pgd.StreamedStep(problem, optax.identity())
+    weights = pgd.Weights(*jax.jit(problem.model.init)(KEY))
     begun = time.perf_counter()
-    labels = {"label": np.zeros(1, np.int32)}
-    out = jax.device_get(step.evaluate(params, model_state, [VirtualImage(side)], labels))
+    out = jax.device_get(step.evaluate(weights, [VirtualImage(side)], LABELS))
     figures: dict[str, Any] = {
-        "patches": grid.num_patches,
+        "patches": problem.grid.num_patches,
         "seconds": time.perf_counter() - begun,
         "prediction": int(out["prediction"][0]),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,

@@ -275,10 +275,10 @@ def load_flax(
     encoder: ResNet,
     head: CNNHead,
     params: Mapping[str, Any],
-    model_state: Mapping[str, Any],
+    batch_stats: Mapping[str, Any],
 ) -> None:
     """Copies weights and statistics of the equally built patchgd_jax model, in place."""
-    for name, array in flax_tensors(params, model_state).items():
+    for name, array in flax_tensors(params, batch_stats).items():
         part, _, key = name.partition(".")
         module = encoder if part == "encoder" else head
         target = module.state_dict(keep_vars=True)[key]
@@ -289,17 +289,17 @@ def load_flax(
 
 
 def flax_tensors(
-    params: Mapping[str, Any], model_state: Mapping[str, Any] | None = None
+    params: Mapping[str, Any], batch_stats: Mapping[str, Any] | None = None
 ) -> dict[str, np.ndarray]:
     """A patchgd_jax tree of a ResNet and a CNN head under the names and layouts of this file.
 
     Args:
         params: parameters, or gradients of their shape, with the parts `encoder` and `head`.
-        model_state: batch statistics, if they are wanted.
+        batch_stats: batch statistics, if they are wanted.
     """
     tensors: dict[str, np.ndarray] = {}
     for part in ("encoder", "head"):
-        statistics = (model_state or {}).get(part, {}).get("batch_stats", {})
+        statistics = (batch_stats or {}).get(part, {}).get("batch_stats", {})
         tensors.update(_walk(params[part], statistics, f"{part}."))
     return tensors
 

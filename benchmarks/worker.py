@@ -100,7 +100,6 @@ class Ours:
             std=0.25,
         )
         optimizer = optax.adam(1e-3)
-        init = partial(pgd.init_state, model=model, optimizer=optimizer)
         patchgd = pgd.PatchGDConfig(
             patch=grid.patch,
             mode="full" if whole else task.method,
@@ -108,9 +107,10 @@ class Ours:
             norm_policy="inner" if whole else task.norm_policy,
             fill_chunk=1 if whole else -(-grid.num_patches // task.inner_steps),
         )
-        step = partial(pgd.train_step, model=model, optimizer=optimizer, grid=grid, patchgd=patchgd)
-        self.abstract = jax.eval_shape(init, self.key)
-        self.init, self.step = init, step
+        problem = pgd.Problem(model, grid, patchgd)
+        self.init = partial(pgd.init_state, problem, optimizer)
+        self.step = partial(pgd.train_step, problem, optimizer)
+        self.abstract = jax.eval_shape(self.init, self.key)
         self.options = pgd.compiler_options()
         self.dtype = jnp.dtype(task.dtype)
 

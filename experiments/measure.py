@@ -16,8 +16,8 @@ from patchgd_jax.runs.folder import SUMMARY
 from patchgd_jax.runs.out_of_memory import out_of_memory_told
 from patchgd_jax.runs.progress import Progress
 from patchgd_jax.runs.recorder import peak_memory
-from patchgd_jax.runs.signals import StopRequest
 from patchgd_jax.runs.run import Run
+from patchgd_jax.runs.signals import StopRequest
 
 STEPS = 5
 """Steps that are timed, after one that is not."""

@@ -35,6 +35,7 @@ from runs import code_identity, told
 from series_data import CLASSES, NOISE, Samples, counting_a_quarter, make_samples
 
 import patchgd_jax as pgd
+from patchgd_jax.contrib.series import SeriesGrid
 from patchgd_jax.engine.compiling import use_compilation_cache
 from patchgd_jax.models.heads.simple import AttentionHead
 from patchgd_jax.planner.compiled import allotted
@@ -140,7 +141,7 @@ def compare(
 ) -> Iterator[Result]:
     """Trains a contender with each seed, by one compiled step; yields the figures of each."""
     length = scale.length // method.shrink
-    grid = pgd.SeriesGrid(length, scale.chunk if method.chunks else length)
+    grid = SeriesGrid(length, scale.chunk if method.chunks else length)
     # Mode exact encodes as many chunks at a time as the others sample.
     chunk = max(1, round(FRACTION * grid.num_patches))
     patchgd = pgd.PatchGDConfig(mode=method.mode, fraction=FRACTION, fill_chunk=chunk)
@@ -154,9 +155,10 @@ def compare(
         steps_per_epoch=steps,
         updates_per_step=patchgd.updates_per_step,
     )
-    init = jax.jit(partial(pgd.init_state, model=model, optimizer=optimizer))
-    step = partial(pgd.train_step, model=model, optimizer=optimizer, grid=grid, patchgd=patchgd)
-    evaluate = jax.jit(partial(pgd.eval_step, model=model, grid=grid, fill_chunk=chunk))
+    problem = pgd.Problem(model, grid, patchgd)
+    init = jax.jit(partial(pgd.init_state, problem, optimizer))
+    step = partial(pgd.train_step, problem, optimizer)
+    evaluate = jax.jit(partial(pgd.eval_step, problem))
     training, validation = (
         samples._replace(series=samples.series.reshape(-1, length, method.shrink, 1).mean(2))
         for samples in (training, validation)
@@ -176,7 +178,7 @@ def compare(
         seconds = time.monotonic() - begun
         right = loss = 0.0
         for batch in batches(validation, scale.batch, in_order):
-            out = evaluate(state.params, state.model_state, batch)
+            out = evaluate(state.weights, batch)
             right += float(((out["prediction"] == batch["label"]) * batch["weight"]).sum())
             loss += float((out["loss"] * batch["weight"]).sum())
         yield Result(

@@ -14,13 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from patchgd_jax.engine.sharding.placement import (
-    make_mesh,
-    param_shardings,
-    shard_batch,
-    sharded_eval_step,
-    sharded_train_step,
-)
 from test_ragged import LARGE, listed, masked_toy, ragged_batch
 from toy import max_relative, recording_sgd, toy_batch, toy_model, toy_params
 
@@ -30,6 +23,7 @@ from patchgd_jax import (
     OptimizerConfig,
     PatchGDConfig,
     PatchGrid,
+    Problem,
     build_model,
     eval_step,
     from_linen,
@@ -37,6 +31,11 @@ from patchgd_jax import (
     make_optimizer,
     train_step,
 )
+from patchgd_jax.contrib.importance import importance_groups
+from patchgd_jax.core.problem import Weights
+from patchgd_jax.engine.sharding.layout import sharded_eval_step, sharded_train_step
+from patchgd_jax.engine.sharding.mesh import make_mesh, shard_batch
+from patchgd_jax.engine.sharding.params import param_shardings
 from patchgd_jax.models.encoders.small_cnn import SmallCNN
 from patchgd_jax.models.heads.simple import CNNHead, LinearHead
 
@@ -54,15 +53,15 @@ def mesh_of(data, patch, rows, batch, strata):
     return make_mesh(layout, batch_size=batch, strata=strata, devices=devices)
 
 
-def differences(model, optimizer, grid, config, batch, splits, *, rules=(), **options):
+def patchgd(grid, **settings):
+    settings = {"fraction": 0.5, "strata": 8, "fill_chunk": 8, **settings}
+    return PatchGDConfig(patch=grid.patch, stride=grid.stride, **settings)
+
+
+def differences(problem, optimizer, batch, splits, *, rules=()):
     """The largest relative difference of anything in the state after some steps, by split."""
-    frozen = options.get("frozen", frozenset())
-    init = jax.jit(partial(init_state, model=model, optimizer=optimizer, frozen=frozen))
-    first = init(KEY)
-    arguments = {
-        "model": model, "optimizer": optimizer, "grid": grid, "patchgd": config, **options
-    }  # fmt: skip
-    alone = jax.jit(partial(train_step, **arguments))
+    first = jax.jit(partial(init_state, problem, optimizer))(KEY)
+    alone = jax.jit(partial(train_step, problem, optimizer))
     wanted = first
     for _ in range(STEPS):
         wanted, metrics = alone(wanted, batch, KEY)
@@ -70,16 +69,17 @@ def differences(model, optimizer, grid, config, batch, splits, *, rules=(), **op
     found = {}
     for data, patch, *rows in splits:
         (rows,) = rows or [1]
-        mesh = mesh_of(data, patch, rows, len(batch["label"]), config.strata)
+        mesh = mesh_of(data, patch, rows, len(batch["label"]), problem.config.strata)
         state = jax.device_put(first, param_shardings(first, rules, mesh))
-        arrays = shard_batch(batch, grid, mesh)
-        step = jax.jit(partial(sharded_train_step, mesh=mesh, rules=rules, **arguments))
+        arrays = shard_batch(batch, problem.grid, mesh)
+        step = partial(sharded_train_step, problem, optimizer, mesh=mesh, rules=rules)
+        step = jax.jit(step)
         for _ in range(STEPS):
             # Virtual devices share the cores' threads: steps in flight would starve each other.
             state, got = jax.block_until_ready(step(state, arrays, KEY))
         found[f"{data}x{patch}x{rows}"] = {
             "params": max_relative(state.params, wanted.params),
-            "statistics": max_relative(state.model_state, wanted.model_state),
+            "statistics": max_relative(state.batch_stats, wanted.batch_stats),
             "optimizer": max_relative(state.opt_state, wanted.opt_state),
             "metrics": max_relative(
                 {k: got[k] for k in COMPARED if k in metrics},
@@ -89,15 +89,20 @@ def differences(model, optimizer, grid, config, batch, splits, *, rules=(), **op
     return found
 
 
-def toy(grid, splits, *, batch=None, model=toy_model, optimizer=None, seed=0, **settings):
-    options = {k: settings.pop(k) for k in ("augment", "frozen", "rules") if k in settings}
-    settings = {"fraction": 0.5, "strata": 8, "fill_chunk": 8, **settings}
-    config = PatchGDConfig(patch=grid.patch, stride=grid.stride, **settings)
+def toy(
+    grid, splits, *, batch=None, model=toy_model, optimizer=None, rules=(), frozen=(), augment=None,
+    **settings,
+):  # fmt: skip
+    config = patchgd(grid, **settings)
     with jax.enable_x64(True):
-        params = toy_params(seed, pixels=grid.patch**2 * 2, hidden=8)
-        batch = toy_batch(seed, grid, batch=8) if batch is None else batch()
+        problem = Problem(
+            model(toy_params(0, pixels=grid.patch**2 * 2, hidden=8)), grid, config,
+            augment=augment, frozen=frozenset(frozen),
+            sampler=None if config.importance == "none" else importance_groups,
+        )  # fmt: skip
+        batch = toy_batch(0, grid, batch=8) if batch is None else batch()
         optimizer = optimizer() if optimizer else recording_sgd(0.1)
-        return differences(model(params), optimizer, grid, config, batch, splits, **options)
+        return differences(problem, optimizer, batch, splits, rules=rules)
 
 
 def ragged(form=dict):
@@ -119,13 +124,12 @@ def averaged_adam():
 
 
 def shipped(names, splits, **settings):
-    settings = {"fraction": 0.5, "strata": 8, "fill_chunk": 8, **settings}
-    config = PatchGDConfig(patch=SMALL.patch, stride=SMALL.stride, **settings)
     model = build_model(
         ModelConfig(**{"latent_dim": 16, "dropout": 0.0, "head": "linear", **names}),
         grid=SMALL, channels=1, classes=10, mean=0.1, std=0.3,
     )  # fmt: skip
-    return differences(model, optax.sgd(0.01), SMALL, config, digits(), splits)
+    problem = Problem(model, SMALL, patchgd(SMALL, **settings))
+    return differences(problem, optax.sgd(0.01), digits(), splits)
 
 
 def digits():
@@ -134,52 +138,37 @@ def digits():
     return {"image": image, "label": rng.integers(10, size=8).astype(np.int32)}
 
 
-def statistics(**settings):
-    """Batch statistics in the encoder and the head.
-
-    In double precision: the head's are of few values, which magnify rounding (to 8e-5 in single).
-    """
+def double(norm, head, splits, **settings):
+    """Shipped layers in double precision."""
     with jax.enable_x64(True):
         model = from_linen(
-            SmallCNN(16, "batch", jnp.float64),
-            CNNHead(10, 0, 3, 32, 0.0, jnp.float64),
+            SmallCNN(16, norm, jnp.float64), head,
             grid=SMALL, channels=1, mean=0.1, std=0.3, dtype=jnp.float64,
         )  # fmt: skip
-        config = PatchGDConfig(
-            patch=16, stride=12, fraction=0.5, strata=8, fill_chunk=8, **settings
-        )
-        return differences(model, optax.sgd(0.01), SMALL, config, digits(), [(2, 4)])
+        problem = Problem(model, SMALL, patchgd(SMALL, **settings))
+        return differences(problem, optax.sgd(0.01), digits(), splits)
 
 
-def rows(norm, **settings):
-    """Patches whose rows are on several devices: convolutions and norms reach beyond them."""
-    with jax.enable_x64(True):
-        model = from_linen(
-            SmallCNN(16, norm, jnp.float64), LinearHead(10, 0.0, jnp.float64),
-            grid=SMALL, channels=1, mean=0.1, std=0.3, dtype=jnp.float64,
-        )  # fmt: skip
-        config = PatchGDConfig(
-            patch=16, stride=12, fraction=0.5, strata=8, fill_chunk=8, **settings
-        )
-        splits = [(1, 1, 2), (1, 2, 4), (2, 2, 2)]
-        return differences(model, optax.sgd(0.01), SMALL, config, digits(), splits)
-
-
+# Batch statistics in the encoder and the head. The head's are of few values, which magnify rounding
+# (to 8e-5 in single precision).
+statistics = partial(double, "batch", CNNHead(10, 0, 3, 32, 0.0, jnp.float64), [(2, 4)])
+# Patches whose rows are on several devices: convolutions and norms reach beyond them.
+rows = partial(
+    double, head=LinearHead(10, 0.0, jnp.float64), splits=[(1, 1, 2), (1, 2, 4), (2, 2, 2)]
+)
 FSDP = (("encoder/w1", (None, "data")), ("encoder/b1", ("patch",)), ("head/v1", ("patch", "data")))
 
 
 def evaluation(splits):
     with jax.enable_x64(True):
-        model = masked_toy(toy_params(2, pixels=32))
-        params, state = model.init(KEY)
-        batch = ragged()
-        arguments = {"model": model, "grid": LARGE, "fill_chunk": 8}
-        wanted = jax.jit(partial(eval_step, **arguments))(params, state, batch)
+        problem = Problem(masked_toy(toy_params(2, pixels=32)), LARGE, patchgd(LARGE))
+        weights, batch = Weights(*problem.model.init(KEY)), ragged()
+        wanted = jax.jit(partial(eval_step, problem))(weights, batch)
         found = {}
         for data, patch in splits:
             mesh = mesh_of(data, patch, 1, 8, patch)
-            step = jax.jit(partial(sharded_eval_step, mesh=mesh, **arguments))
-            got = step(params, state, shard_batch(batch, LARGE, mesh))
+            step = jax.jit(partial(sharded_eval_step, problem, mesh=mesh))
+            got = step(weights, shard_batch(batch, LARGE, mesh))
             assert np.array_equal(got["prediction"], wanted["prediction"])
             found[f"{data}x{patch}"] = {
                 name: max_relative(got[name], wanted[name]) for name in ("loss", "logits")
@@ -207,7 +196,7 @@ CASES = {
         toy, LARGE, TWO, batch=partial(ragged, listed), model=masked_toy, mode="exact"
     ),
     "augment": partial(toy, ODD, [(2, 4)], augment=FLIPS, mode="patchgd"),
-    "frozen": partial(toy, ODD, [(2, 4)], frozen=frozenset({"w1", "b1"})),
+    "frozen": partial(toy, ODD, [(2, 4)], frozen=("w1", "b1")),
     "average": partial(toy, ODD, [(2, 4)], optimizer=averaged_adam),
     "fsdp": partial(toy, ODD, [(2, 4)], optimizer=averaged_adam, rules=FSDP, mode="patchgd"),
     "fsdp exact": partial(toy, ODD, [(2, 4)], rules=FSDP, mode="exact"),

@@ -14,19 +14,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from patchgd_jax.engine.sharding.placement import (
-    DATA,
-    PATCH,
-    make_mesh,
-    own_images,
-    param_shardings,
-    shard_batch,
-    sharded_train_step,
-)
 from toy import recording_sgd, toy_batch, toy_model, toy_params
 
-from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, init_state, train_step
+from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, Problem, init_state, train_step
 from patchgd_jax.engine.distributed import check_same, initialize, watched
+from patchgd_jax.engine.sharding.layout import sharded_train_step
+from patchgd_jax.engine.sharding.mesh import DATA, PATCH, make_mesh, own_images, shard_batch
+from patchgd_jax.engine.sharding.params import param_shardings
 
 # No array is made at import: processes must join before jax is used.
 SEED = 5
@@ -36,24 +30,18 @@ RULES = (("encoder/w1", (None, PATCH)),)
 STEPS = 3
 
 
-def model_and_batch():
-    params = toy_params(0, pixels=50, hidden=8)
-    return toy_model(params), toy_batch(0, ODD, batch=4)
-
-
-def first_state(model):
-    return jax.jit(partial(init_state, model=model, optimizer=recording_sgd(0.1)))(
-        jax.random.key(SEED)
-    )
+def start():
+    """Problem, optimizer, first state and batch."""
+    problem = Problem(toy_model(toy_params(0, pixels=50, hidden=8)), ODD, CONFIG)
+    optimizer = recording_sgd(0.1)
+    state = jax.jit(partial(init_state, problem, optimizer))(jax.random.key(SEED))
+    return problem, optimizer, state, toy_batch(0, ODD, batch=4)
 
 
 def alone():
     """The state after training on one device."""
-    model, batch = model_and_batch()
-    state = first_state(model)
-    step = jax.jit(
-        partial(train_step, model=model, optimizer=recording_sgd(0.1), grid=ODD, patchgd=CONFIG)
-    )
+    problem, optimizer, state, batch = start()
+    step = jax.jit(partial(train_step, problem, optimizer))
     for _ in range(STEPS):
         state, _ = step(state, batch, jax.random.key(SEED))
     return state
@@ -74,7 +62,7 @@ def main(what, coordinator, processes, process, folder):
     except ConfigError as error:
         print(error, flush=True)
         sys.exit(error.exit_code)
-    model, batch = model_and_batch()
+    problem, optimizer, state, batch = start()
     count = jax.device_count()
     layout = f"data=2,patch={count // 2}"
     mesh = make_mesh(layout, batch_size=4, strata=8)
@@ -84,34 +72,17 @@ def main(what, coordinator, processes, process, folder):
     part = {name: values[mine.start : mine.stop] for name, values in batch.items()}
     arrays = shard_batch(part, ODD, mesh, first=mine.start, total=4)
     key = jax.random.key(SEED)
-    state = first_state(model)
     state = jax.device_put(jax.tree.map(np.asarray, state), param_shardings(state, RULES, mesh))
-    step = jax.jit(
-        partial(
-            sharded_train_step, mesh=mesh, model=model, optimizer=recording_sgd(0.1), grid=ODD,
-            patchgd=CONFIG, rules=RULES,
-        )
-    )  # fmt: skip
-    if what == "die":
-        for number in range(10_000):
-            if process == 1 and number == 5:
-                (folder / "died").write_text(str(time.time()))
-                os.kill(os.getpid(), signal.SIGKILL)
-            with watched(30):
-                state, metrics = step(state, arrays, key)
-                float(metrics["loss"])
-        return
-    if what == "hang":
-        for number in range(10_000):
-            if process == 1 and number == 5:
-                time.sleep(1000)
+    step = jax.jit(partial(sharded_train_step, problem, optimizer, mesh=mesh, rules=RULES))
+    steps, seconds = {"die": (10_000, 30), "hang": (10_000, 8)}.get(what, (STEPS, 60))
+    for number in range(steps):
+        if process == 1 and number == 5 and what == "die":
+            (folder / "died").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        if process == 1 and number == 5 and what == "hang":
             # Heartbeats go on, so that only the watchdog can tell.
-            with watched(8):
-                state, metrics = step(state, arrays, key)
-                float(metrics["loss"])
-        return
-    for _ in range(STEPS):
-        with watched(60):
+            time.sleep(1000)
+        with watched(seconds):
             state, metrics = step(state, arrays, key)
             float(metrics["loss"])
     save(state, folder)

@@ -13,19 +13,12 @@ from functools import partial
 import jax
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-from patchgd_jax.engine.sharding.placement import (
-    DATA,
-    PATCH,
-    Bands,
-    make_mesh,
-    param_shardings,
-    sharded_train_step,
-)
 
-from patchgd_jax import ModelConfig, PatchGDConfig, PatchGrid, build_model, init_state
+from patchgd_jax import ModelConfig, PatchGDConfig, PatchGrid, Problem, build_model, init_state
 from patchgd_jax.engine.compiling import compiler_options
+from patchgd_jax.engine.sharding.layout import sharded_train_step
+from patchgd_jax.engine.sharding.mesh import Bands, batch_shardings, make_mesh
+from patchgd_jax.engine.sharding.params import PATCH, param_shardings
 
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|"
@@ -46,18 +39,9 @@ def collectives(text):
 
 
 def compiled(
-    data,
-    patch,
-    *,
-    height,
-    width=256,
-    batch=4,
-    mode="patchgd",
-    rules=(),
-    rows=1,
-    side=32,
+    data, patch, *, height, width=256, batch=4, mode="patchgd", rules=(), rows=1, side=32,
     **settings,
-):
+):  # fmt: skip
     """One outer step on `height` x `width` images, of whose patches a quarter per inner step."""
     grid = PatchGrid(height, width, side)
     settings = {"strata": 8, "fill_chunk": 16, "inner_steps": 4, **settings}
@@ -70,26 +54,23 @@ def compiled(
         f"data={data},patch={patch},rows={rows}", batch_size=batch, strata=config.strata,
         devices=jax.devices()[: data * patch * rows],
     )  # fmt: skip
-    optimizer = optax.adam(1e-3)
-    key = jax.random.key(0)
-    state = jax.eval_shape(partial(init_state, model=model, optimizer=optimizer), key)
+    problem, optimizer, key = Problem(model, grid, config), optax.adam(1e-3), jax.random.key(0)
+    state = jax.eval_shape(partial(init_state, problem, optimizer), key)
     shardings = param_shardings(state, rules, mesh)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
     bands = Bands(grid, patch)
 
-    def array(shape, dtype, *axes):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
-
-    arrays = {
-        "image": array((batch, patch * bands.height, width, 3), np.uint8, DATA, PATCH),
-        "label": array((batch,), np.int32, DATA),
+    forms = {
+        "image": ((batch, patch * bands.height, width, 3), np.uint8),
+        "label": ((batch,), np.int32),
     }
-    step = partial(
-        sharded_train_step, mesh=mesh, model=model, optimizer=optimizer, grid=grid,
-        patchgd=config, rules=rules,
-    )  # fmt: skip
+    shardings = batch_shardings(forms, mesh)
+    arrays = {
+        name: jax.ShapeDtypeStruct(*form, sharding=shardings[name]) for name, form in forms.items()
+    }
+    step = partial(sharded_train_step, problem, optimizer, mesh=mesh, rules=rules)
     program = (
         jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
         .lower(state, arrays, key)

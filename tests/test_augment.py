@@ -8,20 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from patchgd_jax.core.latents import chunked_ids, encode_patches, fill
-from toy import max_relative, recording_sgd, toy_batch, toy_model, toy_params
+from toy import init_weights, max_relative, quick, recording_sgd, toy_batch, toy_problem
 
-from patchgd_jax import AugmentConfig, ConfigError, PatchGDConfig, PatchGrid, TrainConfig
+from patchgd_jax import (
+    AugmentConfig,
+    ConfigError,
+    PatchGDConfig,
+    PatchGrid,
+    PatchIds,
+    TrainConfig,
+    fill,
+    init_state,
+    train_step,
+)
 from patchgd_jax.core.augment import augment_patches, augmentation, jitter, turn_and_flip
-from patchgd_jax.core.gradients import read_z, stream
-from patchgd_jax.core.step import init_state, train_step
-from patchgd_jax.core.tasks import SINGLE_LABEL
+from patchgd_jax.core.forward import cut, encode, head_loss
+from patchgd_jax.core.patch_ids import chunk_patch_ids
 
 KEY = jax.random.key(23)
 EVERYTHING = AugmentConfig(flips=True, turns=True, brightness=0.3, contrast=0.4, saturation=0.5)
-
-
-quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def pictures(count=1, side=5, channels=3, seed=0):
@@ -109,52 +114,40 @@ def test_nothing_to_change_is_nothing():
 def test_the_fill_sees_what_the_inner_step_sees():
     """Whatever chunks and groups a patch is in."""
     grid = PatchGrid(13, 18, 4)
-    model = toy_model(toy_params(0, pixels=32))
-    params, state = model.init(KEY)
-    image = toy_batch(0, grid)["image"]
-    changes = augmentation(EVERYTHING, KEY)
-    arguments = {"model": model, "grid": grid, "augment": changes}
-    z, _ = quick(partial(fill, ids=chunked_ids(grid, 3, 2), **arguments))(params, state, image, KEY)
-    ids = jnp.array([[7, 2, 19], [0, 11, 7]])
-    encode = quick(partial(encode_patches, train=True, **arguments))
-    fresh, _ = encode(params, state, image, ids, KEY)
-    wanted = np.take_along_axis(np.asarray(z), np.asarray(ids)[..., None], 1)
+    problem, batch = toy_problem(grid, PatchGDConfig()), toy_batch(0, grid)
+    weights, chunks = init_weights(problem.model, KEY), chunk_patch_ids(batch, grid, 3)
+    augment = augmentation(EVERYTHING, KEY)
+    filled = quick(partial(fill, problem, augment=augment))
+    z, _ = filled(weights, batch, chunks, KEY)
+    group = PatchIds(jnp.array([[7, 2, 19], [0, 11, 7]]), padded=False)
+    patches = quick(lambda images: cut(problem, images, group, augment))(batch["image"])
+    fresh, _ = encode(problem, weights, patches, group, batch, KEY, train=True)
+    wanted = np.take_along_axis(np.asarray(z), np.asarray(group.ids)[..., None], 1)
     np.testing.assert_allclose(fresh, wanted, rtol=1e-5, atol=1e-6)
-    plain, _ = fill(params, state, image, KEY, ids=chunked_ids(grid, 3, 2), model=model, grid=grid)
+    plain, _ = fill(problem, weights, batch, chunks, KEY)
     assert (np.asarray(plain) != np.asarray(z)).any(-1).mean() > 0.9
 
 
-def outer_step(augment, rate=0.0, step=0, **config):
-    grid = PatchGrid(13, 9, 4)
-    model, batch = toy_model(toy_params(0, pixels=32)), toy_batch(0, grid)
-    optimizer = recording_sgd(rate)
-    state = init_state(KEY, model=model, optimizer=optimizer)._replace(step=jnp.asarray(step))
-    outer = partial(
-        train_step,
-        model=model,
-        optimizer=optimizer,
-        grid=grid,
-        patchgd=PatchGDConfig(patch=4, **config),
-        augment=augment,
-    )
-    after, metrics = quick(outer)(state, batch, KEY)
-    return state, batch, model, grid, after, metrics
+def outer_step(augment, step=0, **config):
+    """The problem, the batch, and the states before and after one outer step, with its metrics."""
+    grid, optimizer = PatchGrid(13, 9, 4), recording_sgd(0.0)
+    problem = toy_problem(grid, PatchGDConfig(**config), augment=augment)
+    batch = toy_batch(0, grid)
+    state = init_state(problem, optimizer, KEY)._replace(step=jnp.asarray(step))
+    after, metrics = quick(partial(train_step, problem, optimizer))(state, batch, KEY)
+    return problem, batch, state, after, metrics
 
 
 @pytest.mark.parametrize("same", [False, True])
 def test_the_same_draw_when_asked(float64, same):
     """With parameters that stay, each inner step has the loss of the fill's Z."""
     augment = AugmentConfig(flips=True, turns=True, contrast=0.5, same_draw=same)
-    state, batch, model, grid, _, metrics = outer_step(augment, mode="patchgd", fraction=0.5)
-    changes = augmentation(augment, stream(jax.random.fold_in(KEY, 0), "augment"))
-    ids = chunked_ids(grid, 4, 2)
-    z, _ = fill(state.params, state.model_state, batch["image"], KEY, model=model, grid=grid,
-                ids=ids, augment=changes)  # fmt: skip
-    _, losses, _ = read_z(
-        state.params, state.model_state, z, batch, KEY, model=model, grid=grid, train=True,
-        task=SINGLE_LABEL,
-    )  # fmt: skip
-    difference = abs(float(metrics["loss"] - losses.mean()))
+    problem, batch, state, _, metrics = outer_step(augment, mode="patchgd", fraction=0.5)
+    changes = problem.augmentation(jax.random.fold_in(KEY, 0), "augment", 2)
+    chunks = chunk_patch_ids(batch, problem.grid, 4)
+    z, _ = fill(problem, state.weights, batch, chunks, KEY, augment=changes)
+    loss, _ = head_loss(problem, state.weights, z, batch, KEY)
+    difference = abs(float(metrics["loss"] - loss))
     assert difference < 1e-12 if same else difference > 1e-6
 
 
@@ -162,10 +155,10 @@ def test_the_same_draw_when_asked(float64, same):
 def test_the_whole_image_gradients_agree_under_augmentation(float64, same):
     """Modes exact and full draw alike, whatever is asked of fill and inner steps."""
     augment = AugmentConfig(flips=True, turns=True, brightness=0.2, same_draw=same)
-    runs = [outer_step(augment, mode=mode)[4] for mode in ("exact", "full")]
+    runs = [outer_step(augment, mode=mode)[3] for mode in ("exact", "full")]
     assert max_relative(runs[0].opt_state, runs[1].opt_state) < 1e-12
     if same:
-        other = outer_step(augment, mode="exact", step=1)[4]
+        other = outer_step(augment, mode="exact", step=1)[3]
         assert max_relative(other.opt_state, runs[0].opt_state) > 1e-6, "another step's draw"
 
 

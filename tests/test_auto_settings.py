@@ -183,7 +183,7 @@ def test_every_fold_of_a_cross_validation_has_the_same(law, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: auto(batch=True).total_steps(9), "batch_size is auto, which is not a number yet"),
+        (lambda: auto(batch=True).total_steps(9), "batch_size is auto, which is no number yet"),
         (lambda: auto(batch=True).images_per_step, "batch_size is auto"),
         (lambda: auto(fraction=True).patchgd.num_inner_steps, "patchgd.fraction is auto"),
         (lambda: PatchGDConfig(fraction="auto", inner_steps=3), "patchgd.inner_steps 3 says how"),

@@ -62,9 +62,10 @@ def finish(workers, timeout=200):
 RESTORE = """
 import sys, jax, numpy as np, orbax.checkpoint as ocp
 jax.config.update("jax_enable_x64", True)
-from mesh_process import RULES, first_state, model_and_batch
-from patchgd_jax.engine.sharding.placement import make_mesh, param_shardings
-state = first_state(model_and_batch()[0])
+from mesh_process import RULES, start
+from patchgd_jax.engine.sharding.mesh import make_mesh
+from patchgd_jax.engine.sharding.params import param_shardings
+state = start()[2]
 mesh = make_mesh(f"patch={jax.device_count()}", batch_size=4, strata=8)
 like = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

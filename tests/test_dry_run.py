@@ -45,7 +45,7 @@ def test_every_padded_size_is_compiled_and_the_memory_compared(tmp_path, monkeyp
 
     watch("compile", said)
     watch("train", trained)
-    watch("score", scored)
+    watch("evaluate", scored)
     figures = dry_run(dataclasses.replace(config, device="cpu"))
     assert said[0].startswith("Compiled 4 programs")
     assert (len(trained), len(scored)) == (2, 1)

@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import linen as nn
 from test_cli import MICRO, assert_same_run
-from toy import max_relative, recording_sgd, toy_batch, toy_model, toy_params
+from toy import max_relative, outer_steps, quick, recording_sgd, toy_batch, toy_problem
 
 from patchgd_jax import (
     AugmentConfig,
@@ -23,6 +23,7 @@ from patchgd_jax import (
     OptimizerConfig,
     PatchGDConfig,
     PatchGrid,
+    Problem,
     TaskConfig,
     TrainConfig,
     build_encoder,
@@ -31,6 +32,7 @@ from patchgd_jax import (
     encoder_layers,
     init_state,
     make_optimizer,
+    make_task,
     train_step,
     with_ema,
 )
@@ -43,9 +45,7 @@ from patchgd_jax.weights.matching import starting_point
 
 KEY = jax.random.key(17)
 LENGTH = {"total_steps": 9, "steps_per_epoch": 9, "updates_per_step": 1}
-# The numbers matter here, not the speed.
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
-quick = partial(jax.jit, compiler_options=UNOPTIMISED)
+UNOPTIMISED = quick.keywords["compiler_options"]
 
 
 def layers(encoder):
@@ -169,23 +169,8 @@ def test_separate_rates_are_two_optimizers(name):
 
 def toy_run(steps, optimizer, frozen=frozenset(), **config):
     grid = PatchGrid(13, 9, 4)
-    model = toy_model(toy_params(0, pixels=32))
-    state = init_state(KEY, model=model, optimizer=optimizer, frozen=frozen)
-    step = quick(
-        partial(
-            train_step,
-            model=model,
-            optimizer=optimizer,
-            grid=grid,
-            patchgd=PatchGDConfig(patch=4, **config),
-            frozen=frozen,
-        )
-    )
-    states = [state]
-    for number in range(steps):
-        state, _ = step(state, toy_batch(number, grid), KEY)
-        states.append(state)
-    return states
+    problem = toy_problem(grid, PatchGDConfig(**config), frozen=frozen)
+    return outer_steps(problem, optimizer, KEY, *(toy_batch(i, grid) for i in range(steps)))[0]
 
 
 def test_the_average_is_its_closed_form(float64):
@@ -257,7 +242,9 @@ def test_everything_at_once_compiles_once_and_keeps_frozen_stages():
     model = build_model(config.model, grid=grid, channels=1, classes=9, mean=0.5, std=0.3)
     optimizer, frozen = make_run_optimizer(config, config.data.train_size), run_frozen(config)
     assert frozen == {"Stage_0", "Stage_1"}
-    state = jax.jit(partial(init_state, model=model, optimizer=optimizer, frozen=frozen))(KEY)
+    task = make_task(config.task, 10)
+    problem = Problem(model, grid, config.patchgd, task, config.augment, frozen=frozen)
+    state = jax.jit(partial(init_state, problem, optimizer))(KEY)
     first = jax.device_get(state)
     stored = set(state.opt_state.average["encoder"]) | set(
         next(s for s in jax.tree.leaves(state.opt_state.inner, is_leaf=lambda s: hasattr(s, "mu"))
@@ -268,13 +255,7 @@ def test_everything_at_once_compiles_once_and_keeps_frozen_stages():
 
     def counted(state, batch, key):
         traces.append(1)
-        from patchgd_jax.core.tasks import make_task
-
-        return train_step(
-            state, batch, key, model=model, optimizer=optimizer, grid=grid,
-            patchgd=config.patchgd, task=make_task(config.task, 10), augment=config.augment,
-            frozen=frozen,
-        )  # fmt: skip
+        return train_step(problem, optimizer, state, batch, key)
 
     step = quick(counted, donate_argnums=0)
     rng = np.random.default_rng(0)
@@ -318,18 +299,17 @@ def test_an_averaged_run_is_evaluated_by_its_average_and_resumes_bit_for_bit(tmp
     checkpoints = Checkpoints(tmp_path / "straight" / "checkpoints")
     arrays = checkpoints.restore_arrays(model.step)
     average = arrays["opt_state"]["average"]
-    assert max_relative(model.params["head"], average["head"]) == 0
-    assert max_relative(model.params["head"], arrays["params"]["head"]) > 1e-4
+    params = model.weights.params
+    assert max_relative(params["head"], average["head"]) == 0
+    assert max_relative(params["head"], arrays["params"]["head"]) > 1e-4
     assert "Stage_0" not in average["encoder"]
-    assert (
-        max_relative(model.params["encoder"]["Stage_0"], arrays["params"]["encoder"]["Stage_0"])
-        == 0
-    )
+    first = arrays["params"]["encoder"]["Stage_0"]
+    assert max_relative(params["encoder"]["Stage_0"], first) == 0
 
     # Another run may start from it, and starts from the average.
     start = starting_point(TrainConfig(init_encoder=str(tmp_path / "straight")), Progress())
-    like = jax.tree.map(jnp.zeros_like, model.params)
-    taken, _ = start.into(like, model.model_state)
+    like = jax.tree.map(jnp.zeros_like, params)
+    taken, _ = start.into(like, model.weights.batch_stats)
     arrays = checkpoints.restore_arrays(checkpoints.best())
     wanted = {**arrays["params"]["encoder"], **arrays["opt_state"]["average"]["encoder"]}
     assert max_relative(taken["encoder"], wanted) == 0
@@ -354,7 +334,7 @@ def test_the_command_line_tunes_and_predicts(command, tmp_path):
     summary = json.loads((tmp_path / "tuned" / "summary.json").read_text())
     assert {"mae", "quadratic_weighted_kappa"} <= set(summary["best"])
     model = TrainedModel(tmp_path / "tuned")
-    assert model.params["head"]["Dense_9"]["bias"].shape == (9,)
+    assert model.weights.params["head"]["Dense_9"]["bias"].shape == (9,)
     (answer,) = model.predict_files([tmp_path / "tuned" / "examples" / "0_label_0.png"])
     assert abs(sum(answer["probabilities"].values()) - 1) < 1e-9
     assert len(answer["probabilities"]) == 10

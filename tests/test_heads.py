@@ -8,12 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy import init_weights, quick
 
 from patchgd_jax import (
     HEADS,
     ConfigError,
     ModelConfig,
+    PatchGDConfig,
     PatchGrid,
+    Problem,
+    Weights,
     attention_map,
     build_model,
 )
@@ -22,7 +26,6 @@ from patchgd_jax.models.heads.transformer import TransformerHead, position_codes
 
 KEY = jax.random.key(3)
 ANY_GRID = sorted(name for name, entry in HEADS.items() if not entry.fixed_grid)
-quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @quick
@@ -187,10 +190,10 @@ def test_the_attention_map_is_where_the_patches_are():
     for head in ("attention", "transformer"):
         config = ModelConfig(head=head, latent_dim=8, norm="group")
         model = build_model(config, grid=grid, channels=1, classes=3, mean=0.5, std=0.3)
-        params, state = quick(model.init)(KEY)
-        params = {**params, "head": shaken(params["head"])}
-        look = quick(partial(attention_map, model=model, grid=grid, fill_chunk=4))
-        seen = np.asarray(look(params, state, batch))
+        params, batch_stats = init_weights(model, KEY)
+        weights = Weights({**params, "head": shaken(params["head"])}, batch_stats)
+        look = quick(partial(attention_map, Problem(model, grid, PatchGDConfig())))
+        seen = np.asarray(look(weights, batch))
         assert seen.shape == (2, 2, 3)
         np.testing.assert_allclose(seen.sum((1, 2)), 1, rtol=1e-5)
         assert (seen > 0).tolist() == np.asarray(grid.mask(batch["size"])).tolist()
@@ -198,7 +201,7 @@ def test_the_attention_map_is_where_the_patches_are():
         if head == "attention":
             turned = {**batch, "image": np.roll(image, (16, 16), (1, 2)), "size": [[32, 48]] * 2}
             turned["size"] = np.array(turned["size"], np.int32)
-            again = np.asarray(look(params, state, turned))
+            again = np.asarray(look(weights, turned))
             np.testing.assert_allclose(again[0], np.roll(seen[0], (1, 1), (0, 1)), rtol=1e-3)
 
 
@@ -206,10 +209,10 @@ def test_a_head_without_attention_says_so():
     grid = PatchGrid(16, 16, 16)
     config = ModelConfig(head="linear", latent_dim=4)
     model = build_model(config, grid=grid, channels=1, classes=3, mean=0, std=1)
-    params, state = quick(model.init)(KEY)
+    weights = init_weights(model, KEY)
     batch = {"image": np.zeros((1, 16, 16, 1), np.uint8)}
     with pytest.raises(ConfigError, match="LinearHead has no attention to show"):
-        attention_map(params, state, batch, model=model, grid=grid, fill_chunk=1)
+        attention_map(Problem(model, grid, PatchGDConfig()), weights, batch)
     bare = model._replace(attend=None)
     with pytest.raises(ConfigError, match="no attention to show"):
-        attention_map(params, state, batch, model=bare, grid=grid, fill_chunk=1)
+        attention_map(Problem(bare, grid, PatchGDConfig()), weights, batch)

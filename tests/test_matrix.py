@@ -8,16 +8,9 @@ import jax
 import numpy as np
 import optax
 import pytest
+from toy import outer_steps
 
-from patchgd_jax import (
-    ENCODERS,
-    HEADS,
-    PatchGDConfig,
-    PatchGrid,
-    from_linen,
-    init_state,
-    train_step,
-)
+from patchgd_jax import ENCODERS, HEADS, PatchGDConfig, PatchGrid, Problem, from_linen
 from patchgd_jax.models.encoders.convnext_v2 import ConvNeXtV2
 from patchgd_jax.models.encoders.resnet import BasicBlock, Bottleneck, ResNet
 from patchgd_jax.models.encoders.small_cnn import SmallCNN
@@ -70,25 +63,9 @@ def test_an_outer_step_lowers_the_loss(encoder, head):
     # Adam's first steps are of full size, which is much for a transformer.
     optimizer = optax.adam(3e-4 if encoder == "vit" else 1e-3)
     # Deep BatchNorm: a fill by running statistics that have not moved yet gives another Z.
-    norm_policy = "paper" if encoder in ONE_SIZE else "inner"
-    # The numbers matter here, not the speed.
-    fast = {"xla_backend_optimization_level": 0}
-    state = jax.jit(partial(init_state, model=model, optimizer=optimizer), compiler_options=fast)(
-        KEY
-    )
-    step = jax.jit(
-        partial(
-            train_step,
-            model=model,
-            optimizer=optimizer,
-            grid=GRID,
-            patchgd=PatchGDConfig(patch=32, fraction=0.5, fill_chunk=3, norm_policy=norm_policy),
-        ),
-        compiler_options=fast,
-    )
-    losses = []
-    for _ in range(4):
-        state, metrics = step(state, batch, KEY)
-        losses.append(float(metrics["loss"]))
+    policy = "paper" if encoder in ONE_SIZE else "inner"
+    config = PatchGDConfig(fraction=0.5, fill_chunk=3, norm_policy=policy)
+    _, metrics = outer_steps(Problem(model, GRID, config), optimizer, KEY, *[batch] * 4)
+    losses = [float(m["loss"]) for m in metrics]
     assert np.isfinite(losses).all()
     assert min(losses[1:]) < losses[0]

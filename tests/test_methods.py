@@ -10,13 +10,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen as nn
-from patchgd_jax.baselines.answers import answers_loss, pooled
-from patchgd_jax.baselines.base import one_update
-from patchgd_jax.core.latents import chunked_ids
-from toy import max_relative, recording_sgd, toy_batch, toy_model, toy_params
+from toy import init_weights, max_relative, recording_sgd, toy_batch, toy_params, toy_problem
 
 from patchgd_jax import (
     ENCODERS,
@@ -28,24 +24,27 @@ from patchgd_jax import (
     OptimizerConfig,
     PatchGDConfig,
     PatchGrid,
+    PatchIds,
+    Problem,
     TaskConfig,
     TrainConfig,
     WholeImage,
     build_encoder,
     build_model,
-    fill,
     from_linen,
     init_state,
+    make_task,
     register_encoder,
-    train_step,
 )
 from patchgd_jax.baselines.fully_conv import fully_conv_gradient
-from patchgd_jax.baselines.ips import only, select_patches
+from patchgd_jax.baselines.ips import restrict_to_patches, select_patches
+from patchgd_jax.baselines.patch_logits import patch_loss, pool_logits
 from patchgd_jax.baselines.patchwise import patchwise_eval, patchwise_gradient
-from patchgd_jax.baselines.registry import make_method, resolve_method
+from patchgd_jax.baselines.registry import make_algorithm, resolve_method
 from patchgd_jax.config import METHODS, BackgroundConfig, SplitConfig
-from patchgd_jax.core.gradients import full_gradient, stream
-from patchgd_jax.core.tasks import SINGLE_LABEL, make_task
+from patchgd_jax.core.forward import encode_all
+from patchgd_jax.core.gradients import full_gradient
+from patchgd_jax.core.problem import named_key
 from patchgd_jax.models.layers.conv import stem_side
 from patchgd_jax.models.layers.pool import max_pool, mean_pool
 from patchgd_jax.models.registry import map_side
@@ -65,13 +64,30 @@ BASELINES = [name for name in METHODS if name != "patchgd"]
 # Mathematics
 
 
-def toy_parts(grid, seed=0):
-    params = jax.tree.map(jnp.asarray, toy_params(seed, pixels=grid.patch**2 * 2))
-    return params, toy_model(params), toy_batch(seed, grid)
+def toy_parts(grid, **options):
+    problem = toy_problem(grid, PatchGDConfig(), **options)
+    return problem, init_weights(problem.model, KEY), toy_batch(0, grid)
 
 
-def method_of(config):
-    return make_method(config.method, config.baseline, config.patchgd)
+def every_patch(problem):
+    numbers = jnp.arange(problem.grid.num_patches)
+    return PatchIds(jnp.tile(numbers, (2, 1)), padded=False)
+
+
+def algorithm_of(config):
+    return make_algorithm(config.method, config.baseline, config.patchgd)
+
+
+def one_step(problem, batch, **settings):
+    """The state, with the gradient, and the metrics after a step of a method."""
+    config = resolve_method(TrainConfig(**settings))
+    problem, optimizer = dataclasses.replace(problem, config=config.patchgd), recording_sgd(0.1)
+    state = init_state(problem, optimizer, KEY)
+    return algorithm_of(config).train_step(problem, optimizer, state, batch, KEY)
+
+
+patchwise = partial(patchwise_gradient, pooling="mean")
+fully_conv = partial(fully_conv_gradient, pooling="mean")
 
 
 def cross_entropy(logits, labels):
@@ -99,13 +115,9 @@ def every_patch_loss(params, batch, grid):
 
 @pytest.mark.parametrize("grid", [PatchGrid(12, 20, 4), PatchGrid(11, 14, 5, 3)])
 def test_patchwise_is_the_loss_of_every_patch(float64, grid):
-    params, model, batch = toy_parts(grid)
-    ids = jnp.broadcast_to(jnp.arange(grid.num_patches), (2, grid.num_patches))
-    got = patchwise_gradient(
-        params, {"encoder": {}, "head": {}}, ids, batch, KEY, model=model, grid=grid,
-        train_encoder=True, task=SINGLE_LABEL, augment=None, pooling="mean",
-    )  # fmt: skip
-    loss, grads = jax.value_and_grad(every_patch_loss)(params, batch, grid)
+    problem, weights, batch = toy_parts(grid)
+    got = patchwise(problem, weights, every_patch(problem), batch, KEY)
+    loss, grads = jax.value_and_grad(every_patch_loss)(weights.params, batch, grid)
     np.testing.assert_allclose(got.loss, loss, rtol=1e-12)
     assert max_relative(got.grads, grads) < 1e-12
 
@@ -113,16 +125,11 @@ def test_patchwise_is_the_loss_of_every_patch(float64, grid):
 def test_a_patchwise_step_sums_its_groups(float64):
     """15 patches in 5 equal groups: the mean gradient of the groups is that of all patches."""
     grid = PatchGrid(12, 20, 4)
-    params, model, batch = toy_parts(grid)
-    config = TrainConfig(method="patchwise", patchgd=PatchGDConfig(patch=4, inner_steps=5))
-    optimizer = recording_sgd(0.1)
-    state = init_state(KEY, model=model, optimizer=optimizer)
-    step = partial(
-        method_of(config).train_step,
-        model=model, optimizer=optimizer, grid=grid, patchgd=config.patchgd,
-    )  # fmt: skip
-    new, metrics = jax.jit(step)(state, batch, KEY)
-    loss, grads = jax.value_and_grad(every_patch_loss)(params, batch, grid)
+    problem, weights, batch = toy_parts(grid)
+    new, metrics = one_step(
+        problem, batch, method="patchwise", patchgd=PatchGDConfig(inner_steps=5)
+    )
+    loss, grads = jax.value_and_grad(every_patch_loss)(weights.params, batch, grid)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-12)
     assert max_relative(new.opt_state, grads) < 1e-12
     assert int(new.step) == 1
@@ -131,12 +138,10 @@ def test_a_patchwise_step_sums_its_groups(float64):
 def test_patches_that_are_padding_have_no_loss(float64):
     """An image of 2 of 4 patches beside a whole one: as if it were alone."""
     grid = PatchGrid(4, 16, 4)
-    params, model, batch = toy_parts(grid)
+    problem, weights, batch = toy_parts(grid)
     batch["patches"] = np.array([[0, 1, 2, 3], [0, 1, 4, 5]], np.int32)
-    got = patchwise_gradient(
-        params, {"encoder": {}, "head": {}}, jnp.asarray(batch["patches"]), batch, KEY,
-        model=model, grid=grid, train_encoder=True, task=SINGLE_LABEL, augment=None, pooling="mean",
-    )  # fmt: skip
+    group = PatchIds(jnp.asarray(batch["patches"]), padded=True)
+    got = patchwise(problem, weights, group, batch, KEY)
     small = PatchGrid(4, 8, 4)
     first = {"image": batch["image"][:1], "label": batch["label"][:1]}
     second = {"image": batch["image"][1:, :, :8], "label": batch["label"][1:]}
@@ -145,13 +150,9 @@ def test_patches_that_are_padding_have_no_loss(float64):
         first_loss = every_patch_loss(params, first, grid)
         return (4 * first_loss + 2 * every_patch_loss(params, second, small)) / 6
 
-    assert max_relative(got.grads, jax.grad(loss)(params)) < 1e-12
-    scored = patchwise_eval(
-        params, {"encoder": {}, "head": {}}, batch, model=model, grid=grid, fill_chunk=2
-    )
-    alone = patchwise_eval(
-        params, {"encoder": {}, "head": {}}, second, model=model, grid=small, fill_chunk=2
-    )
+    assert max_relative(got.grads, jax.grad(loss)(weights.params)) < 1e-12
+    scored = patchwise_eval(problem, weights, batch)
+    alone = patchwise_eval(dataclasses.replace(problem, grid=small), weights, second)
     np.testing.assert_allclose(scored["logits"][1], alone["logits"][0], rtol=1e-12)
 
 
@@ -160,14 +161,10 @@ def test_whole_image_is_plain_training(float64):
     model_config = ModelConfig(latent_dim=3, norm="group", head="linear", remat="none")
     grid = WholeImage(16, 24)
     model = build_model(model_config, grid=grid, channels=1, classes=3, mean=0.0, std=1.0)
-    params, model_state = jax.tree.map(lambda x: x.astype(float), model.init(KEY))
+    weights = jax.tree.map(lambda x: x.astype(float), model.init(KEY))
+    problem = Problem(model._replace(init=lambda key: weights), grid, PatchGDConfig())
     batch = {"image": np.random.default_rng(0).random((2, 16, 24, 1)), "label": np.array([0, 2])}
-    config = resolve_method(TrainConfig(method="gd"))
-    optimizer = recording_sgd(0.1)
-    state = init_state(KEY, model=model, optimizer=optimizer)._replace(params=params)
-    new, _ = method_of(config).train_step(
-        state, batch, KEY, model=model, optimizer=optimizer, grid=grid, patchgd=config.patchgd
-    )
+    new, _ = one_step(problem, batch, method="gd")
     encoder = build_encoder(model_config, 16)
 
     def loss(params):
@@ -177,8 +174,7 @@ def test_whole_image_is_plain_training(float64):
         return cross_entropy(logits, jnp.asarray(batch["label"])).mean()
 
     # The network computes in float32.
-    assert max_relative(new.opt_state, jax.grad(loss)(params)) < 1e-5
-    del model_state
+    assert max_relative(new.opt_state, jax.grad(loss)(weights[0])) < 1e-5
 
 
 class Valid(nn.Module):
@@ -206,40 +202,32 @@ class Linear(nn.Module):
         return nn.Dense(self.classes, param_dtype=float)(z.mean((1, 2)))
 
 
-def valid_models():
+def valid_problems(seed):
     """One network on patches of 6 px and on whole images; its last map has 2 x 2 of a patch."""
-    patches = PatchGrid(14, 18, 6, 2)
-    whole = WholeImage(14, 18)
-    make = partial(from_linen, head=Linear(3), channels=2, dtype=float)
-    by_patch = make(Valid(4), grid=patches)
-    at_once = make(Valid(4, window=2), grid=whole)
-    params, model_state = by_patch.init(KEY)
-    assert jax.tree.structure(at_once.init(KEY)[0]) == jax.tree.structure(params)
-    return patches, whole, by_patch, at_once, params, model_state
+    by_patch, at_once = (
+        Problem(
+            from_linen(Valid(4, window), Linear(3), grid=grid, channels=2, dtype=float),
+            grid,
+            PatchGDConfig(),
+        )
+        for grid, window in ((PatchGrid(14, 18, 6, 2), None), (WholeImage(14, 18), 2))
+    )
+    weights = init_weights(by_patch.model, KEY)
+    assert jax.tree.structure(at_once.model.init(KEY)[0]) == jax.tree.structure(weights.params)
+    image = np.random.default_rng(seed).random((2, 14, 18, 2))
+    return by_patch, at_once, weights, {"image": image, "label": np.array([2, 0], np.int32)}
 
 
 def test_fully_conv_is_patchwise_where_no_field_reaches_out(float64):
     """Positions 2 px apart are the patches of stride 2: the same latents, loss and gradient."""
-    grid, whole, by_patch, at_once, params, model_state = valid_models()
-    rng = np.random.default_rng(1)
-    batch = {"image": rng.random((2, 14, 18, 2)), "label": np.array([2, 0], np.int32)}
-    z, _ = fill(
-        params, model_state, batch["image"], KEY, model=by_patch, grid=grid,
-        ids=chunked_ids(grid, 5, 2),
-    )  # fmt: skip
-    latents, _ = at_once.encode(params, model_state, batch["image"], train=False, rng=KEY)
-    assert latents.shape == (2, grid.rows, grid.cols, 4)
+    by_patch, at_once, weights, batch = valid_problems(1)
+    z = encode_all(by_patch, weights, batch)
+    latents, _ = at_once.model.encode(*weights, batch["image"], train=False, rng=KEY)
+    assert latents.shape == (2, by_patch.grid.rows, by_patch.grid.cols, 4)
     np.testing.assert_allclose(latents.reshape(z.shape), z, rtol=1e-12, atol=1e-14)
 
-    ids = jnp.broadcast_to(jnp.arange(grid.num_patches), (2, grid.num_patches))
-    each = patchwise_gradient(
-        params, model_state, ids, batch, KEY, model=by_patch, grid=grid,
-        train_encoder=True, task=SINGLE_LABEL, augment=None, pooling="mean",
-    )  # fmt: skip
-    once = fully_conv_gradient(
-        params, model_state, batch, KEY, model=at_once, grid=whole, patchgd=PatchGDConfig(),
-        task=SINGLE_LABEL, augment=None, positions=1.0, pooling="mean",
-    )  # fmt: skip
+    each = patchwise(by_patch, weights, every_patch(by_patch), batch, KEY)
+    once = fully_conv(at_once, weights, batch, KEY, positions=1.0)
     np.testing.assert_allclose(once.loss, each.loss, rtol=1e-12)
     np.testing.assert_allclose(once.logits, each.logits, rtol=1e-12)
     assert max_relative(once.grads, each.grads) < 1e-11
@@ -247,20 +235,12 @@ def test_fully_conv_is_patchwise_where_no_field_reaches_out(float64):
 
 def test_sampled_positions_are_patchwise_on_those_patches(float64):
     """With a share of the positions, the same ones are drawn as patches: half-way between."""
-    grid, whole, by_patch, at_once, params, model_state = valid_models()
-    rng = np.random.default_rng(2)
-    batch = {"image": rng.random((2, 14, 18, 2)), "label": np.array([1, 0], np.int32)}
-    order = jax.random.permutation(stream(KEY, "sampling"), grid.num_patches)
-    count = -(-grid.num_patches // 4)
-    ids = jnp.broadcast_to(order[:count], (2, count))
-    each = patchwise_gradient(
-        params, model_state, ids, batch, KEY, model=by_patch, grid=grid,
-        train_encoder=True, task=SINGLE_LABEL, augment=None, pooling="mean",
-    )  # fmt: skip
-    once = fully_conv_gradient(
-        params, model_state, batch, KEY, model=at_once, grid=whole, patchgd=PatchGDConfig(),
-        task=SINGLE_LABEL, augment=None, positions=0.25, pooling="mean",
-    )  # fmt: skip
+    by_patch, at_once, weights, batch = valid_problems(2)
+    order = jax.random.permutation(named_key(KEY, "sampling"), by_patch.grid.num_patches)
+    count = -(-by_patch.grid.num_patches // 4)
+    group = PatchIds(jnp.tile(order[:count], (2, 1)), padded=False)
+    each = patchwise(by_patch, weights, group, batch, KEY)
+    once = fully_conv(at_once, weights, batch, KEY, positions=0.25)
     np.testing.assert_allclose(once.loss, each.loss, rtol=1e-12)
     assert max_relative(once.grads, each.grads) < 1e-11
 
@@ -284,32 +264,33 @@ def test_shipped_encoders_as_fully_convolutional_networks(encoder):
     assert many.shape[2] > many.shape[1]
 
 
-def test_answers_of_an_image(float64):
+def test_patch_logits_of_an_image(float64):
     """Mean and vote, and their loss, against loops."""
     rng = np.random.default_rng(4)
     logits = rng.normal(size=(3, 5, 4))
     counts = rng.random((3, 5)) < 0.7
     counts[:, 0] = True
     mean = np.stack([row[used].mean(0) for row, used in zip(logits, counts, strict=True)])
-    np.testing.assert_allclose(pooled(jnp.asarray(logits), counts, "mean"), mean, rtol=1e-12)
+    np.testing.assert_allclose(pool_logits(jnp.asarray(logits), counts, "mean"), mean, rtol=1e-12)
     shares = [
         np.bincount(row[used].argmax(-1), minlength=4) / used.sum()
         for row, used in zip(logits, counts, strict=True)
     ]
-    votes = np.exp(pooled(jnp.asarray(logits), counts, "vote"))
+    votes = np.exp(pool_logits(jnp.asarray(logits), counts, "vote"))
     np.testing.assert_allclose(votes, shares, atol=2e-6)
     tied = jnp.asarray([[[3.0, 0, 0], [0, 0, 1]]])
-    assert int(pooled(tied, None, "vote").argmax()) == 0
+    assert int(pool_logits(tied, None, "vote").argmax()) == 0
 
     batch = {"label": np.array([0, 3, 1]), "weight": np.array([1.0, 2.0, 0.0])}
     total = number = 0.0
     for row, used, label, weight in zip(
         logits, counts, batch["label"], batch["weight"], strict=True
     ):
-        for answer in row[used]:
-            total += weight * float(cross_entropy(jnp.asarray(answer), jnp.asarray(label)))
+        for one in row[used]:
+            total += weight * float(cross_entropy(jnp.asarray(one), jnp.asarray(label)))
             number += weight > 0
-    got = answers_loss(jnp.asarray(logits), batch, jnp.asarray(counts), task=SINGLE_LABEL)
+    problem = toy_problem(PatchGrid(4, 20, 4), PatchGDConfig())
+    got = patch_loss(problem, jnp.asarray(logits), batch, jnp.asarray(counts))
     np.testing.assert_allclose(got, total / number, rtol=1e-12)
 
 
@@ -317,132 +298,68 @@ def attention_parts():
     grid = PatchGrid(8, 12, 4)
     config = ModelConfig(latent_dim=6, norm="group")
     model = build_model(config, grid=grid, channels=1, classes=3, mean=0.0, std=1.0)
-    params, model_state = model.init(KEY)
+    return Problem(model, grid, PatchGDConfig(mode="full")), init_weights(model, KEY)
+
+
+def test_ips_selects_by_attention_and_trains_nothing_else():
+    problem, weights = attention_parts()
     # The shipped head's attention starts uniform.
-    params["head"] = jax.tree.map(
-        lambda x: x + 0.5 * jax.random.normal(KEY, x.shape), params["head"]
+    weights.params["head"] = jax.tree.map(
+        lambda x: x + 0.5 * jax.random.normal(KEY, x.shape), weights.params["head"]
     )
+    model = problem.model._replace(init=lambda key: weights)
+    problem = dataclasses.replace(problem, model=model)
     batch = {
         "image": np.random.default_rng(5).integers(0, 255, (2, 8, 12, 1), np.uint8),
         "label": np.array([0, 2]),
         "patches": np.array([[0, 1, 2, 3, 4, 5], [5, 1, 6, 7, 8, 9]], np.int32),
     }
-    z, _ = fill(
-        params, model_state, batch["image"], KEY, model=model, grid=grid,
-        ids=chunked_ids(grid, 2, 2),
-    )  # fmt: skip
-    return grid, model, params, model_state, batch, z
-
-
-def test_ips_selects_by_attention_and_trains_nothing_else():
-    grid, model, params, model_state, batch, z = attention_parts()
+    z = encode_all(problem, weights, batch)
+    z_map = z.reshape(2, 2, 3, -1)
     mask = jnp.asarray([[1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 1]], bool).reshape(2, 2, 3)
-    attention = np.asarray(model.attend(params, model_state, z.reshape(2, 2, 3, -1), mask))
+    attention = np.asarray(model.attend(*weights, z_map, mask))
     best = np.sort(np.argsort(-attention[0].reshape(-1))[:3])
-    ids = select_patches(params, model_state, z, batch, model=model, grid=grid, count=3)
+    ids = select_patches(problem, weights, z, batch, 3)
     np.testing.assert_array_equal(ids[0], best)
     assert ids[1].tolist()[:2] == [1, 5]
-    assert int(ids[1, 2]) >= grid.num_patches
-    drawn = select_patches(params, model_state, z, batch, model=model, grid=grid, count=3, key=KEY)
-    np.testing.assert_array_equal(drawn, ids)
+    assert int(ids[1, 2]) >= problem.grid.num_patches
+    np.testing.assert_array_equal(select_patches(problem, weights, z, batch, 3, KEY), ids)
 
-    config = resolve_method(TrainConfig(method="ips", baseline=BaselineConfig(top_patches=3)))
-    optimizer = recording_sgd(0.1)
-    state = init_state(KEY, model=model, optimizer=optimizer)._replace(params=params)
-    method = method_of(config)
-    new, _ = method.train_step(
-        state, batch, KEY, model=model, optimizer=optimizer, grid=grid, patchgd=config.patchgd
-    )
-    wanted = full_gradient(
-        params, model_state, only(batch, ids), jax.random.fold_in(KEY, 0), model=model, grid=grid,
-        chunk=3, train_encoder=True, remat=False,
-    )  # fmt: skip
+    settings = {"method": "ips", "baseline": BaselineConfig(top_patches=3)}
+    new, _ = one_step(problem, batch, **settings)
+    key = jax.random.fold_in(KEY, 0)
+    wanted = full_gradient(problem, weights, restrict_to_patches(batch, ids), key)
     assert max_relative(new.opt_state, wanted.grads) < 1e-5
-    every = full_gradient(
-        params, model_state, batch, jax.random.fold_in(KEY, 0), model=model, grid=grid,
-        chunk=3, train_encoder=True, remat=False,
-    )  # fmt: skip
+    every = full_gradient(problem, weights, batch, key)
     assert max_relative(new.opt_state, every.grads) > 1e-2
-    scored = method.eval_step(params, model_state, batch, model=model, grid=grid, fill_chunk=4)
+    scored = algorithm_of(TrainConfig(**settings)).eval_step(problem, weights, batch)
     seen = jnp.zeros((2, 6), bool).at[jnp.arange(2)[:, None], ids].set(True, mode="drop")
-    logits, _ = model.classify(
-        params, model_state, z.reshape(2, 2, 3, -1), seen.reshape(2, 2, 3), train=False, rng=KEY
-    )
+    logits, _ = model.classify(*weights, z_map, seen.reshape(2, 2, 3), train=False, rng=KEY)
     np.testing.assert_allclose(scored["logits"], logits, rtol=1e-5)
 
 
 def test_equal_patches_are_drawn_at_random():
     """The shipped head's attention starts uniform: not always the top left corner."""
-    grid = PatchGrid(8, 12, 4)
-    config = ModelConfig(latent_dim=6, norm="group")
-    model = build_model(config, grid=grid, channels=1, classes=3, mean=0.0, std=1.0)
-    params, model_state = model.init(KEY)
     z = jax.random.normal(KEY, (1, 6, 6))
-    draw = partial(
-        select_patches, params, model_state, z, {"label": np.zeros(1, int)}, model=model, grid=grid,
-        count=2,
-    )  # fmt: skip
+    draw = partial(select_patches, *attention_parts(), z, {"label": np.zeros(1, int)}, 2)
     seen = {int(i) for seed in range(12) for i in draw(key=jax.random.key(seed))[0]}
     assert seen == set(range(6))
     assert draw()[0].tolist() == [0, 1]
 
 
 def test_mil_is_the_heads_part_of_the_gradient(float64):
+    """Also on latents that were kept, without images."""
     grid = PatchGrid(12, 20, 4)
-    params, model, batch = toy_parts(grid)
-    config = resolve_method(TrainConfig(method="mil", patchgd=PatchGDConfig(patch=4)))
-    optimizer = recording_sgd(0.1)
-    entries = frozenset(params["encoder"])
-    state = init_state(KEY, model=model, optimizer=optimizer, frozen=entries)
-    new, _ = method_of(config).train_step(
-        state, batch, KEY, model=model, optimizer=optimizer, grid=grid, patchgd=config.patchgd,
-        frozen=entries,
-    )  # fmt: skip
-    whole = full_gradient(
-        params, {"encoder": {}, "head": {}}, batch, KEY, model=model, grid=grid, chunk=4,
-        train_encoder=True, remat=False,
-    )  # fmt: skip
+    encoder = frozenset(toy_params(0, pixels=32)["encoder"])
+    problem, weights, batch = toy_parts(grid, frozen=encoder)
+    new, _ = one_step(problem, batch, method="mil")
+    whole = full_gradient(problem, weights, batch, KEY)
     assert new.opt_state["encoder"] == {}
     assert max_relative(new.opt_state["head"], whole.grads["head"]) < 1e-12
-    assert max_relative(new.params["encoder"], params["encoder"]) == 0
-    stored = one_update_on_features(config, model, grid, state, batch, params)
+    assert max_relative(new.params["encoder"], weights.params["encoder"]) == 0
+    features = {"z": encode_all(problem, weights, batch), "label": batch["label"]}
+    stored, _ = one_step(problem, features, method="mil")
     assert max_relative(stored.params, new.params) < 1e-12
-
-
-def one_update_on_features(config, model, grid, state, batch, params):
-    """The same step on latents that were kept, without images."""
-    z, _ = fill(
-        params, {"encoder": {}, "head": {}}, batch["image"], KEY, model=model, grid=grid,
-        ids=chunked_ids(grid, 4, 2),
-    )  # fmt: skip
-    new, _ = method_of(config).train_step(
-        state, {"z": z, "label": batch["label"]}, KEY, model=model, optimizer=recording_sgd(0.1),
-        grid=grid, patchgd=config.patchgd, frozen=frozenset(params["encoder"]),
-    )  # fmt: skip
-    return new
-
-
-def test_one_update_is_the_steps_own(float64):
-    """What `one_update` makes of the full gradient is the training step of mode full."""
-    grid = PatchGrid(12, 20, 4)
-    _, model, batch = toy_parts(grid)
-
-    def gradient(params, model_state, batch, key, *, model, grid, patchgd, task, augment):
-        return full_gradient(
-            params, model_state, batch, key, model=model, grid=grid, chunk=4, train_encoder=True,
-            remat=False, task=task, augment=augment,
-        )  # fmt: skip
-
-    optimizer = optax.adam(1e-2)
-    arguments = {
-        "model": model, "optimizer": optimizer, "grid": grid,
-        "patchgd": PatchGDConfig(patch=4, mode="full"), "frozen": frozenset({"w1"}),
-    }  # fmt: skip
-    state = init_state(KEY, model=model, optimizer=optimizer, frozen=frozenset({"w1"}))
-    got, got_metrics = one_update(gradient)(state, batch, KEY, **arguments)
-    wanted, metrics = train_step(state, batch, KEY, **arguments)
-    assert max_relative(got.params, wanted.params) < 1e-12
-    assert max_relative(got_metrics, metrics) < 1e-12
 
 
 # Model options
@@ -605,20 +522,14 @@ def test_folds_of_a_method_go_on(tiny_encoder, tmp_path):
 
 
 def test_patchwise_on_images_with_fewer_patches_than_groups():
-    """No group of a small image is empty of answers: as a regression its error is a number."""
-    grid = PatchGrid(4, 32, 4)
-    _, model, batch = toy_parts(grid)
+    """No group of a small image is without a patch: as a regression its error is a number."""
+    task = make_task(TaskConfig(name="regression"), 1)
+    problem, _, batch = toy_parts(PatchGrid(4, 32, 4), task=task)
     batch["patches"] = np.array([np.arange(8), [2, 5, 8, 9, 10, 11, 12, 13]], np.int32)
     batch["label"] = np.array([0.5, 1.5], np.float32)
-    config = TrainConfig(method="patchwise", patchgd=PatchGDConfig(patch=4, inner_steps=4))
-    optimizer = recording_sgd(0.1)
-    state = init_state(KEY, model=model, optimizer=optimizer)
-    _, metrics = method_of(config).train_step(
-        state, batch, KEY, model=model, optimizer=optimizer, grid=grid, patchgd=config.patchgd,
-        task=make_task(TaskConfig(name="regression"), 1),
-    )  # fmt: skip
+    _, metrics = one_step(problem, batch, method="patchwise", patchgd=PatchGDConfig(inner_steps=4))
     assert np.isfinite(metrics["mae"])
-    nothing = pooled(jnp.ones((1, 2, 3)), jnp.zeros((1, 2), bool), "mean")
+    nothing = pool_logits(jnp.ones((1, 2, 3)), jnp.zeros((1, 2), bool), "mean")
     np.testing.assert_array_equal(nothing, np.zeros((1, 3)))
 
 
@@ -682,9 +593,9 @@ def test_a_method_on_the_command_line(command, tmp_path):
     ]  # fmt: skip
     done = command("train", "tiny", "--method", "downscale", "--baseline.side", "16", *options)
     assert done.returncode == 0, done.stderr
-    settled = json.loads((tmp_path / "run/config.json").read_text())
-    assert settled["data"]["downscale"] == 2
-    assert settled["patchgd"]["mode"] == "full"
+    resolved = json.loads((tmp_path / "run/config.json").read_text())
+    assert resolved["data"]["downscale"] == 2
+    assert resolved["patchgd"]["mode"] == "full"
     image = sorted((tmp_path / "run/examples").glob("*.png"))[0]
     assert command("predict", "run", image).returncode == 0
     unknown = command("train", "tiny", "--method", "pathwise", *options)

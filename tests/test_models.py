@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from toy import max_relative
+from toy import init_weights, max_relative, outer_steps
 
 from patchgd_jax import (
     ENCODERS,
@@ -20,12 +20,11 @@ from patchgd_jax import (
     ModelConfig,
     PatchGDConfig,
     PatchGrid,
+    Problem,
     build_model,
     eval_step,
     from_linen,
     from_nnx,
-    init_state,
-    train_step,
 )
 from patchgd_jax.models.heads.simple import LinearHead
 
@@ -116,21 +115,9 @@ def test_resnets_and_the_papers_head_train(encoder, norm):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     batch = {"image": image, "label": np.arange(4, dtype=np.int32)}
-    optimizer = optax.adam(3e-4)
-    state = jax.jit(lambda key: init_state(key, model=model, optimizer=optimizer))(KEY)
-    patchgd = PatchGDConfig(patch=32, fraction=0.5, fill_chunk=2)
-
-    @jax.jit
-    def step(state):
-        return train_step(
-            state, batch, KEY, model=model, optimizer=optimizer, grid=grid, patchgd=patchgd
-        )
-
-    losses = []
-    for _ in range(3):
-        state, metrics = step(state)
-        losses.append(float(metrics["loss"]))
-    assert losses[-1] < losses[0]
+    problem = Problem(model, grid, PatchGDConfig(fraction=0.5, fill_chunk=2))
+    _, metrics = outer_steps(problem, optax.adam(3e-4), KEY, *[batch] * 3, jit=jax.jit)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
 
 
 def test_the_last_pixels_of_a_patch_are_seen():
@@ -230,25 +217,9 @@ def test_from_nnx_trains_and_switches_modes():
 
     image = np.random.default_rng(1).integers(0, 256, (6, 32, 32, 1), dtype=np.uint8)
     batch = {"image": image, "label": np.arange(6, dtype=np.int32)}
-    optimizer = optax.adam(1e-2)
-    first = init_state(KEY, model=model, optimizer=optimizer)
-
-    @jax.jit
-    def step(train_state, batch):
-        return train_step(
-            train_state,
-            batch,
-            KEY,
-            model=model,
-            optimizer=optimizer,
-            grid=grid,
-            patchgd=PatchGDConfig(patch=16, fraction=0.5),
-        )
-
-    last = first
-    for _ in range(3):
-        last, metrics = step(last, batch)
-    assert np.isfinite(metrics["loss"])
+    problem = Problem(model, grid, PatchGDConfig(fraction=0.5))
+    (first, *_, last), metrics = outer_steps(problem, optax.adam(1e-2), KEY, *[batch] * 3)
+    assert np.isfinite(metrics[-1]["loss"])
     assert jax.tree.structure(last) == jax.tree.structure(first)
     assert max_relative(last.params["encoder"], first.params["encoder"]) > 0
     assert max_relative(last.params["head"], first.params["head"]) > 0
@@ -335,8 +306,8 @@ def test_from_linen_reports_what_a_module_returns():
 
     grid = PatchGrid(32, 48, 16)
     model = from_linen(Encoder(), Head(), grid=grid, channels=3)
-    params, state = jax.jit(model.init)(KEY)
-    assert set(params) == set(state) == {"encoder", "head"}
+    weights = init_weights(model, KEY)
+    assert set(weights.params) == set(weights.batch_stats) == {"encoder", "head"}
     batch = {"image": np.zeros((2, 32, 48, 3), np.uint8), "label": np.zeros(2, np.int32)}
-    out = eval_step(params, state, batch, model=model, grid=grid, fill_chunk=4)
+    out = eval_step(Problem(model, grid, PatchGDConfig()), weights, batch)
     assert out["logits"].shape == (2, 4)

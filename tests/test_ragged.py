@@ -8,36 +8,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import max_relative, recording_sgd, toy_model, toy_params
+from toy import init_weights, max_relative, outer_steps, quick, recording_sgd, toy_model, toy_params
 
 from patchgd_jax import (
     ConfigError,
     ModelConfig,
     PatchGDConfig,
     PatchGrid,
+    Problem,
     build_model,
     eval_step,
-    init_state,
     sample_groups,
-    train_step,
 )
-from patchgd_jax.core.sampling import without_repeats
+from patchgd_jax.core.patch_ids import unique_padding_ids
 
 KEY = jax.random.key(11)
 SIZES = [(13, 9), (5, 18), (4, 4), (16, 20)]
 LARGE = PatchGrid(16, 20, 4)
+sample = quick(sample_groups, static_argnums=(1, 2, 3))
 
 
 def masked_toy(params):
     """The toy model with a head that leaves patches out."""
     model = toy_model(params)
 
-    def classify(params, model_state, z, mask, *, train, rng):
+    def classify(params, batch_stats, z, mask, *, train, rng):
         p = params["head"]
         z = z.reshape(z.shape[0], -1, z.shape[-1])
         hidden = jax.nn.relu(z @ p["v1"] + p["c1"])
         where = None if mask is None else mask.reshape(z.shape[0], -1, 1)
-        return hidden.mean(1, where=where) @ p["v2"] + p["c2"], model_state
+        return hidden.mean(1, where=where) @ p["v2"] + p["c2"], batch_stats
 
     return model._replace(classify=classify)
 
@@ -67,10 +67,8 @@ def listed(batch, slots=None):
 
 
 def gradient(model, grid, config, batch):
-    optimizer = recording_sgd(0.1)
-    state = jax.jit(partial(init_state, model=model, optimizer=optimizer))(KEY)
-    step = partial(train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config)
-    new, metrics = jax.jit(step)(state, batch, KEY)
+    problem = Problem(model, grid, config)
+    (_, new), (metrics,) = outer_steps(problem, recording_sgd(0.1), KEY, batch)
     return new.opt_state, float(metrics["loss"])
 
 
@@ -84,18 +82,18 @@ def alone(model, batch, i, config):
 @pytest.mark.parametrize(
     "config",
     [
-        PatchGDConfig(patch=4, mode="exact", fill_chunk=3),
-        PatchGDConfig(patch=4, mode="full"),
-        PatchGDConfig(patch=4, mode="full", remat=True, fill_chunk=4),
-        PatchGDConfig(patch=4, mode="accumulate", fraction=0.3, fill_chunk=7),
-        PatchGDConfig(patch=4, mode="accumulate", fraction=0.5, sample_per="image"),
+        PatchGDConfig(mode="exact", fill_chunk=3),
+        PatchGDConfig(mode="full"),
+        PatchGDConfig(mode="full", remat=True, fill_chunk=4),
+        PatchGDConfig(mode="accumulate", fraction=0.3, fill_chunk=7),
+        PatchGDConfig(mode="accumulate", fraction=0.5, sample_per="image"),
     ],
     ids=["exact", "full", "remat", "accumulate", "per image"],
 )
 def test_the_gradient_is_the_mean_of_the_images_alone(float64, config, form):
     model = masked_toy(toy_params(1, pixels=32))
     batch = ragged_batch()
-    whole = PatchGDConfig(patch=4, mode="full")
+    whole = PatchGDConfig(mode="full")
     parts = [alone(model, batch, i, whole) for i in range(len(SIZES))]
     wanted = jax.tree.map(lambda *g: sum(g) / len(g), *[g for g, _ in parts])
     got, loss = gradient(model, LARGE, config, form(batch))
@@ -110,19 +108,19 @@ def test_the_gradient_is_the_mean_of_the_images_alone(float64, config, form):
 def test_logits_are_those_of_the_images_alone(float64, form):
     model = masked_toy(toy_params(2, pixels=32))
     batch = ragged_batch()
-    params, state = model.init(KEY)
-    together = eval_step(params, state, form(batch), model=model, grid=LARGE, fill_chunk=6)
+    weights, config = init_weights(model, KEY), PatchGDConfig(fill_chunk=6)
+    together = eval_step(Problem(model, LARGE, config), weights, form(batch))
     for i, (height, width) in enumerate(SIZES):
         one = {"image": batch["image"][i : i + 1, :height, :width], "label": batch["label"][i:][:1]}
-        grid = PatchGrid(height, width, 4)
-        logits = eval_step(params, state, one, model=model, grid=grid, fill_chunk=6)["logits"]
+        problem = Problem(model, PatchGrid(height, width, 4), config)
+        logits = eval_step(problem, weights, one)["logits"]
         np.testing.assert_allclose(together["logits"][i], logits[0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["patchgd", "accumulate", "exact", "full"])
 def test_pixels_of_patches_left_out_change_nothing(mode):
     model = masked_toy(toy_params(3, pixels=32))
-    config = PatchGDConfig(patch=4, mode=mode, fraction=0.5)
+    config = PatchGDConfig(mode=mode, fraction=0.5)
     batch = listed(ragged_batch())
     keep = np.array([0, 3, 7, 11, 19])
     batch["patches"] = np.tile(np.append(keep, LARGE.num_patches), (4, 1)).astype(np.int32)
@@ -139,54 +137,46 @@ def test_pixels_of_patches_left_out_change_nothing(mode):
     assert max_relative(gradient(model, LARGE, config, {**batch, "image": kept})[0], first) > 1e-3
 
 
-def lists(counts, num_patches, slots, seed=0):
-    rng = np.random.default_rng(seed)
-    rows = np.full((len(counts), slots), num_patches, np.int32)
-    for row, count in zip(rows, counts, strict=True):
-        row[:count] = np.sort(rng.choice(num_patches, count, replace=False))
+NUM_PATCHES, COUNTS = 40, [1, 5, 12, 7]
+
+
+def valid_lists():
+    rng = np.random.default_rng(0)
+    rows = np.full((len(COUNTS), max(COUNTS)), NUM_PATCHES, np.int32)
+    for row, count in zip(rows, COUNTS, strict=True):
+        row[:count] = np.sort(rng.choice(NUM_PATCHES, count, replace=False))
     return jnp.asarray(rows)
 
 
 @pytest.mark.parametrize("sample_per", ["batch", "image"])
 @pytest.mark.parametrize("inner_steps", [1, 2, 3, 7])
 def test_a_partition_of_lists_deals_each_images_patches_evenly(inner_steps, sample_per):
-    counts, n = [1, 5, 12, 7], 40
-    patches = lists(counts, n, 12)
-    ids = np.asarray(
-        sample_groups(
-            KEY, num_patches=n, inner_steps=inner_steps, batch=4, sample_per=sample_per,
-            patches=patches,
-        )
-    )  # fmt: skip
+    valid = valid_lists()
+    config = PatchGDConfig(inner_steps=inner_steps, sample_per=sample_per)
+    ids = np.asarray(sample(KEY, config, NUM_PATCHES, 4, valid))
     assert ids.shape == (inner_steps, 4, -(-12 // inner_steps))
-    for b, count in enumerate(counts):
-        real = ids[:, b] < n
-        np.testing.assert_array_equal(np.sort(ids[:, b][real]), np.asarray(patches[b])[:count])
+    for b, count in enumerate(COUNTS):
+        real = ids[:, b] < NUM_PATCHES
+        np.testing.assert_array_equal(np.sort(ids[:, b][real]), np.asarray(valid[b])[:count])
         assert real.sum(1).max() - real.sum(1).min() <= 1
         for row in ids[:, b]:
             assert len(set(row.tolist())) == len(row)
 
 
 def test_uniform_draws_of_lists_are_of_the_list_and_no_more_than_its_share():
-    counts, n = [1, 5, 12, 7], 40
-    patches = lists(counts, n, 12)
-    seen = [np.zeros(n, int) for _ in counts]
+    valid = valid_lists()
+    config = PatchGDConfig(inner_steps=3, sampling="uniform", sample_per="image")
+    seen = [np.zeros(NUM_PATCHES, int) for _ in COUNTS]
     for seed in range(200):
-        key = jax.random.key(seed)
-        ids = np.asarray(
-            sample_groups(
-                key, num_patches=n, inner_steps=3, batch=4, sampling="uniform", sample_per="image",
-                patches=patches,
-            )
-        )  # fmt: skip
-        for b, count in enumerate(counts):
+        ids = np.asarray(sample(jax.random.key(seed), config, NUM_PATCHES, 4, valid))
+        for b, count in enumerate(COUNTS):
             for row in ids[:, b]:
-                drawn = row[row < n]
+                drawn = row[row < NUM_PATCHES]
                 assert 1 <= len(drawn) <= -(-count // 3)
                 assert len(set(row.tolist())) == len(row)
                 seen[b][drawn] += 1
-    for b, count in enumerate(counts):
-        of_list = np.asarray(patches[b])[:count]
+    for b, count in enumerate(COUNTS):
+        of_list = np.asarray(valid[b])[:count]
         assert seen[b].sum() == seen[b][of_list].sum()
         # A patch's share of 600 groups, with repeats inside a group counted once.
         share = 1 - (1 - 1 / count) ** -(-count // 3)
@@ -203,22 +193,19 @@ def test_a_group_without_a_patch_changes_nothing():
     image = rng.integers(0, 256, (2, 32, 48, 1), dtype=np.uint8)
     batch = {"image": image, "label": np.array([0, 2], np.int32)}
     batch["patches"] = np.array([[4, 6, 6], [1, 6, 6]], np.int32)
-    optimizer = recording_sgd(0.0)
-    state = jax.jit(partial(init_state, model=model, optimizer=optimizer))(KEY)
-    config = PatchGDConfig(patch=16, fraction=0.5)
-    step = partial(train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config)
-    new, metrics = jax.jit(step)(state, batch, KEY)
+    problem = Problem(model, grid, PatchGDConfig(fraction=0.5))
+    (first, new), (metrics,) = outer_steps(problem, recording_sgd(0.0), KEY, batch)
     assert np.isfinite(metrics["grad_norm"])
     patches = np.asarray(grid.take(image, jnp.array([[4], [1]])))[:, 0]
-    _, once = model.encode(state.params, state.model_state, patches, train=True, rng=KEY)
-    assert max_relative(new.model_state["encoder"], once["encoder"]) < 1e-5
+    _, once = model.encode(*first.weights, patches, train=True, rng=KEY)
+    assert max_relative(new.batch_stats["encoder"], once["encoder"]) < 1e-5
 
 
 def test_a_weight_is_a_factor_on_an_examples_loss(float64):
     model = masked_toy(toy_params(4, pixels=32))
-    config = PatchGDConfig(patch=4, mode="exact")
+    config = PatchGDConfig(mode="exact")
     batch = ragged_batch()
-    parts = [alone(model, batch, i, PatchGDConfig(patch=4, mode="full"))[0] for i in range(4)]
+    parts = [alone(model, batch, i, PatchGDConfig(mode="full"))[0] for i in range(4)]
     weights = np.array([3.0, 0.0, 0.1, 1.0])
     got, _ = gradient(model, LARGE, config, {**batch, "weight": weights})
     # Zero is padding: it does not count among the examples.
@@ -228,12 +215,12 @@ def test_a_weight_is_a_factor_on_an_examples_loss(float64):
     assert max_relative(got, wanted) < 1e-12
 
 
-def test_repeats_get_numbers_of_their_own():
-    ids = without_repeats(jnp.array([[3, 9, 9, 12]]), 9)
+def test_padding_slots_get_ids_of_their_own():
+    ids = unique_padding_ids(jnp.array([[3, 9, 9, 12]]), 9)
     np.testing.assert_array_equal(ids, [[3, 10, 11, 12]])
 
 
 def test_an_unbiased_scale_for_uniform_draws_of_unequal_lists_is_refused():
-    config = PatchGDConfig(patch=4, sampling="uniform", encoder_grad_scale="unbiased")
+    config = PatchGDConfig(sampling="uniform", encoder_grad_scale="unbiased")
     with pytest.raises(ConfigError, match="use partition"):
         gradient(masked_toy(toy_params(1, pixels=32)), LARGE, config, ragged_batch())

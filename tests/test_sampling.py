@@ -5,17 +5,18 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from toy import quick
 
 from patchgd_jax import ConfigError, PatchGDConfig, sample_groups
 from patchgd_jax.core.sampling import group_size
 
 KEY = jax.random.key(3)
+sample = quick(sample_groups, static_argnums=(1, 2, 3))
 
 
-def draw(num_patches, inner_steps, **options):
-    return np.asarray(
-        sample_groups(KEY, num_patches=num_patches, inner_steps=inner_steps, batch=3, **options)
-    )
+def draw(num_patches, inner_steps, key=KEY, batch=3, **options):
+    config = PatchGDConfig(inner_steps=inner_steps, **options)
+    return np.asarray(sample(key, config, num_patches, batch))
 
 
 @pytest.mark.parametrize("sample_per", ["batch", "image"])
@@ -63,11 +64,7 @@ def test_uniform_draws_with_replacement_and_counts_a_patch_once(sample_per):
         assert len(set(row.tolist())) == 3
     frequency = np.zeros(6)
     for seed in range(300):
-        drawn = np.asarray(
-            sample_groups(
-                jax.random.key(seed), num_patches=6, inner_steps=2, batch=1, sampling="uniform"
-            )
-        )
+        drawn = draw(6, 2, jax.random.key(seed), batch=1, sampling="uniform")
         frequency += np.bincount(drawn[drawn < 6], minlength=6)
     # Each of 600 groups holds a given patch with probability 1 - (5/6)^3.
     wanted = 600 * (1 - (5 / 6) ** 3)
@@ -75,6 +72,5 @@ def test_uniform_draws_with_replacement_and_counts_a_patch_once(sample_per):
 
 
 def test_another_key_gives_other_groups():
-    a = sample_groups(jax.random.key(1), num_patches=30, inner_steps=5, batch=1)
-    b = sample_groups(jax.random.key(2), num_patches=30, inner_steps=5, batch=1)
-    assert (np.asarray(a) != np.asarray(b)).any()
+    a, b = (draw(30, 5, jax.random.key(seed)) for seed in (1, 2))
+    assert (a != b).any()

@@ -15,20 +15,21 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from toy import max_relative, recording_sgd
+from toy import max_relative, outer_steps, quick, recording_sgd
 
 from patchgd_jax import (
     AugmentConfig,
     ConfigError,
     PatchGDConfig,
-    SeriesGrid,
+    Problem,
     eval_step,
     from_linen,
     init_state,
     sample_groups,
     train_step,
 )
-from patchgd_jax.core.gradients import stream
+from patchgd_jax.contrib.series import SeriesGrid
+from patchgd_jax.core.problem import named_key
 from patchgd_jax.models.heads.simple import AttentionHead
 
 ROOT = Path(__file__).parent.parent
@@ -206,10 +207,7 @@ def compared(grads, grid):
 def run(grid, config, **extra):
     model, params, batch = setting(grid)
     batch |= extra
-    optimizer = recording_sgd(0.1)
-    state = init_state(KEY, model=model, optimizer=optimizer)
-    step = partial(train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config)
-    new, metrics = jax.jit(step)(state, batch, KEY)
+    (_, new), (metrics,) = outer_steps(Problem(model, grid, config), recording_sgd(0.1), KEY, batch)
     return params, batch, new, metrics
 
 
@@ -248,12 +246,8 @@ def test_accumulate_is_exact_for_the_head_and_one_jth_for_the_encoder(float64, g
 def test_patchgd_equals_a_slow_loop(float64, grid):
     config = PatchGDConfig(mode="patchgd", fraction=0.5)
     params, batch, new, metrics = run(grid, config)
-    groups = sample_groups(
-        stream(jax.random.fold_in(KEY, 0), "sampling"),
-        num_patches=grid.num_patches,
-        inner_steps=config.num_inner_steps,
-        batch=2,
-    )
+    key = named_key(jax.random.fold_in(KEY, 0), "sampling")
+    groups = sample_groups(key, config, grid.num_patches, 2)
 
     def latents(params, b, number):
         return encode(params["encoder"], cut(batch["image"][b], number, grid.patch, grid.stride))
@@ -276,28 +270,20 @@ def test_patchgd_equals_a_slow_loop(float64, grid):
 def test_a_few_outer_steps_lower_the_loss(float64, mode):
     grid = GRIDS[1]
     model, _, batch = setting(grid)
-    optimizer, config = optax.adam(0.03), PatchGDConfig(mode=mode, fraction=0.5)
-    state = init_state(KEY, model=model, optimizer=optimizer)
-    step = jax.jit(partial(train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config))
-    evaluate = jax.jit(partial(eval_step, model=model, grid=grid, fill_chunk=2))
-    before = evaluate(state.params, state.model_state, batch)["loss"].mean()
-    for _ in range(5):
-        state, _ = step(state, batch, KEY)
-    assert evaluate(state.params, state.model_state, batch)["loss"].mean() < 0.8 * before
+    problem = Problem(model, grid, PatchGDConfig(mode=mode, fraction=0.5, fill_chunk=2))
+    states, _ = outer_steps(problem, optax.adam(0.03), KEY, *[batch] * 5)
+    evaluate = quick(partial(eval_step, problem))
+    before, after = (evaluate(s.weights, batch)["loss"].mean() for s in (states[0], states[-1]))
+    assert after < 0.8 * before
 
 
 def test_augmentation_of_series_is_an_error(float64):
-    grid = GRIDS[0]
-    model, _, batch = setting(grid)
-    state = init_state(KEY, model=model, optimizer=optax.sgd(0.1))
-    step = partial(train_step, model=model, optimizer=optax.sgd(0.1), grid=grid)
+    model, _, batch = setting(GRIDS[0])
+    problem = Problem(model, GRIDS[0], PatchGDConfig(), augment=AugmentConfig(flips=True))
+    optimizer = optax.sgd(0.1)
+    step = partial(train_step, problem, optimizer)
     with pytest.raises(ConfigError, match="augmentation is for patches of images"):
-        jax.eval_shape(
-            partial(step, patchgd=PatchGDConfig(), augment=AugmentConfig(flips=True)),
-            state,
-            batch,
-            KEY,
-        )
+        jax.eval_shape(step, init_state(problem, optimizer, KEY), batch, KEY)
 
 
 # The experiment.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,20 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from patchgd_jax.core.latents import chunked_strata
-from patchgd_jax.engine.sharding.placement import (
-    Bands,
-    check_rules,
-    make_mesh,
-    param_specs,
-    parse_layout,
-    parse_rules,
-    shard_batch,
-)
 from virtual_devices import several_devices
 
 from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, sample_groups
-from patchgd_jax.core.sampling import inclusion_probability, strata_lists
+from patchgd_jax.core.patch_ids import chunk_patch_ids
+from patchgd_jax.core.sampling import inclusion_probability
+from patchgd_jax.engine.sharding.mesh import Bands, make_mesh, parse_layout, shard_batch
+from patchgd_jax.engine.sharding.params import check_rules, param_specs, parse_rules
 
 HERE = Path(__file__).parent
 KEY = jax.random.key(3)
@@ -161,11 +155,8 @@ def test_bands_hold_the_patches_of_their_devices(grid, count):
 @pytest.mark.parametrize("sample_per", ["batch", "image"])
 @pytest.mark.parametrize(("n", "steps", "strata"), [(32, 4, 8), (21, 4, 8), (9, 7, 8), (50, 3, 5)])
 def test_a_stratified_partition_is_one_with_equal_shares(n, steps, strata, sample_per):
-    ids = np.asarray(
-        sample_groups(
-            KEY, num_patches=n, inner_steps=steps, batch=3, sample_per=sample_per, strata=strata
-        )
-    )
+    config = PatchGDConfig(inner_steps=steps, sample_per=sample_per, strata=strata)
+    ids = np.asarray(sample_groups(KEY, config, n, 3))
     bounds = np.arange(strata + 1) * n // strata
     for b in range(3):
         sizes = [(row[b] < n).sum() for row in ids]
@@ -194,12 +185,8 @@ def test_strata_of_lists_deal_out_each_images_patches():
     for row, count in zip(patches, counts, strict=True):
         row[:count] = np.sort(rng.choice(n, count, replace=False))
     for sampling in ("partition", "uniform"):
-        ids = np.asarray(
-            sample_groups(
-                KEY, num_patches=n, inner_steps=3, batch=3, sampling=sampling, strata=4,
-                patches=jnp.asarray(patches),
-            )
-        )  # fmt: skip
+        config = PatchGDConfig(inner_steps=3, sampling=sampling, strata=4)
+        ids = np.asarray(sample_groups(KEY, config, n, 3, jnp.asarray(patches)))
         for b, count in enumerate(counts):
             drawn = ids[:, b][ids[:, b] < n]
             assert set(drawn.tolist()) <= set(patches[b, :count].tolist())
@@ -211,25 +198,27 @@ def test_strata_of_lists_deal_out_each_images_patches():
 
 @pytest.mark.parametrize("chunk", [1, 8, 9, 100])
 def test_chunks_of_strata_hold_each_patch_once(chunk):
-    ids = np.asarray(chunked_strata(strata_lists(21, 8), chunk, 21))
+    batch = {"label": np.zeros(1)}
+    ids = np.asarray(chunk_patch_ids(batch, PatchGrid(3, 7, 1), chunk, strata=8).ids)
     assert sorted(ids[ids < 21].tolist()) == list(range(21))
     assert ids.shape[2] % 8 == 0
     assert all(len(set(row[0].tolist())) == row.size for row in ids)
 
 
 def test_one_stratum_is_as_it_always_was():
-    arguments = {"num_patches": 13, "inner_steps": 4, "batch": 2}
     order = jax.random.permutation(KEY, 13)
     wanted = np.concatenate([order, [13, 14, 15]]).reshape(4, 4).T
-    got = sample_groups(KEY, strata=1, **arguments)
+    got = sample_groups(KEY, PatchGDConfig(inner_steps=4), 13, 2)
     np.testing.assert_array_equal(got, np.stack([wanted, wanted], 1))
 
 
 def test_uniform_draws_of_unequal_strata_have_no_unbiased_factor():
-    assert inclusion_probability(32, 4, "uniform", 8) == 1 - (1 - 1 / 4) ** 1
-    assert inclusion_probability(21, 4, "partition", 8) == 1 / 4
+    config = PatchGDConfig(inner_steps=4, strata=8)
+    uniform = dataclasses.replace(config, sampling="uniform")
+    assert inclusion_probability(uniform, 32) == 1 - (1 - 1 / 4) ** 1
+    assert inclusion_probability(config, 21) == 1 / 4
     with pytest.raises(ConfigError, match="strata 8 does not divide the 21 patches"):
-        inclusion_probability(21, 4, "uniform", 8)
+        inclusion_probability(uniform, 21)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +269,7 @@ def test_more_strata_or_devices_than_patches_are_named():
     with pytest.raises(ConfigError, match="9 devices cannot share a grid of 4 patches"):
         Bands(PatchGrid(8, 8, 4), 9)
     with pytest.raises(ConfigError, match="strata is 8, but the grid has only 4 patches"):
-        sample_groups(KEY, num_patches=4, inner_steps=2, batch=1, strata=8)
+        sample_groups(KEY, PatchGDConfig(inner_steps=2, strata=8), 4, 1)
     with pytest.raises(ConfigError, match="at least 1"):
         PatchGDConfig(strata=0)
 

@@ -11,14 +11,24 @@ import optax
 import pytest
 import reference
 from flax import linen as nn
-from patchgd_jax.core.latents import chunked_ids, write_latents
-from toy import max_relative, recording_sgd, toy_batch, toy_model, toy_params
+from toy import (
+    covering,
+    init_weights,
+    max_relative,
+    outer_steps,
+    recording_sgd,
+    toy_batch,
+    toy_params,
+    toy_problem,
+)
 
 from patchgd_jax import (
     ConfigError,
     ModelConfig,
     PatchGDConfig,
     PatchGrid,
+    PatchIds,
+    Problem,
     build_model,
     eval_step,
     fill,
@@ -27,14 +37,12 @@ from patchgd_jax import (
     sample_groups,
     train_step,
 )
-from patchgd_jax.core.gradients import (
-    exact_gradient,
-    full_gradient,
-    inner_gradient,
-    listed_patches,
-    stream,
-)
-from patchgd_jax.core.step import global_norm
+from patchgd_jax.core.forward import cut, write_latents
+from patchgd_jax.core.gradients import exact_gradient, full_gradient
+from patchgd_jax.core.patch_ids import chunk_patch_ids, valid_ids
+from patchgd_jax.core.problem import named_key
+from patchgd_jax.core.step import inner_gradient
+from patchgd_jax.core.update import global_norm
 
 KEY = jax.random.key(7)
 GRIDS = [
@@ -45,32 +53,19 @@ GRIDS = [
 ]
 
 
-def run_toy(grid, config, seed=0, rate=0.1):
-    params = toy_params(seed, pixels=grid.patch**2 * 2)
-    model, batch = toy_model(params), toy_batch(seed, grid)
-    optimizer = recording_sgd(rate)
-    state = jax.jit(partial(init_state, model=model, optimizer=optimizer))(KEY)
-    new, metrics = jax.jit(
-        partial(train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config)
-    )(state, batch, KEY)
-    return params, batch, new, metrics
+def run_toy(grid, config):
+    """The first parameters, the batch, and the state and metrics after one outer step."""
+    batch = toy_batch(0, grid)
+    problem = toy_problem(grid, config)
+    (first, last), (metrics,) = outer_steps(problem, recording_sgd(0.1), KEY, batch)
+    return jax.tree.map(np.asarray, first.params), batch, last, metrics
 
 
-def real_groups(grid, config, batch_size, step=0, patches=None):
-    """The groups that a step draws, without the slots that hold no patch."""
-    ids = sample_groups(
-        stream(jax.random.fold_in(KEY, step), "sampling"),
-        num_patches=grid.num_patches,
-        inner_steps=config.num_inner_steps,
-        batch=batch_size,
-        sampling=config.sampling,
-        sample_per=config.sample_per,
-        patches=patches,
-    )
-    return [
-        [[int(n) for n in row if n < grid.num_patches] for row in group]
-        for group in np.asarray(ids)
-    ]
+def real_groups(grid, config, batch_size, step=0, valid=None):
+    """The groups that a step draws, without padding slots."""
+    key = named_key(jax.random.fold_in(KEY, step), "sampling")
+    ids = np.asarray(sample_groups(key, config, grid.num_patches, batch_size, valid))
+    return [[[int(n) for n in row if n < grid.num_patches] for row in group] for group in ids]
 
 
 def whole(params, batch, grid):
@@ -79,39 +74,34 @@ def whole(params, batch, grid):
     )
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("grid", "chunk"), covering(lambda g, c: c == g % 3, GRIDS, (1, 3, 100)), ids=str
+)
 def test_exact_is_the_whole_image_gradient(float64, grid, chunk):
-    config = PatchGDConfig(patch=grid.patch, stride=grid.stride, mode="exact", fill_chunk=chunk)
-    params, batch, new, metrics = run_toy(grid, config)
+    params, batch, new, metrics = run_toy(grid, PatchGDConfig(mode="exact", fill_chunk=chunk))
     loss, grads = whole(params, batch, grid)
     assert max_relative(new.opt_state, grads) < 1e-12
     assert abs(float(metrics["loss"]) - loss) < 1e-12
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "remat"), covering(lambda g, r: r == g % 2, GRIDS, (False, True)), ids=str
+)
 def test_full_is_the_whole_image_gradient(float64, grid, remat):
-    config = PatchGDConfig(
-        patch=grid.patch, stride=grid.stride, mode="full", remat=remat, fill_chunk=2
-    )
-    params, batch, new, _ = run_toy(grid, config)
+    params, batch, new, _ = run_toy(grid, PatchGDConfig(mode="full", remat=remat, fill_chunk=2))
     assert max_relative(new.opt_state, whole(params, batch, grid)[1]) < 1e-12
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("fraction", [0.5, 0.3, 0.2])
-@pytest.mark.parametrize("sample_per", ["batch", "image"])
+@pytest.mark.parametrize(
+    ("grid", "fraction", "sample_per"),
+    covering(lambda g, f, s: f == (g + s) % 3, GRIDS, (0.5, 0.3, 0.2), ("batch", "image")),
+    ids=str,
+)
 def test_accumulate_is_exact_for_the_head_and_one_jth_for_the_encoder(
     float64, grid, fraction, sample_per
 ):
     config = PatchGDConfig(
-        patch=grid.patch,
-        stride=grid.stride,
-        mode="accumulate",
-        fraction=fraction,
-        sample_per=sample_per,
-        fill_chunk=5,
+        mode="accumulate", fraction=fraction, sample_per=sample_per, fill_chunk=5
     )
     if config.num_inner_steps > grid.num_patches:
         with pytest.raises(ConfigError, match="inner steps for a grid of"):
@@ -124,49 +114,47 @@ def test_accumulate_is_exact_for_the_head_and_one_jth_for_the_encoder(
     assert max_relative(new.opt_state["encoder"], scaled) < 1e-12
 
 
-@pytest.mark.parametrize("fraction", [0.2, 0.3])
-@pytest.mark.parametrize("grid", GRIDS[:3], ids=str)
+@pytest.mark.parametrize(
+    ("grid", "fraction"), covering(lambda g, f: f == g % 2, GRIDS[:3], (0.3, 0.2)), ids=str
+)
 def test_unbiased_scale_makes_accumulate_exact(float64, grid, fraction):
     """Also where J does not divide N, so that N / k is not J."""
-    config = PatchGDConfig(
-        patch=grid.patch,
-        stride=grid.stride,
-        mode="accumulate",
-        fraction=fraction,
-        encoder_grad_scale="unbiased",
-    )
+    config = PatchGDConfig(mode="accumulate", fraction=fraction, encoder_grad_scale="unbiased")
     params, batch, new, _ = run_toy(grid, config)
     assert max_relative(new.opt_state, whole(params, batch, grid)[1]) < 1e-12
 
 
 def test_unbiased_scale_is_right_on_average_for_sampling_with_replacement(float64):
     grid = PatchGrid(8, 12, 4)
-    params = toy_params(0, pixels=32)
-    model, batch = toy_model(params), toy_batch(0, grid)
+    batch, optimizer = toy_batch(0, grid), recording_sgd(0.0)
     config = PatchGDConfig(
-        patch=4, mode="accumulate", fraction=0.5, sampling="uniform", encoder_grad_scale="unbiased"
+        mode="accumulate", fraction=0.5, sampling="uniform", encoder_grad_scale="unbiased"
     )
-    optimizer = recording_sgd(0.0)
-    state = jax.jit(partial(init_state, model=model, optimizer=optimizer))(KEY)
-    step = partial(train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config)
+    problem = toy_problem(grid, config)
+    state = init_state(problem, optimizer, KEY)
+    step = partial(train_step, problem, optimizer, state, batch)
     keys = jax.random.split(KEY, 4000)
-    grads = jax.jit(jax.vmap(lambda key: step(state, batch, key)[0].opt_state["encoder"]))(keys)
-    wanted = whole(params, batch, grid)[1]["encoder"]
+    grads = jax.jit(jax.vmap(lambda key: step(key)[0].opt_state["encoder"]))(keys)
+    wanted = whole(toy_params(0, pixels=32), batch, grid)[1]["encoder"]
     for name, samples in grads.items():
         error = np.abs(samples.mean(0) - wanted[name])
         assert (error < 5 * samples.std(0) / np.sqrt(len(keys)) + 1e-12).all(), name
 
 
-@pytest.mark.parametrize("grid", GRIDS[:3], ids=str)
-@pytest.mark.parametrize(("fraction", "epsilon"), [(0.5, 1), (0.5, 2), (0.25, 2), (0.17, 3)])
 @pytest.mark.parametrize(
-    ("sampling", "sample_per"),
-    [("partition", "batch"), ("partition", "image"), ("uniform", "image")],
+    ("grid", "steps", "sampling"),
+    # Each pair of values is in one of the quick ones.
+    covering(
+        lambda g, f, s: s == (g + f) % 3,
+        GRIDS[:3],
+        ((0.5, 1), (0.5, 2), (0.25, 2), (0.17, 3)),
+        (("partition", "batch"), ("partition", "image"), ("uniform", "image")),
+    ),
+    ids=str,
 )
-def test_patchgd_equals_the_slow_reference(float64, grid, fraction, epsilon, sampling, sample_per):
+def test_patchgd_equals_the_slow_reference(float64, grid, steps, sampling):
+    (fraction, epsilon), (sampling, sample_per) = steps, sampling
     config = PatchGDConfig(
-        patch=grid.patch,
-        stride=grid.stride,
         mode="patchgd",
         fraction=fraction,
         epsilon=epsilon,
@@ -193,21 +181,20 @@ def test_patchgd_equals_the_slow_reference(float64, grid, fraction, epsilon, sam
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_one_inner_step_over_everything_is_a_plain_step(float64, grid):
-    sizes = {"patch": grid.patch, "stride": grid.stride}
-    _, _, plain, _ = run_toy(grid, PatchGDConfig(mode="full", **sizes))
-    _, _, patchgd, _ = run_toy(grid, PatchGDConfig(mode="patchgd", fraction=1.0, **sizes))
+    _, _, plain, _ = run_toy(grid, PatchGDConfig(mode="full"))
+    _, _, patchgd, _ = run_toy(grid, PatchGDConfig(mode="patchgd", fraction=1.0))
     assert max_relative(patchgd.params, plain.params) < 1e-12
 
 
 def test_the_steps_differ_from_step_to_step(float64):
-    grid, config = GRIDS[0], PatchGDConfig(patch=4, fraction=0.2)
+    grid, config = GRIDS[0], PatchGDConfig(fraction=0.2)
     assert real_groups(grid, config, 2, step=0) != real_groups(grid, config, 2, step=1)
 
 
 def test_encoder_grad_scale_scales_the_encoder_only(float64):
     grid = GRIDS[1]
-    plain = run_toy(grid, PatchGDConfig(patch=4, mode="exact"))[2]
-    scaled = run_toy(grid, PatchGDConfig(patch=4, mode="exact", encoder_grad_scale=2.5))[2]
+    plain = run_toy(grid, PatchGDConfig(mode="exact"))[2]
+    scaled = run_toy(grid, PatchGDConfig(mode="exact", encoder_grad_scale=2.5))[2]
     wanted = jax.tree.map(lambda g: 2.5 * g, plain.opt_state["encoder"])
     assert max_relative(scaled.opt_state["encoder"], wanted) < 1e-12
     assert max_relative(scaled.opt_state["head"], plain.opt_state["head"]) < 1e-12
@@ -215,26 +202,14 @@ def test_encoder_grad_scale_scales_the_encoder_only(float64):
 
 def test_gradient_flows_through_the_sampled_patches_only(float64):
     grid = PatchGrid(13, 9, 4)
-    params = toy_params(0, pixels=32)
-    model, batch = toy_model(params), toy_batch(0, grid)
-    state = {"encoder": {}, "head": {}}
-    chunks = chunked_ids(grid, 4, 2)
-    z, _ = fill(params, state, batch["image"], KEY, model=model, grid=grid, ids=chunks)
-    ids = jnp.array([[0, 5], [7, grid.num_patches]])
+    problem, batch = toy_problem(grid, PatchGDConfig()), toy_batch(0, grid)
+    weights = init_weights(problem.model, KEY)
+    z, _ = fill(problem, weights, batch, chunk_patch_ids(batch, grid, 4), KEY)
+    group = PatchIds(jnp.array([[0, 5], [7, grid.num_patches]]), padded=True)
 
     def loss(image):
-        out, _ = inner_gradient(
-            params,
-            state,
-            z,
-            ids,
-            {**batch, "image": image},
-            KEY,
-            model=model,
-            grid=grid,
-            train_encoder=True,
-        )
-        return out.loss
+        patches = cut(problem, image, group)
+        return inner_gradient(problem, weights, z, patches, group, batch, KEY)[0].loss
 
     flow = np.asarray(jax.grad(loss)(batch["image"]))
     sampled = np.zeros_like(flow, bool)
@@ -271,12 +246,12 @@ def test_z_of_a_bright_pixel_is_where_the_pixel_is():
             return z.reshape(z.shape[0], -1)
 
     model = from_linen(Sum(), Seen(), grid=grid, channels=1)
-    params, state = jax.jit(model.init)(KEY)
+    problem, weights = Problem(model, grid, PatchGDConfig()), init_weights(model, KEY)
     for y, x in [(0, 0), (19, 30), (5, 10), (12, 28), (4, 26)]:
         image = np.zeros((1, 20, 31, 1), np.uint8)
         image[0, y, x] = 255
-        ids = chunked_ids(grid, 4, 1)
-        z, _ = fill(params, state, image, KEY, model=model, grid=grid, ids=ids)
+        batch = {"image": image}
+        z, _ = fill(problem, weights, batch, chunk_patch_ids(batch, grid, 4), KEY)
         seen = np.asarray(z).reshape(grid.rows, grid.cols) > 0
         wanted = np.array(
             [
@@ -285,9 +260,8 @@ def test_z_of_a_bright_pixel_is_where_the_pixel_is():
             ]
         )
         np.testing.assert_array_equal(seen, wanted)
-        logits, _ = model.classify(
-            params, state, z.reshape(1, grid.rows, grid.cols, 1), None, train=False, rng=KEY
-        )
+        z = z.reshape(1, grid.rows, grid.cols, 1)
+        logits, _ = model.classify(*weights, z, None, train=False, rng=KEY)
         np.testing.assert_array_equal(np.asarray(logits[0] > 0).reshape(wanted.shape), wanted)
 
 
@@ -306,11 +280,10 @@ def digits_batch(grid, batch=4, seed=0):
 def test_fill_does_not_depend_on_the_chunk_in_eval_mode(norm):
     grid = PatchGrid(40, 56, 16, 12)
     model, batch = shipped(grid, norm=norm), digits_batch(grid)
-    params, state = jax.jit(model.init)(KEY)
+    problem, weights = Problem(model, grid, PatchGDConfig()), init_weights(model, KEY)
 
     def filled(chunk):
-        ids = chunked_ids(grid, chunk, 4)
-        return fill(params, state, batch["image"], KEY, model=model, grid=grid, ids=ids)[0]
+        return fill(problem, weights, batch, chunk_patch_ids(batch, grid, chunk), KEY)[0]
 
     z = [np.asarray(filled(chunk)) for chunk in (1, 3, 7, 1000)]
     assert z[0].shape == (4, grid.num_patches, 16)
@@ -322,18 +295,18 @@ def test_images_are_normalised_after_the_gather():
     """uint8 pixels and the same pixels as floats in [0, 1] give the same latents."""
     grid = PatchGrid(32, 32, 16)
     model, batch = shipped(grid), digits_batch(grid)
-    params, state = jax.jit(model.init)(KEY)
-    arguments = {"model": model, "grid": grid, "ids": chunked_ids(grid, 2, 4)}
-    from_bytes, _ = fill(params, state, batch["image"], KEY, **arguments)
-    from_floats, _ = fill(params, state, np.float32(batch["image"]) / 255, KEY, **arguments)
+    problem, weights = Problem(model, grid, PatchGDConfig()), init_weights(model, KEY)
+    groups = chunk_patch_ids(batch, grid, 2)
+    from_bytes, _ = fill(problem, weights, batch, groups, KEY)
+    floats = {**batch, "image": np.float32(batch["image"]) / 255}
+    from_floats, _ = fill(problem, weights, floats, groups, KEY)
     np.testing.assert_allclose(from_bytes, from_floats, rtol=1e-5, atol=1e-5)
 
 
-def step_once(model, grid, config, batch, optimizer=None):
-    optimizer = optimizer or optax.sgd(0.01)
-    state = jax.jit(partial(init_state, model=model, optimizer=optimizer))(KEY)
-    step = partial(train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config)
-    return state, *jax.jit(step)(state, batch, KEY)
+def step_once(problem, batch, optimizer=None):
+    """The states before and after one outer step, and its metrics."""
+    states, (metrics,) = outer_steps(problem, optimizer or optax.sgd(0.01), KEY, batch)
+    return *states, metrics
 
 
 @pytest.mark.parametrize(
@@ -343,46 +316,47 @@ def step_once(model, grid, config, batch, optimizer=None):
 def test_norm_policy_says_when_statistics_move(policy, fill_moves, inner_moves):
     grid = PatchGrid(32, 32, 16)
     model, batch = shipped(grid, norm="batch"), digits_batch(grid)
-    config = PatchGDConfig(patch=16, fraction=0.5, norm_policy=policy)
-    # A rate of zero: only the statistics can change.
-    before, after, _ = step_once(model, grid, config, batch, optax.sgd(0.0))
-    moved = max_relative(after.model_state["encoder"], before.model_state["encoder"]) > 0
-    assert moved == inner_moves
-    alone = PatchGDConfig(patch=16, fraction=0.5, norm_policy="inner")
-    _, inner_only, _ = step_once(model, grid, alone, batch, optax.sgd(0.0))
-    differs = max_relative(after.model_state["encoder"], inner_only.model_state["encoder"]) > 0
+
+    def statistics(policy):
+        problem = Problem(model, grid, PatchGDConfig(fraction=0.5, norm_policy=policy))
+        # A rate of zero: only the statistics can change.
+        states = step_once(problem, batch, optax.sgd(0.0))[:2]
+        return [state.batch_stats["encoder"] for state in states]
+
+    before, after = statistics(policy)
+    assert (max_relative(after, before) > 0) == inner_moves
+    differs = max_relative(after, statistics("inner")[1]) > 0
     assert differs == (fill_moves or not inner_moves)
 
 
 @pytest.mark.parametrize("padding", ["slots", "weight", "size"])
 def test_what_is_no_patch_does_not_count_in_batch_statistics(padding):
-    """Spare slots, padding examples and padding patches, against encoding the real ones only."""
+    """Padding slots, examples and patches, against encoding the real ones only."""
     grid = PatchGrid(32, 48, 16)
     model, batch = shipped(grid, norm="batch"), digits_batch(grid)
     real = np.ones((4, 6), bool)
-    # 4 inner steps over 6 patches: two of the eight slots are spare.
-    config = PatchGDConfig(patch=16, fraction=0.25)
+    # 4 inner steps over 6 patches: two of the eight slots are padding.
+    config = PatchGDConfig(fraction=0.25)
     if padding == "weight":
         batch["weight"] = np.array([1, 1, 0, 1], np.float32)
         real[2] = False
     elif padding == "size":
         batch["size"] = np.array([[32, 48], [32, 32], [16, 48], [32, 48]], np.int32)
         real[1, [2, 5]] = real[2, 3:] = False
-    before, after, _ = step_once(model, grid, config, batch, optax.sgd(0.0))
-    state = before.model_state
+    before, after, _ = step_once(Problem(model, grid, config), batch, optax.sgd(0.0))
+    batch_stats = before.batch_stats
     patches = np.asarray(grid.take(batch["image"], jnp.tile(jnp.arange(6), (4, 1))))
-    listed = listed_patches(batch, grid)
-    for group in real_groups(grid, config, 4, patches=listed):
-        rows = [patches[b, n] for b in range(4) for n in group[b] if real[b, n]]
-        _, state = model.encode(before.params, state, np.stack(rows), train=True, rng=KEY)
-    assert max_relative(after.model_state["encoder"], state["encoder"]) < 1e-4
+    for group in real_groups(grid, config, 4, valid=valid_ids(batch, grid)):
+        rows = np.stack([patches[b, n] for b in range(4) for n in group[b] if real[b, n]])
+        _, batch_stats = model.encode(before.params, batch_stats, rows, train=True, rng=KEY)
+    assert max_relative(after.batch_stats["encoder"], batch_stats["encoder"]) < 1e-4
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.25])
 @pytest.mark.parametrize("chunk", [1, 4, 9])
 def test_accumulate_does_not_depend_on_the_chunk(float64, fraction, chunk):
     grid = PatchGrid(13, 9, 4)
-    config = PatchGDConfig(patch=4, mode="accumulate", fraction=fraction, fill_chunk=chunk)
+    config = PatchGDConfig(mode="accumulate", fraction=fraction, fill_chunk=chunk)
     params, batch, new, _ = run_toy(grid, config)
     assert max_relative(new.opt_state["head"], whole(params, batch, grid)[1]["head"]) < 1e-12
 
@@ -391,21 +365,21 @@ def test_exact_and_full_agree_in_single_precision():
     """Gradients of the default encoder and head, to 1e-5 of their norm, step by step."""
     grid, config = PatchGrid(64, 64, 16), ModelConfig(latent_dim=8)
     model = build_model(config, grid=grid, channels=1, classes=3, mean=0.1, std=0.3)
-    optimizer, states = recording_sgd(0.05), {}
-    for mode in ("exact", "full"):
-        states[mode] = init_state(KEY, model=model, optimizer=optimizer)
     rng = np.random.default_rng(0)
-    for _ in range(3):
-        batch = {
+    batches = [
+        {
             "image": rng.integers(0, 255, (2, 64, 64, 1), np.uint8),
             "label": rng.integers(3, size=2).astype(np.int32),
         }
-        for mode, state in states.items():
-            patchgd = PatchGDConfig(patch=16, mode=mode, norm_policy="frozen", fill_chunk=4)
-            states[mode], _ = train_step(
-                state, batch, KEY, model=model, optimizer=optimizer, grid=grid, patchgd=patchgd
-            )
-        exact, full = (states[mode].opt_state for mode in ("exact", "full"))
+        for _ in range(3)
+    ]
+    gradients = []
+    for mode in ("exact", "full"):
+        patchgd = PatchGDConfig(mode=mode, norm_policy="frozen", fill_chunk=4)
+        problem = Problem(model, grid, patchgd)
+        states, _ = outer_steps(problem, recording_sgd(0.05), KEY, *batches, jit=jax.jit)
+        gradients.append([state.opt_state for state in states[1:]])
+    for exact, full in zip(*gradients, strict=True):
         apart = jax.tree.map(lambda a, b: a - b, exact, full)
         assert global_norm(apart) <= 1e-5 * global_norm(full)
 
@@ -414,9 +388,9 @@ def test_exact_refuses_moving_batch_statistics():
     grid = PatchGrid(32, 32, 16)
     model, batch = shipped(grid, norm="batch"), digits_batch(grid)
     with pytest.raises(ConfigError, match="batch statistics"):
-        step_once(model, grid, PatchGDConfig(patch=16, mode="exact"), batch)
-    frozen = PatchGDConfig(patch=16, mode="exact", norm_policy="frozen")
-    _, _, metrics = step_once(model, grid, frozen, batch)
+        step_once(Problem(model, grid, PatchGDConfig(mode="exact")), batch)
+    frozen = PatchGDConfig(mode="exact", norm_policy="frozen")
+    _, _, metrics = step_once(Problem(model, grid, frozen), batch)
     assert np.isfinite(metrics["loss"])
 
 
@@ -441,26 +415,42 @@ class _Mean(nn.Module):
 def test_exact_equals_autodiff_with_dropout(float64):
     grid = PatchGrid(13, 9, 4)
     model = from_linen(_Dropping(), _Mean(), grid=grid, channels=2, dtype=jnp.float64)
-    params, state = jax.jit(model.init)(KEY)
-    batch = toy_batch(0, grid)
-    arguments = {"model": model, "grid": grid, "chunk": 5, "train_encoder": True}
-    exact = exact_gradient(params, state, batch, KEY, **arguments)
-    full = full_gradient(params, state, batch, KEY, **arguments, remat=True)
+    weights, batch = init_weights(model, KEY), toy_batch(0, grid)
+    problem = Problem(model, grid, PatchGDConfig(mode="exact", fill_chunk=5))
+    remat = Problem(model, grid, PatchGDConfig(mode="full", remat=True, fill_chunk=5))
+    exact = exact_gradient(problem, weights, batch, KEY)
+    full = full_gradient(remat, weights, batch, KEY)
     assert max_relative(exact.grads, full.grads) < 1e-12
-    other = exact_gradient(params, state, batch, jax.random.key(8), **arguments)
+    other = exact_gradient(problem, weights, batch, jax.random.key(8))
     assert abs(float(other.loss - exact.loss)) > 1e-6, "dropout must depend on the key"
 
 
 def test_examples_of_weight_zero_change_nothing(float64):
     grid = PatchGrid(12, 20, 4)
-    params = toy_params(0, pixels=32)
-    model, batch = toy_model(params), toy_batch(0, grid, batch=3)
-    config = PatchGDConfig(patch=4, mode="accumulate", fraction=0.5)
+    batch = toy_batch(0, grid, batch=3)
+    problem = toy_problem(grid, PatchGDConfig(mode="accumulate", fraction=0.5))
     two = {k: v[:2] for k, v in batch.items()}
     padded = {**batch, "weight": np.array([1.0, 1.0, 0.0])}
-    _, alone, _ = step_once(model, grid, config, two, recording_sgd(0.1))
-    _, with_padding, _ = step_once(model, grid, config, padded, recording_sgd(0.1))
+    _, alone, _ = step_once(problem, two, recording_sgd(0.1))
+    _, with_padding, _ = step_once(problem, padded, recording_sgd(0.1))
     assert max_relative(with_padding.opt_state, alone.opt_state) < 1e-12
+
+
+def test_the_training_metric_is_a_mean_by_weight():
+    """Also for weights of less than one in all; without any weight it is 0."""
+    grid = PatchGrid(8, 8, 4)
+    problem, batch = toy_problem(grid, PatchGDConfig(mode="exact")), toy_batch(0, grid)
+    guess = eval_step(problem, init_weights(problem.model, KEY), batch)["prediction"]
+    batches = [
+        {"image": batch["image"], "label": (guess + wrong) % 3, "weight": np.float32(weight)}
+        for wrong, weight in (
+            (np.array([0, 0]), [0.01, 0.01]),
+            (np.array([0, 1]), [0.01, 0.03]),
+            (np.array([0, 0]), [0, 0]),
+        )
+    ]
+    _, metrics = outer_steps(problem, optax.sgd(0.0), KEY, *batches)
+    np.testing.assert_allclose([m["accuracy"] for m in metrics], [1, 0.25, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("stride", [16, 8])
@@ -469,46 +459,46 @@ def test_patches_beyond_an_images_true_size_are_masked(stride):
     small, large = PatchGrid(32, 48, 16, stride), PatchGrid(48, 80, 16, stride)
     batch = digits_batch(small)
     model, wide = shipped(small, norm="group"), shipped(large, norm="group")
-    params, state = jax.jit(model.init)(KEY)
-    alone = eval_step(params, state, batch, model=model, grid=small, fill_chunk=2)
+    weights, config = init_weights(model, KEY), PatchGDConfig(fill_chunk=2)
+    alone = eval_step(Problem(model, small, config), weights, batch)
     rng = np.random.default_rng(1)
     image = rng.integers(0, 256, (4, 48, 80, 1), dtype=np.uint8)
     image[:, :32, :48] = batch["image"]
     sizes = np.tile(np.array([[32, 48]], np.int32), (4, 1))
     padded = {"image": image, "label": batch["label"], "size": sizes}
-    inside = eval_step(params, state, padded, model=wide, grid=large, fill_chunk=2)
+    inside = eval_step(Problem(wide, large, config), weights, padded)
     np.testing.assert_allclose(inside["logits"], alone["logits"], rtol=1e-5, atol=1e-5)
 
 
 def test_second_call_compiles_nothing():
     grid = PatchGrid(32, 32, 16)
-    model, config = shipped(grid), PatchGDConfig(patch=16, fraction=0.5)
-    optimizer = optax.adam(1e-3)
+    problem, optimizer = Problem(shipped(grid), grid, PatchGDConfig(fraction=0.5)), optax.adam(1e-3)
     traces = []
 
     def counted(state, batch, key):
         traces.append(1)
-        return train_step(
-            state, batch, key, model=model, optimizer=optimizer, grid=grid, patchgd=config
-        )
+        return train_step(problem, optimizer, state, batch, key)
 
     step = jax.jit(counted, donate_argnums=0)
-    state = jax.jit(partial(init_state, model=model, optimizer=optimizer))(KEY)
+    state = jax.jit(partial(init_state, problem, optimizer))(KEY)
     for seed in range(3):
         state, _ = step(state, digits_batch(grid, seed=seed), KEY)
     assert len(traces) == 1
     assert step._cache_size() == 1
 
 
+def compiled_memory(problem, optimizer, state, batch):
+    step = jax.jit(partial(train_step, problem, optimizer), donate_argnums=0)
+    return step.lower(state, batch, KEY).compile().memory_analysis()
+
+
 def test_the_state_is_donated():
     grid = PatchGrid(32, 32, 16)
-    model, config = shipped(grid), PatchGDConfig(patch=16, fraction=0.5)
-    optimizer = optax.adam(1e-3)
-    state = jax.jit(partial(init_state, model=model, optimizer=optimizer))(KEY)
-    step = partial(train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, digits_batch(grid), KEY).compile()
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
-    assert compiled.memory_analysis().alias_size_in_bytes >= size
+    problem, optimizer = Problem(shipped(grid), grid, PatchGDConfig(fraction=0.5)), optax.adam(1e-3)
+    state = jax.eval_shape(partial(init_state, problem, optimizer), KEY)
+    memory = compiled_memory(problem, optimizer, state, digits_batch(grid))
+    leaves = jax.tree.leaves((state.params, state.opt_state))
+    assert memory.alias_size_in_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 @pytest.mark.parametrize(
@@ -519,24 +509,15 @@ def test_memory_grows_by_no_more_than_the_image_and_z(mode):
     temporary, allowed = [], []
     for side in (512, 2048):
         grid = PatchGrid(side, side, 64)
-        model = shipped(grid, norm="group")
-        config = PatchGDConfig(
-            patch=64,
-            fraction=1.0,
-            inner_steps=grid.num_patches // 16,
-            mode=mode,
-            fill_chunk=16,
-        )
-        optimizer = optax.adam(1e-3)
-        state = jax.eval_shape(partial(init_state, model=model, optimizer=optimizer), KEY)
+        inner_steps = grid.num_patches // 16
+        config = PatchGDConfig(inner_steps=inner_steps, mode=mode, fill_chunk=16)
+        problem, optimizer = Problem(shipped(grid, norm="group"), grid, config), optax.adam(1e-3)
+        state = jax.eval_shape(partial(init_state, problem, optimizer), KEY)
         batch = {
             "image": jax.ShapeDtypeStruct((2, side, side, 1), np.uint8),
             "label": jax.ShapeDtypeStruct((2,), np.int32),
         }
-        step = partial(train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config)
-        memory = (
-            jax.jit(step, donate_argnums=0).lower(state, batch, KEY).compile().memory_analysis()
-        )
+        memory = compiled_memory(problem, optimizer, state, batch)
         temporary.append(memory.temp_size_in_bytes)
         allowed.append(2 * side * side + 2 * grid.num_patches * 16 * 4)
     assert temporary[1] - temporary[0] <= allowed[1] - allowed[0]
@@ -545,18 +526,15 @@ def test_memory_grows_by_no_more_than_the_image_and_z(mode):
 
 def test_bfloat16_encoder_trains():
     grid = PatchGrid(32, 32, 16)
-    model = shipped(grid, dtype="bfloat16")
-    _, after, metrics = step_once(
-        model, grid, PatchGDConfig(patch=16, fraction=0.5), digits_batch(grid)
-    )
+    problem = Problem(shipped(grid, dtype="bfloat16"), grid, PatchGDConfig(fraction=0.5))
+    _, after, metrics = step_once(problem, digits_batch(grid))
     assert np.isfinite(metrics["loss"])
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {np.dtype("float32")}
 
 
 def test_the_wrong_image_size_is_named():
     grid = PatchGrid(32, 32, 16)
-    model = shipped(grid)
-    params, state = jax.jit(model.init)(KEY)
-    batch = digits_batch(PatchGrid(32, 48, 16))
+    problem = Problem(shipped(grid), grid, PatchGDConfig())
+    weights, batch = init_weights(problem.model, KEY), digits_batch(PatchGrid(32, 48, 16))
     with pytest.raises(ConfigError, match="32 x 48 px, but the grid is for 32 x 32"):
-        eval_step(params, state, batch, model=model, grid=grid, fill_chunk=2)
+        eval_step(problem, weights, batch)

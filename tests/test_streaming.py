@@ -13,8 +13,9 @@ import pytest
 import reference
 from flax import linen as nn
 from streamed_images import ArrayImage, images_of
+from test_ragged import masked_toy
 from test_step import real_groups, shipped
-from toy import max_relative, recording_sgd, toy_model, toy_params
+from toy import init_weights, max_relative, outer_steps, recording_sgd, toy_params
 
 from patchgd_jax import (
     AugmentConfig,
@@ -23,37 +24,35 @@ from patchgd_jax import (
     DiskError,
     PatchGDConfig,
     PatchGrid,
+    Problem,
+    StreamConfig,
+    StreamedStep,
     compiler_options,
     eval_step,
     from_linen,
     init_state,
-    train_step,
     with_ema,
 )
 from patchgd_jax.engine.streaming.feed import ChunkIds, PatchFeed, PatchReader
 from patchgd_jax.engine.streaming.latent_store import LatentStore
-from patchgd_jax.engine.streaming.step import StreamedStep
 
 KEY = jax.random.key(7)
 GRID = PatchGrid(13, 18, 5, 3, background=9)
 
 
-def pixel_toy(seed=0, grid=GRID):
+def pixel_toy(grid=GRID):
     """The toy model on bytes, with a head that leaves patches out."""
-    toy = toy_model(toy_params(seed, pixels=grid.patch**2 * 2))
+    toy = masked_toy(toy_params(0, pixels=grid.patch**2 * 2))
 
-    def encode(params, model_state, patches, **rest):
+    def encode(params, batch_stats, patches, **rest):
         pixels = patches.astype(params["encoder"]["w1"].dtype) / 255
-        return toy.encode(params, model_state, pixels, **rest)
+        return toy.encode(params, batch_stats, pixels, **rest)
 
-    def classify(params, model_state, z, mask, *, train, rng):
-        p = params["head"]
-        z = z.reshape(z.shape[0], -1, z.shape[-1])
-        hidden = jax.nn.relu(z @ p["v1"] + p["c1"])
-        where = None if mask is None else mask.reshape(z.shape[0], -1, 1)
-        return hidden.mean(1, where=where) @ p["v2"] + p["c2"], model_state
+    return toy._replace(encode=encode)
 
-    return toy._replace(encode=encode, classify=classify)
+
+def pixel_problem(grid=GRID, augment=None, **settings):
+    return Problem(pixel_toy(grid), grid, PatchGDConfig(**settings), augment=augment)
 
 
 def pixel_batch(grid=GRID, *, images=2, channels=2, classes=3, sizes=None, seed=0):
@@ -80,22 +79,23 @@ def listed(batch, grid, seed=0):
     return {**batch, "patches": patches}
 
 
-def started(model, optimizer, frozen=frozenset()):
-    return jax.jit(partial(init_state, model=model, optimizer=optimizer, frozen=frozen))(KEY)
+def started(problem, optimizer):
+    return jax.jit(partial(init_state, problem, optimizer))(KEY)
 
 
-def resident(model, optimizer, grid, config, batch, *, steps=2, **rest):
-    state = started(model, optimizer, rest.get("frozen", frozenset()))
-    step = partial(train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config, **rest)
-    step = jax.jit(step, compiler_options=compiler_options())
-    for _ in range(steps):
-        state, metrics = step(state, batch, KEY)
-    return state, metrics
+def resident(problem, optimizer, batch, steps=2):
+    jit = partial(jax.jit, compiler_options=compiler_options())
+    states, metrics = outer_steps(problem, optimizer, KEY, *[batch] * steps, jit=jit)
+    return states[-1], metrics[-1]
 
 
-def streamed(model, optimizer, grid, config, batch, *, steps=2, **rest):
-    state = started(model, optimizer, rest.get("frozen", frozenset()))
-    step = StreamedStep(model, optimizer, grid, config, **rest)
+def step_of(problem, optimizer, *, level=0, store=None, **settings):
+    stream = StreamConfig(enabled=True, **settings)
+    return StreamedStep(problem, optimizer, stream, level=level, store=store)
+
+
+def streamed(problem, optimizer, batch, *, steps=2, **settings):
+    state, step = started(problem, optimizer), step_of(problem, optimizer, **settings)
     images, labels = images_of(batch)
     for _ in range(steps):
         state, metrics = step.train(state, images, labels, KEY)
@@ -122,8 +122,7 @@ def assert_same_bits(got, wanted):
 )
 def test_streamed_is_resident_bit_for_bit(options):
     """On a grid of overlapping patches, the last of which leave the image."""
-    config = PatchGDConfig(patch=5, stride=3, **options)
-    arguments = (pixel_toy(), optax.sgd(0.1), GRID, config, pixel_batch())
+    arguments = (pixel_problem(**options), optax.sgd(0.1), pixel_batch())
     assert_same_bits(streamed(*arguments), resident(*arguments))
 
 
@@ -148,11 +147,11 @@ class Pooled(nn.Module):
 def test_bits_of_statistics_dropout_augmentation_frozen_layers_and_average():
     grid = PatchGrid(12, 16, 4)
     model = from_linen(Normalised(), Pooled(), grid=grid, channels=2)
-    config = PatchGDConfig(patch=4, mode="patchgd", fraction=0.25, norm_policy="paper")
+    config = PatchGDConfig(mode="patchgd", fraction=0.25, norm_policy="paper")
     augment = AugmentConfig(flips=True, turns=True, brightness=0.2)
-    rest = {"augment": augment, "frozen": frozenset({"Dense_0"})}
-    arguments = (model, with_ema(optax.sgd(0.1), 0.9), grid, config, pixel_batch(grid))
-    assert_same_bits(streamed(*arguments, **rest), resident(*arguments, **rest))
+    problem = Problem(model, grid, config, augment=augment, frozen=frozenset({"Dense_0"}))
+    arguments = (problem, with_ema(optax.sgd(0.1), 0.9), pixel_batch(grid))
+    assert_same_bits(streamed(*arguments), resident(*arguments))
 
 
 @pytest.mark.slow
@@ -160,8 +159,8 @@ def test_bits_of_statistics_dropout_augmentation_frozen_layers_and_average():
 def test_bits_of_a_shipped_encoder(mode):
     grid = PatchGrid(40, 56, 16, 12)
     model = shipped(grid, norm="group", dropout=0.2)
-    config = PatchGDConfig(patch=16, stride=12, mode=mode, fraction=0.34)
-    arguments = (model, optax.adam(1e-3), grid, config, pixel_batch(grid, channels=1, classes=10))
+    problem = Problem(model, grid, PatchGDConfig(mode=mode, fraction=0.34))
+    arguments = (problem, optax.adam(1e-3), pixel_batch(grid, channels=1, classes=10))
     if mode == "accumulate":
         assert_same_bits(streamed(*arguments), resident(*arguments))
     else:
@@ -176,28 +175,24 @@ def test_ragged_batches_are_as_resident(float64, mode, form):
     batch["weight"] = np.array([1, 0.5, 0])
     if form == "patches":
         batch = listed(pixel_batch(images=3), GRID)
-    config = PatchGDConfig(patch=5, stride=3, mode=mode, fraction=0.5, fill_chunk=3)
-    arguments = (pixel_toy(), recording_sgd(0.1), GRID, config, batch)
+    problem = pixel_problem(mode=mode, fraction=0.5, fill_chunk=3)
+    arguments = (problem, recording_sgd(0.1), batch)
     assert max_relative(streamed(*arguments), resident(*arguments)) < 1e-12
 
 
 def test_evaluation_is_as_resident():
-    model = pixel_toy()
-    params, model_state = model.init(KEY)
-    step = StreamedStep(model, optax.sgd(0.1), GRID, PatchGDConfig(patch=5, stride=3))
+    problem = pixel_problem()
+    step, weights = step_of(problem, optax.sgd(0.1)), init_weights(problem.model, KEY)
     for batch in (pixel_batch(), listed(pixel_batch(), GRID)):
-        images, labels = images_of(batch)
-        whole = partial(eval_step, model=model, grid=GRID, fill_chunk=4)
-        wanted = jax.jit(whole)(params, model_state, batch)
-        assert_same_bits(step.evaluate(params, model_state, images, labels), wanted)
+        wanted = jax.jit(partial(eval_step, problem))(weights, batch)
+        assert_same_bits(step.evaluate(weights, *images_of(batch)), wanted)
 
 
 def test_exact_is_the_whole_image_gradient(float64):
     grid = PatchGrid(13, 9, 4)
     batch = pixel_batch(grid)
-    config = PatchGDConfig(patch=4, mode="exact", fill_chunk=5)
-    model = pixel_toy(grid=grid)
-    state, metrics = streamed(model, recording_sgd(0.0), grid, config, batch, steps=1)
+    problem = pixel_problem(grid, mode="exact", fill_chunk=5)
+    state, metrics = streamed(problem, recording_sgd(0.0), batch, steps=1)
     loss, grads = reference.whole_image_gradient(
         toy_params(0, pixels=32), batch["image"] / 255, batch["label"], 4, 4
     )
@@ -209,23 +204,17 @@ def test_exact_is_the_whole_image_gradient(float64):
 def test_micro_batches_add_up_to_the_batch(float64, mode, size):
     batch = pixel_batch(images=4)
     batch["weight"] = np.array([1, 0.25, 0, 0.5])
-    config = PatchGDConfig(patch=5, stride=3, mode=mode, fraction=0.5, sample_per="image")
     augment = AugmentConfig(flips=True, turns=True)
-    arguments = (pixel_toy(), recording_sgd(0.1), GRID, config, batch)
-    wanted = streamed(*arguments, augment=augment)
-    assert max_relative(streamed(*arguments, augment=augment, micro_batch=size), wanted) < 1e-12
+    problem = pixel_problem(augment=augment, mode=mode, fraction=0.5, sample_per="image")
+    arguments = (problem, recording_sgd(0.1), batch)
+    assert max_relative(streamed(*arguments, micro_batch=size), streamed(*arguments)) < 1e-12
 
 
 def test_micro_batches_are_evaluated_alike():
-    batch = pixel_batch(images=4)
-    images, labels = images_of(batch)
-    model = pixel_toy()
-    params = model.init(KEY)
-    config = PatchGDConfig(patch=5, stride=3)
+    problem, batch = pixel_problem(), images_of(pixel_batch(images=4))
+    weights = init_weights(problem.model, KEY)
     whole, parts = (
-        StreamedStep(model, optax.sgd(0.1), GRID, config, micro_batch=size).evaluate(
-            *params, images, labels
-        )
+        step_of(problem, optax.sgd(0.1), micro_batch=size).evaluate(weights, *batch)
         for size in (None, 2)
     )
     np.testing.assert_allclose(parts["logits"], whole["logits"], rtol=1e-5)
@@ -236,10 +225,8 @@ def test_micro_batches_are_evaluated_alike():
 def test_each_patch_that_counts_is_read_twice_and_no_other_pixel_is(mode):
     batch = listed(pixel_batch(), GRID)
     images, labels = images_of(batch)
-    config = PatchGDConfig(patch=5, stride=3, mode=mode, fraction=0.5, fill_chunk=3)
-    model, optimizer = pixel_toy(), optax.sgd(0.1)
-    step = StreamedStep(model, optimizer, GRID, config)
-    step.train(started(model, optimizer), images, labels, KEY)
+    problem, optimizer = pixel_problem(mode=mode, fraction=0.5, fill_chunk=3), optax.sgd(0.1)
+    step_of(problem, optimizer).train(started(problem, optimizer), images, labels, KEY)
     for image, ids in zip(images, batch["patches"], strict=True):
         wanted = []
         for n in ids[ids < GRID.num_patches]:
@@ -253,13 +240,12 @@ def test_device_memory_grows_by_what_the_head_keeps_of_z_and_by_no_pixels():
     needed, sides = {}, (256, 4096)
     for side in sides:
         grid = PatchGrid(side, side, 32)
-        model, optimizer = pixel_toy(grid=grid), optax.adam(0.1)
-        state = jax.eval_shape(partial(init_state, model=model, optimizer=optimizer), KEY)
-        labels = {"label": jax.ShapeDtypeStruct((1,), np.int32)}
+        labels, optimizer = {"label": jax.ShapeDtypeStruct((1,), np.int32)}, optax.adam(0.1)
         for mode in ("accumulate", "exact"):
             steps = grid.num_patches // 16
-            config = PatchGDConfig(patch=32, mode=mode, inner_steps=steps, fill_chunk=16)
-            lowered = StreamedStep(model, optimizer, grid, config).lower(state, labels, 2)
+            problem = pixel_problem(grid, mode=mode, inner_steps=steps, fill_chunk=16)
+            state = jax.eval_shape(partial(init_state, problem, optimizer), KEY)
+            lowered = step_of(problem, optimizer).lower(state, labels, 2)
             for name in set(lowered) & {"fill", "inner", "back"}:
                 memory = lowered[name].compile().memory_analysis()
                 own = memory.temp_size_in_bytes + memory.argument_size_in_bytes
@@ -356,10 +342,9 @@ def test_a_reader_that_raises_is_named_and_leaves_no_thread_and_the_state_as_it_
 ):
     batch = pixel_batch()
     images, labels = images_of(batch)
-    config = PatchGDConfig(patch=5, stride=3, mode="patchgd", fraction=0.25, fill_chunk=8)
-    model, optimizer = pixel_toy(), optax.sgd(0.1)
-    step = StreamedStep(model, optimizer, GRID, config)
-    state = started(model, optimizer)
+    problem = pixel_problem(mode="patchgd", fraction=0.25, fill_chunk=8)
+    optimizer = optax.sgd(0.1)
+    step, state = step_of(problem, optimizer), started(problem, optimizer)
     # In the last inner step: three updates are done by then.
     images[1] = Broken(images[1].pixels, error, 2 * GRID.num_patches - 2)
     with pytest.raises(kind, match=says):
@@ -367,7 +352,7 @@ def test_a_reader_that_raises_is_named_and_leaves_no_thread_and_the_state_as_it_
     assert not [t for t in threading.enumerate() if t.name.startswith("patch-reader")]
     images[1].after = 10**6
     again, _ = step.train(state, images, labels, KEY)
-    assert_same_bits(again, resident(model, optimizer, GRID, config, batch, steps=1)[0])
+    assert_same_bits(again, resident(problem, optimizer, batch, steps=1)[0])
 
 
 def test_a_source_that_returns_something_else_is_named():
@@ -415,18 +400,18 @@ def test_reused_latents_are_those_of_the_slow_reference(
     # The reference pads with zeros.
     grid = PatchGrid(13, 18, 5, 3)
     monkeypatch.setitem(globals(), "GRID", grid)
-    config = PatchGDConfig(
-        patch=5, stride=3, mode="patchgd", fraction=0.34, sampling="uniform", sample_per="image"
+    problem = pixel_problem(
+        grid, mode="patchgd", fraction=0.34, sampling="uniform", sample_per="image"
     )
+    optimizer = recording_sgd(0.1)
     batch = pixel_batch(grid)
     images, labels = images_of(batch)
-    groups = [real_groups(grid, config, 2, step=step) for step in range(5)]
+    groups = [real_groups(grid, problem.config, 2, step=step) for step in range(5)]
     params = toy_params(0, pixels=50)
     wanted, ages = slow_visits(params, batch, groups, max_age, 0.1)
-    model, optimizer = pixel_toy(), recording_sgd(0.1)
-    state = started(model, optimizer)
+    state = started(problem, optimizer)
     with LatentStore(10**6, tmp_path if where == "file" else None) as store:
-        step = StreamedStep(model, optimizer, grid, config, max_age=max_age, store=store)
+        step = step_of(problem, optimizer, max_age=max_age, store=store)
         for mean, oldest in ages:
             state, metrics = step.train(state, images, labels, KEY, ["a", "b"])
             assert float(metrics["z_age_mean"]) == pytest.approx(mean, rel=1e-6)
@@ -475,41 +460,38 @@ def test_a_store_that_cannot_work_says_so(tmp_path):
     ("options", "rest", "says"),
     [
         ({"mode": "full"}, {}, "mode exact has the same gradient"),
-        ({}, {"buffers": 1}, "at least 2"),
-        ({}, {"micro_batch": 0}, "at least 1"),
+        ({}, {"buffers": 1}, "stream.buffers is 1; at least 2"),
+        ({}, {"micro_batch": 0}, "stream.micro_batch is 0; at least 1"),
         ({}, {"max_age": 3}, "needs a latent store"),
         ({"mode": "exact"}, {"max_age": 3, "store": LatentStore(99)}, "fresh"),
         ({"norm_policy": "paper"}, {"max_age": 3, "store": LatentStore(99)}, "inner or frozen"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(options, rest, says):
-    config = PatchGDConfig(patch=5, stride=3, **options)
     with pytest.raises(ConfigError, match=says):
-        StreamedStep(pixel_toy(), optax.sgd(0.1), GRID, config, **rest)
+        step_of(pixel_problem(**options), optax.sgd(0.1), **rest)
 
 
 def test_batches_that_do_not_fit_are_refused_before_anything_is_read():
-    model, optimizer = pixel_toy(), optax.sgd(0.1)
-    state = started(model, optimizer)
-    images, labels = images_of(pixel_batch())
-    config = PatchGDConfig(patch=5, stride=3)
+    problem, optimizer = pixel_problem(), optax.sgd(0.1)
+    state, (images, labels) = started(problem, optimizer), images_of(pixel_batch())
 
-    def refused(kind, says, images=images, labels=labels, config=config, **rest):
-        step = StreamedStep(model, optimizer, rest.pop("grid", GRID), config, **rest)
+    def refused(kind, says, images=images, labels=labels, problem=problem, state=state, **settings):
+        step = step_of(problem, optimizer, **settings)
         with pytest.raises(kind, match=says):
             step.train(state, images, labels, KEY)
 
     refused(ConfigError, "1 images, 1 names and 2 labels", images[:1])
     refused(ConfigError, "micro_batch 3 does not divide", micro_batch=3)
-    refused(ConfigError, "image 0 of the batch is 13 x 18 px", grid=PatchGrid(16, 18, 5, 3))
-    refused(DataError, "image 0 of the batch is 13 x 18 px", grid=PatchGrid(12, 18, 5, 3))
+    for kind, height in ((ConfigError, 16), (DataError, 12)):
+        other = pixel_problem(PatchGrid(height, 18, 5, 3))
+        refused(kind, "image 0 of the batch is 13 x 18 px", problem=other)
     refused(DataError, "no level 1", level=1)
     refused(ConfigError, "needs the names", max_age=1, store=LatentStore(9999))
-    unbiased = {"sampling": "uniform", "encoder_grad_scale": "unbiased"}
+    unbiased = pixel_problem(sampling="uniform", encoder_grad_scale="unbiased")
     ragged = {**labels, "size": np.array([[13, 18]] * 2)}
-    refused(ConfigError, "use partition", labels=ragged, config=PatchGDConfig(patch=5, **unbiased))
-    statistics = state._replace(model_state={"encoder": {"mean": jnp.zeros(1)}, "head": {}})
-    exact = StreamedStep(model, optimizer, GRID, PatchGDConfig(patch=5, stride=3, mode="exact"))
-    with pytest.raises(ConfigError, match="batch statistics"):
-        exact.train(statistics, images, labels, KEY)
+    refused(ConfigError, "use partition", labels=ragged, problem=unbiased)
+    statistics = state._replace(batch_stats={"encoder": {"mean": jnp.zeros(1)}, "head": {}})
+    exact = pixel_problem(mode="exact")
+    refused(ConfigError, "batch statistics", problem=exact, state=statistics)
     assert not any(image.reads for image in images)

@@ -10,19 +10,19 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from toy import max_relative, recording_sgd, toy_model, toy_params
+from toy import max_relative, outer_steps, quick, recording_sgd, toy_problem
 
 from patchgd_jax import (
     ConfigError,
     PatchGDConfig,
     PatchGrid,
+    Problem,
     TaskConfig,
     TrainConfig,
+    Weights,
     eval_step,
     from_linen,
-    init_state,
     make_task,
-    train_step,
 )
 from patchgd_jax.core.metrics import Results
 from patchgd_jax.core.tasks import MultiLabel, Ordinal, Regression, SingleLabel
@@ -30,7 +30,6 @@ from patchgd_jax.models.heads.simple import LinearHead
 
 KEY = jax.random.key(11)
 WEIGHTS = (0.5, 2.0, 1.0, 0.0, 3.0)
-quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def logits_and(labels, outputs=5, seed=0):
@@ -224,27 +223,12 @@ def test_every_task_trains_and_is_evaluated(name):
         "weight": np.array([1, 1, 1, 0], np.float32),
     }
     assert task.label_spec(4, 4).shape == batch["label"].shape
-    optimizer = optax.adam(0.05)
-    state = init_state(KEY, model=model, optimizer=optimizer)
-    step = quick(
-        partial(
-            train_step,
-            model=model,
-            optimizer=optimizer,
-            grid=grid,
-            patchgd=PatchGDConfig(patch=4, fraction=0.5, mode="patchgd"),
-            task=task,
-        )
-    )
-    losses = []
-    for _ in range(8):
-        state, metrics = step(state, batch, KEY)
-        losses.append(float(metrics["loss"]))
+    problem = Problem(model, grid, PatchGDConfig(fraction=0.5, mode="patchgd"), task)
+    states, metrics = outer_steps(problem, optax.adam(0.05), KEY, *[batch] * 8)
     common = {"loss", "grad_norm", "param_norm", "z_age", "z_drift"}
-    assert set(metrics) == {*common, task.training_metric}
-    assert losses[-1] < 0.8 * losses[0]
-    score = quick(partial(eval_step, model=model, grid=grid, fill_chunk=4, task=task))
-    out = score(state.params, state.model_state, batch)
+    assert set(metrics[-1]) == {*common, task.training_metric}
+    assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
+    out = quick(partial(eval_step, problem))(states[-1].weights, batch)
     assert out["prediction"].shape == batch["label"].shape
     assert out["loss"].shape == (4,)
     np.testing.assert_allclose(out["loss"], task.loss(out["logits"], batch["label"]), rtol=1e-5)
@@ -254,23 +238,17 @@ def test_every_task_trains_and_is_evaluated(name):
 def test_the_loss_is_the_tasks_in_every_mode(float64, mode):
     """The gradient against finite differences of the loss written out."""
     grid = PatchGrid(8, 8, 4)
-    params = toy_params(0, pixels=32)
-    model = toy_model(params)
     rng = np.random.default_rng(3)
     batch = {"image": rng.random((2, 8, 8, 2)), "label": rng.random((2, 3)) < 0.5}
     task = MultiLabel(0.1, (1.0, 2.0, 0.5))
-    config = PatchGDConfig(patch=4, mode=mode, fraction=0.5, encoder_grad_scale="unbiased")
-    optimizer = recording_sgd(0.0)
-    state = init_state(KEY, model=model, optimizer=optimizer)
-    step = partial(
-        train_step, model=model, optimizer=optimizer, grid=grid, patchgd=config, task=task
-    )
-    after, _ = quick(step)(state, batch, KEY)
+    config = PatchGDConfig(mode=mode, fraction=0.5, encoder_grad_scale="unbiased")
+    problem = toy_problem(grid, config, task=task)
+    (state, after), _ = outer_steps(problem, recording_sgd(0.0), KEY, batch)
+    params = state.params
 
     @quick
     def loss(params):
-        out = eval_step(params, state.model_state, batch, model=model, grid=grid, fill_chunk=2,
-                        task=MultiLabel())  # fmt: skip
+        out = eval_step(problem, Weights(params, state.batch_stats), batch)
         return task.loss(out["logits"], batch["label"]).mean()
 
     direction = jax.tree.map(lambda p: rng.normal(size=p.shape), params)

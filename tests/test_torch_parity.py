@@ -7,6 +7,7 @@ transposed Z shows.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from functools import partial
@@ -18,20 +19,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from toy import quick
 
 from patchgd_jax import (
     ENCODERS,
     PatchGDConfig,
     PatchGrid,
+    PatchIds,
     PatchModel,
+    Problem,
     TrainState,
+    Weights,
     compiler_options,
     fill,
     from_linen,
     sample_groups,
     train_step,
 )
-from patchgd_jax.core.gradients import inner_gradient, stream
+from patchgd_jax.core.forward import cut
+from patchgd_jax.core.problem import named_key
+from patchgd_jax.core.step import inner_gradient
 from patchgd_jax.models.heads.simple import CNNHead
 
 torch = pytest.importorskip(
@@ -45,8 +52,7 @@ GRID = PatchGrid(64, 96, 32)
 BATCH, CLASSES, LATENT, FEATURES, INNER_STEPS = 3, 4, 8, 16, 2
 MEAN, STD, RATE = 0.4, 0.3, 1e-3
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
-# Compiling is nearly all of the time here; this halves it and leaves the numbers what they are.
-QUICK = {"xla_backend_optimization_level": 0}
+CONFIG = PatchGDConfig(patch=GRID.patch, fraction=1 / INNER_STEPS, norm_policy="paper")
 
 
 class Case(NamedTuple):
@@ -106,7 +112,11 @@ def one_torch_thread():
 
 @pytest.fixture(
     scope="module",
-    params=[(18, "float32"), (18, "float64"), (50, "float32"), (50, "float64")],
+    params=[
+        (18, "float32"),
+        (18, "float64"),
+        *(pytest.param((50, dtype), marks=pytest.mark.slow) for dtype in TOLERANCE),
+    ],
     ids=lambda case: f"resnet{case[0]}-{case[1]}",
 )
 def case(request):
@@ -130,12 +140,8 @@ def for_torch(batch):
 
 def groups(step, name):
     """The patch numbers `[J, B, k]` that `train_step` draws for the fill or the inner steps."""
-    return sample_groups(
-        stream(jax.random.fold_in(KEY, step), name),
-        num_patches=GRID.num_patches,
-        inner_steps=INNER_STEPS,
-        batch=BATCH,
-    )
+    key = named_key(jax.random.fold_in(KEY, step), name)
+    return sample_groups(key, CONFIG, GRID.num_patches, BATCH)
 
 
 def as_lists(ids):
@@ -206,7 +212,7 @@ def test_the_encoders_agree(case, train):
     group = list(range(1, 4))
     ids = jnp.tile(jnp.array(group), (BATCH, 1))
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @quick
     def encode(params, state, images):
         patches = GRID.take(images, ids).reshape(-1, GRID.patch, GRID.patch, 3)
         return model.encode(params, state, patches, train=train, rng=KEY)
@@ -231,18 +237,22 @@ class Pass(NamedTuple):
 @pytest.fixture(scope="module")
 def passes(case):
     """One `Pass` of ours and one of PyTorch's."""
-    model, batch = make_model(case.depth, case.dtype), make_batch(0)
+    problem = Problem(make_model(case.depth, case.dtype), GRID, CONFIG)
+    weights, batch = Weights(case.params, case.state), make_batch(0)
     fill_ids, inner_ids = groups(0, "fill-order"), groups(0, "sampling")
-    run_fill = partial(fill, model=model, grid=GRID, train=True)
-    z, state = jax.jit(run_fill, compiler_options=QUICK)(
-        case.params, case.state, batch["image"], KEY, ids=fill_ids
-    )
+    run_fill = quick(partial(fill, problem, train=True))
+    z, state = run_fill(weights, batch, PatchIds(fill_ids, padded=False), KEY)
     ours = Pass(z, our_statistics(case.params, state), [])
-    run_inner = partial(inner_gradient, model=model, grid=GRID, train_encoder=True, spare=False)
-    run_inner = jax.jit(run_inner, compiler_options=QUICK)
+
+    @quick
+    def run_inner(weights, z, ids):
+        group = PatchIds(ids, padded=False)
+        patches = cut(problem, batch["image"], group)
+        return inner_gradient(problem, weights, z, patches, group, batch, KEY)
+
     for ids in inner_ids:
-        gradient, z = run_inner(case.params, state, z, ids, batch, KEY)
-        state = gradient.model_state
+        gradient, z = run_inner(weights._replace(batch_stats=state), z, ids)
+        state = gradient.batch_stats
         ours.steps.append(
             {
                 "outputs": {"loss": gradient.loss, "logits": gradient.logits},
@@ -316,16 +326,9 @@ def test_parameters_and_statistics_agree_after_three_steps_of_adam(case, mode):
         case = case._replace(params=enlarged)
     model, trainer = make_model(case.depth, case.dtype, remat="dots"), make_trainer(case, mode)
     optimizer = optax.adam(RATE)
-    step = partial(
-        train_step,
-        model=model,
-        optimizer=optimizer,
-        grid=GRID,
-        patchgd=PatchGDConfig(
-            patch=GRID.patch, mode=mode, fraction=1 / INNER_STEPS, norm_policy="paper"
-        ),
-    )
-    step = jax.jit(step, compiler_options={**compiler_options(), **QUICK})
+    problem = Problem(model, GRID, dataclasses.replace(CONFIG, mode=mode))
+    options = {**compiler_options(), **quick.keywords["compiler_options"]}
+    step = jax.jit(partial(train_step, problem, optimizer), compiler_options=options)
     state = TrainState(
         jnp.zeros((), jnp.int32), case.params, case.state, optimizer.init(case.params)
     )
@@ -341,7 +344,7 @@ def test_parameters_and_statistics_agree_after_three_steps_of_adam(case, mode):
 
     for got, kind in (
         (torch_reference.flax_tensors(state.params), "parameters"),
-        (our_statistics(state.params, state.model_state), "statistics"),
+        (our_statistics(state.params, state.batch_stats), "statistics"),
     ):
         wanted = torch_tensors(trainer, kind)
         if gentle:

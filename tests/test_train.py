@@ -99,7 +99,7 @@ def test_any_optax_transformation(tmp_path):
 def test_a_run_is_the_same_twice_and_another_with_another_seed(tmp_path):
     def leaves(name, seed):
         train(dataclasses.replace(BASE, seed=seed), tmp_path / name)
-        return jax.tree.leaves(TrainedModel(tmp_path / name, "last").params)
+        return jax.tree.leaves(TrainedModel(tmp_path / name, "last").weights.params)
 
     first, again, other = leaves("a", 0), leaves("b", 0), leaves("c", 1)
     for x, y in zip(first, again, strict=True):
