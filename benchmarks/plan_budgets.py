@@ -36,7 +36,7 @@ import patchgd_jax as pgd
 from patchgd_jax.config import from_dict, to_dict
 from patchgd_jax.engine.compiling import use_compilation_cache
 from patchgd_jax.planner import PeakMeter, calibrate, calibration, parse_size, step_of
-from patchgd_jax.planner.auto_settings import settled
+from patchgd_jax.planner.auto_settings import resolve_auto
 from patchgd_jax.planner.request import tree_bytes
 from patchgd_jax.planner.run_plan import plan_of
 from patchgd_jax.runs.progress import Progress
@@ -165,7 +165,7 @@ def main() -> None:
     use_compilation_cache()
     figures = []
     with tempfile.TemporaryDirectory() as cache:
-        # The calibration of this machine alone, as `plan --tier measure` makes it.
+        # The calibration of this machine alone, as `plan --tier profile` makes it.
         os.environ["XDG_CACHE_HOME"] = cache
         os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
         start = dataclasses.replace(config_of("batch"), batch_size=2)
@@ -174,7 +174,7 @@ def main() -> None:
         print(f"calibration factor {factor:.3f}")
         for quantity, budget in SETTINGS[: options.only]:
             size = parse_size(budget)
-            config = settled(config_of(quantity), budget)
+            config = resolve_auto(config_of(quantity), budget)
             figure: dict[str, Any] = {
                 "quantity": quantity,
                 "budget": size,

@@ -36,9 +36,8 @@ from series_data import CLASSES, NOISE, Samples, counting_a_quarter, make_sample
 
 import patchgd_jax as pgd
 from patchgd_jax.contrib.series import SeriesGrid
-from patchgd_jax.engine.compiling import use_compilation_cache
+from patchgd_jax.engine.compiling import allotted, use_compilation_cache
 from patchgd_jax.models.heads.simple import AttentionHead
-from patchgd_jax.planner.compiled import allotted
 
 SEEDS = 3
 FRACTION = 0.25

@@ -19,11 +19,10 @@ from patchgd_jax.planner import (
     device_limit,
     free_memory,
 )
-from patchgd_jax.planner.auto_settings import is_settled, settled
+from patchgd_jax.planner.auto_settings import is_resolved, resolve_auto
 from patchgd_jax.planner.run_plan import RunPlan, plan_of
 from patchgd_jax.runs.cross_validation import cross_validate
 from patchgd_jax.runs.folder import RunFolder
-from patchgd_jax.runs.progress import Progress
 
 MIB = 2**20
 BASE = TrainConfig(
@@ -36,16 +35,6 @@ BASE = TrainConfig(
     batch_size=8,
     eval_batch_size=4,
 )  # fmt: skip
-
-
-class Notes(Progress):
-    """Keeps what is told."""
-
-    def __init__(self):
-        self.lines = []
-
-    def message(self, text):
-        self.lines.append(text)
 
 
 def auto(batch=False, fraction=False, **changes):
@@ -69,39 +58,39 @@ def law(monkeypatch):
 
 
 def test_the_largest_batch_is_taken_and_told(law):
-    told = Notes()
-    config = settled(auto(batch=True), "84MiB", told)
+    told = []
+    config = resolve_auto(auto(batch=True), "84MiB", told.append)
     # 8 of 16 patches at a time: 1 + 10 * 8 = 81, and 89 is too much.
     assert (config.batch_size, config.eval_batch_size) == (10, 4)
     assert config == dataclasses.replace(BASE, batch_size=10)
-    (line,) = told.lines
+    (line,) = told
     for words in ("batch_size auto: 10", "81.0 MiB of 84.0 MiB (given)", "next larger 89.0 MiB"):
         assert words in line
 
 
 def test_an_evaluation_is_no_larger_than_a_batch_that_hardly_fits(law):
-    config = settled(auto(batch=True), "20MiB")
+    config = resolve_auto(auto(batch=True), "20MiB")
     assert (config.batch_size, config.eval_batch_size) == (2, 2)
 
 
 def test_a_batch_is_at_most_all_training_images(law):
-    told = Notes()
-    assert settled(auto(batch=True), "9GiB", told).batch_size == 32
-    assert "all training images" in told.lines[0]
+    told = []
+    assert resolve_auto(auto(batch=True), "9GiB", told.append).batch_size == 32
+    assert "all training images" in told[0]
 
 
 def test_the_largest_fraction_is_taken_and_told(law):
-    told = Notes()
-    config = settled(auto(fraction=True), "50MiB", told)
+    told = []
+    config = resolve_auto(auto(fraction=True), "50MiB", told.append)
     # 8 images: 1 + 8 * 6 = 49 for 3 inner steps, 65 for 2.
     assert config.patchgd.num_inner_steps == 3
     assert config == dataclasses.replace(BASE, patchgd=config.patchgd)
-    assert "patchgd.fraction auto: 0.3333 (6 of 16 patches" in told.lines[0]
+    assert "patchgd.fraction auto: 0.3333 (6 of 16 patches" in told[0]
 
 
 def test_a_fraction_leads_to_inner_steps_that_epsilon_divides(law):
     patchgd = PatchGDConfig(patch=16, mode="patchgd", fraction=0.5, epsilon=2)
-    config = settled(auto(fraction=True, patchgd=patchgd), "50MiB")
+    config = resolve_auto(auto(fraction=True, patchgd=patchgd), "50MiB")
     assert (config.patchgd.num_inner_steps, config.patchgd.epsilon) == (4, 2)
 
 
@@ -111,7 +100,7 @@ def test_a_fraction_leads_to_inner_steps_that_epsilon_divides(law):
 def test_both_are_the_usual_fraction_if_one_image_fits_and_then_the_batch(
     law, budget, inner_steps, batch
 ):
-    config = settled(auto(batch=True, fraction=True), budget)
+    config = resolve_auto(auto(batch=True, fraction=True), budget)
     assert (config.patchgd.num_inner_steps, config.batch_size) == (inner_steps, batch)
 
 
@@ -119,16 +108,16 @@ def test_without_a_budget_it_is_what_is_free(law, monkeypatch):
     monkeypatch.setattr(
         "patchgd_jax.planner.auto_settings.free_memory", lambda device: (340 * MIB, "what is free")
     )
-    told = Notes()
-    # Of which 256 MiB are for images that wait.
-    assert settled(auto(batch=True), None, told).batch_size == 10
-    assert "what is free, less 256 MiB for images that wait" in told.lines[0]
+    told = []
+    # Of which 256 MiB are for read images.
+    assert resolve_auto(auto(batch=True), None, told.append).batch_size == 10
+    assert "what is free, less 256 MiB of read images" in told[0]
 
 
 def test_the_figures_are_the_compilers_for_the_runs_own_settings():
     """With no law in between: the batch of a real compile."""
     config = auto(fraction=True, data=dataclasses.replace(BASE.data, size=(16, 16)))
-    chosen = settled(config, "9GiB")
+    chosen = resolve_auto(config, "9GiB")
     assert chosen.patchgd.fraction == 1
     plan = plan_of(chosen)
     request = PlanRequest.from_config(chosen)
@@ -155,9 +144,9 @@ def test_images_of_several_sizes_are_planned_by_the_largest(tmp_path):
     # No more inner steps than the smallest images have patches.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunPlan, "compiled", lambda self, request: request.sampled * MIB)
-        assert settled(config, "3MiB").patchgd.num_inner_steps == 4
+        assert resolve_auto(config, "3MiB").patchgd.num_inner_steps == 4
         with pytest.raises(MemoryBudgetError):
-            settled(config, "2MiB")
+            resolve_auto(config, "2MiB")
 
 
 def test_every_fold_of_a_cross_validation_has_the_same(law, tmp_path, monkeypatch):
@@ -190,8 +179,8 @@ def test_every_fold_of_a_cross_validation_has_the_same(law, tmp_path, monkeypatc
         (lambda: PatchGDConfig(fraction="auto", mode="exact"), "mode exact samples no patches"),
         (lambda: auto(batch=True, mesh="data=2"), "for one device"),
         (lambda: auto(fraction=True, stream=StreamConfig(enabled=True)), "for one device"),
-        (lambda: settled(BASE, "3GiB"), "none is; set --batch-size auto"),
-        (lambda: settled(auto(batch=True), "lots"), "'lots' cannot be read"),
+        (lambda: resolve_auto(BASE, "3GiB"), "none is; set --batch-size auto"),
+        (lambda: resolve_auto(auto(batch=True), "lots"), "'lots' cannot be read"),
     ],
 )
 def test_what_cannot_be_is_one_message(make, message):
@@ -200,9 +189,9 @@ def test_what_cannot_be_is_one_message(make, message):
 
 
 def test_a_config_with_numbers_is_left_as_it_is():
-    assert is_settled(BASE)
-    assert not is_settled(auto(batch=True))
-    assert settled(BASE) is BASE
+    assert is_resolved(BASE)
+    assert not is_resolved(auto(batch=True))
+    assert resolve_auto(BASE) is BASE
 
 
 def test_what_is_free_is_less_than_there_is():

@@ -10,11 +10,12 @@ import jax
 import pytest
 
 from patchgd_jax import ConfigError, ModelConfig, OptimizerConfig, PatchGDConfig
+from patchgd_jax.cli.main import main
 from patchgd_jax.cli.plan import PlanOptions, make_plan, plan_command, train_arguments
 from patchgd_jax.config import DataConfig, TrainConfig
 from patchgd_jax.planner import (
     Calibration,
-    Formula,
+    Estimator,
     Line,
     MeasureError,
     MemoryBudgetError,
@@ -25,6 +26,7 @@ from patchgd_jax.planner import (
     device_limit,
     encoder_table,
     explain,
+    free_memory,
     keep_calibration,
     measure,
     parse_size,
@@ -41,7 +43,7 @@ from patchgd_jax.planner.explain import (
     parameter_copies,
 )
 from patchgd_jax.planner.measure import Measured, _calibrations, other_size
-from patchgd_jax.planner.report import _told_apart
+from patchgd_jax.planner.report import _merged
 
 MIB = 2**20
 # By name, which in its package is the function's.
@@ -79,8 +81,8 @@ def test_textbook_sums():
 
 def test_explanation_has_the_users_own_numbers():
     plan = small()
-    row = Formula(plan, "cpu").row("accumulate")
-    table = encoder_table(plan)
+    row = Estimator(plan).row("accumulate")
+    table = encoder_table(plan.model, 1, (32, 32))
     text = "\n".join(explain(plan, table, row, compiled=50 * MIB))
     assert f"{table.total('parameters'):,} parameters" in text
     assert show_size(row.total) in text
@@ -120,7 +122,7 @@ def test_sizes_are_shown_with_their_unit():
 
 def test_a_cpus_limit_is_the_control_groups_if_that_is_less(tmp_path, monkeypatch):
     path = tmp_path / "memory.max"
-    monkeypatch.setattr("patchgd_jax.planner.size._CGROUP", (path,))
+    monkeypatch.setattr("patchgd_jax.planner.size._CGROUPS", ((path, "memory.current"),))
     device = jax.devices("cpu")[0]
     machine, _ = device_limit(device)
     path.write_text("max\n")
@@ -129,6 +131,20 @@ def test_a_cpus_limit_is_the_control_groups_if_that_is_less(tmp_path, monkeypatc
     limit, source = device_limit(device)
     assert limit == 123_456_789
     assert str(path) in source
+
+
+def test_what_a_control_group_has_left_is_less_what_all_its_processes_use(tmp_path, monkeypatch):
+    path = tmp_path / "memory.max"
+    monkeypatch.setattr("patchgd_jax.planner.size._CGROUPS", ((path, "memory.current"),))
+    path.write_text(f"{64 * 2**30}\n")
+    device = jax.devices("cpu")[0]
+    (tmp_path / "memory.current").write_text(f"{64 * 2**30 - 100 * MIB}\n")
+    free, source = free_memory(device)
+    assert free == 100 * MIB
+    assert str(path) in source
+    # Pages of files that nobody has read lately are the system's to drop.
+    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {20 * MIB}\n")
+    assert free_memory(device)[0] == 120 * MIB
 
 
 def test_a_line():
@@ -308,7 +324,7 @@ def test_methods_whose_lines_are_one_are_drawn_as_one():
         "full": [(64, 1000), (128, 5000)],
         "gd-extended": [(64, 1001), (128, 4001)],
     }
-    assert _told_apart(lines) == [(["gd", "gd-extended"], same), (["full"], lines["full"])]
+    assert _merged(lines) == [(["gd", "gd-extended"], same), (["full"], lines["full"])]
 
 
 def test_the_command_prints_json(capsys):
@@ -343,15 +359,34 @@ def test_the_train_command_has_what_differs_from_the_preset():
         (["--device", "tpu"], 8, "no tpu device; install patchgd-jax[tpu]"),
     ],
 )
-def test_the_command_says_what_cannot_be_and_ends(command, arguments, code, message):
-    result = command("plan", *arguments)
-    if result.returncode == 0 and "tpu" in arguments:
+def test_the_command_says_what_cannot_be_and_ends(capsys, arguments, code, message):
+    ended, text = main(["plan", *arguments]), capsys.readouterr()
+    if ended == 0 and "tpu" in arguments:
         pytest.skip("this machine has a TPU")
-    assert result.returncode == code, result.stderr
-    assert message in result.stderr
-    assert result.stderr.startswith("error: ")
-    assert len(result.stderr.splitlines()) == 1 or code == 8
-    assert result.stdout == ""
+    assert ended == code, text.err
+    assert message in text.err
+    assert text.err.startswith("error: ")
+    assert len(text.err.splitlines()) == 1 or code == 8
+    assert text.out == ""
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ["--model.encoder", "resnet-50"],
+        ["--model.norm", "layer"],
+        ["--model.head", "atention"],
+    ],
+)
+def test_what_no_method_can_have_is_the_message_of_train(setting, capsys, tmp_path):
+    codes, errors = [], []
+    for command in (["plan", "tiny"], ["train", "tiny", "--run-dir", str(tmp_path / "run")]):
+        codes.append(main([*command, *setting, "--device", "cpu"]))
+        text = capsys.readouterr()
+        errors.append([x for x in text.err.splitlines() if x.startswith("error: ")])
+    assert codes == [2, 2]
+    assert len(errors[0]) == 1
+    assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize(

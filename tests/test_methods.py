@@ -48,8 +48,8 @@ from patchgd_jax.core.problem import named_key
 from patchgd_jax.models.layers.conv import stem_side
 from patchgd_jax.models.layers.pool import max_pool, mean_pool
 from patchgd_jax.models.registry import map_side
-from patchgd_jax.planner import Formula, PlanRequest, compile_program, step_of
-from patchgd_jax.planner.auto_settings import settled
+from patchgd_jax.planner import Estimator, PlanRequest, compile_program, step_of
+from patchgd_jax.planner.auto_settings import resolve_auto
 from patchgd_jax.planner.run_plan import plan_of
 from patchgd_jax.runs.checkpoint import Checkpoints
 from patchgd_jax.runs.cross_validation import cross_validate
@@ -470,7 +470,7 @@ def test_loss_falls_and_a_resumed_run_is_the_same(method, tiny_encoder, tmp_path
 
 @pytest.mark.parametrize("method", BASELINES)
 def test_the_planner_has_a_row_for_each(method):
-    """By formula within a quarter of XLA's figure for the very step that trains."""
+    """By estimate within a quarter of the compiled figure of the very step that trains."""
     request = PlanRequest(
         image=(128, 128, 3),
         batch=4,
@@ -479,7 +479,7 @@ def test_the_planner_has_a_row_for_each(method):
         patchgd=PatchGDConfig(patch=32),
     )
     compiled = compile_program(step_of(request, method).train)[0].total
-    assert Formula(request, "cpu").row(method).total == pytest.approx(compiled, rel=0.25)
+    assert Estimator(request).row(method).total == pytest.approx(compiled, rel=0.25)
 
 
 def test_the_largest_batch_of_a_method():
@@ -488,7 +488,7 @@ def test_the_largest_batch_of_a_method():
     config = dataclasses.replace(
         BASE, data=data, model=ModelConfig(), method="gd", batch_size="auto", device="cpu"
     )
-    chosen = settled(resolve_method(config), "140MiB")
+    chosen = resolve_auto(resolve_method(config), "140MiB")
     plan = plan_of(chosen)
     (request,) = plan.requests
     assert plan.method == "gd"

@@ -16,7 +16,8 @@ from patchgd_jax.config import TrainConfig, flatten, to_dict
 from patchgd_jax.config.presets import PRESETS, get_preset, preset_argument
 
 if TYPE_CHECKING:
-    from patchgd_jax.planner import PlanRequest
+    from patchgd_jax.planner import Estimator, Method, PlanRequest
+    from patchgd_jax.planner.report import PlanRow
 
 _PROGRAM = "patchgd-jax"
 
@@ -27,18 +28,19 @@ class PlanOptions:
 
     config: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
     budget: str | None = None
-    """Memory to fit in: 8GiB, say, or auto for what the device has. None: nothing is to fit."""
+    """Memory to fit in, such as 8GiB, or auto for what the device has. None: no budget."""
     methods: tuple[str, ...] = ("all",)
     """Methods to compare: gd, gd-extended, gd-remat, downscale, patchwise, fully-conv, mil, ips,
     and PatchGD's modes patchgd, accumulate, exact, full; or all."""
-    tier: Literal["formula", "compile", "measure"] = "formula"
-    """formula: sums over traced shapes, in seconds. compile: XLA's own figure. measure: as compile,
-    and real steps of the run's own method in a process of their own; it calibrates later plans."""
+    tier: Literal["estimate", "compile", "profile"] = "estimate"
+    """estimate: from shapes, for any device, in seconds, within about 25 % of the compiled figure.
+    compile: XLA's own figure. profile: as compile, and real steps of the run's own method in a
+    process of their own; it calibrates later plans."""
     solve: tuple[str, ...] = ()
-    """What is to be as large as the budget allows: batch, fraction, patch or image. It is proved by
-    a compile."""
+    """Find the largest batch, fraction, patch or image that fits the budget, checked by a
+    compile."""
     explain: Annotated[bool, FlagCreatePairsOff] = False
-    """Work the sums out that are done by hand, and say why the truth is more."""
+    """Work the textbook sums out by hand, and say why training takes more."""
     layers: Annotated[bool, FlagCreatePairsOff] = False
     """Show what each layer of the encoder takes for one patch."""
     plot: str | None = None
@@ -55,7 +57,7 @@ def plan_command(arguments: Sequence[str]) -> None:
         prog=f"{_PROGRAM} plan {preset}",
         description=(
             f"Plan a run: {_PROGRAM} plan [PRESET] [--budget 8GiB] [--SETTING VALUE ...]. Presets: "
-            f"{', '.join(PRESETS)}. Nothing is allocated but with --tier measure."
+            f"{', '.join(PRESETS)}. Only --tier profile allocates memory."
         ),
         args=rest,
         default=PlanOptions(config=default),
@@ -75,94 +77,47 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         `text`, and `json` with the same figures in bytes.
 
     Raises:
-        ConfigError: for a size, method, quantity or setting that cannot be.
+        ConfigError: for an unknown size, method or quantity, and for settings that no method can
+            have.
         DeviceError: if the device is not there.
         MemoryBudgetError: if the budget is below the parameters, or what is to be solved for does
             not fit at its smallest.
     """
-    from patchgd_jax.baselines.registry import resolve_method
-    from patchgd_jax.data.sources.channels import with_channels
-    from patchgd_jax.engine.compiling import use_compilation_cache
-    from patchgd_jax.engine.devices import select_device
+    from patchgd_jax import planner
+    from patchgd_jax.engine.build import check_settings
     from patchgd_jax.errors import ConfigError, unknown_name
-    from patchgd_jax.planner import (
-        METHODS,
-        Formula,
-        MemoryBudgetError,
-        PlanRequest,
-        calibrate,
-        calibration,
-        compiled_total,
-        device_limit,
-        encoder_table,
-        explain,
-        parse_size,
-        show_size,
-        solve,
-    )
-    from patchgd_jax.planner.auto_settings import is_settled, settled
-    from patchgd_jax.planner.methods import Method, encoder_inputs
-    from patchgd_jax.planner.report import (
-        PlanRow,
-        layer_lines,
-        method_lines,
-        plot_sweep,
-        sweep,
-    )
+    from patchgd_jax.planner.methods import encoder_inputs
+    from patchgd_jax.planner.report import layer_lines, method_lines, plot_sweep, sweep
     from patchgd_jax.planner.run_plan import plan_of, planned_method
-    from patchgd_jax.runs.progress import StderrProgress
 
-    wanted: tuple[Method, ...] = METHODS
-    if options.methods != ("all",):
-        for name in options.methods:
-            if name not in METHODS:
-                raise unknown_name("method", name, METHODS)
-        wanted = options.methods  # type: ignore[assignment]
-    budget = parse_size(options.budget) if options.budget not in (None, "auto") else None
+    show_size = planner.show_size
+    for name in options.methods:
+        if options.methods != ("all",) and name not in planner.METHODS:
+            raise unknown_name("method", name, planner.METHODS)
+    given = options.budget not in (None, "auto")
+    budget, source = planner.parse_size(options.budget or "") if given else None, "given"
     if options.solve and options.budget is None:
         raise ConfigError("--solve needs a --budget: a size such as 8GiB, or auto")
-    config = resolve_method(with_channels(options.config))
-    device = select_device(config.device)
-    if not is_settled(config):
-        given = None if options.budget == "auto" else options.budget
-        config = settled(config, given, StderrProgress())
+    config, device = _resolved(options)
     # The size of generated images is known without drawing any.
     generated = config.data.generated
-    request = PlanRequest.from_config(config) if generated else plan_of(config).requests[0]
-    source = "given"
+    request = planner.PlanRequest.from_config(config) if generated else plan_of(config).requests[0]
     if options.budget == "auto":
-        budget, source = device_limit(device)
-    use_compilation_cache()
-    platform = {"gpu": "cuda"}.get(device.platform, device.platform)
-    chosen = planned_method(config)
-    known = calibration(device)
-    measured = None
-    if options.tier == "measure":
-        measured = calibrate(request, chosen, platform=device.platform)
-        known = calibration(device)
-
-    formula = Formula(request, platform)
-    rows: list[PlanRow] = []
-    refused: dict[Method, str] = {}
-    for method in wanted:
-        side = None
-        try:
-            if method == "downscale":
-                side = formula.largest_side(None if budget is None else known.within(budget))
-            row = formula.row(method, side)
-            compiled = None
-            if options.tier != "formula":
-                compiled = compiled_total(request, method, side=side)
-        except ConfigError as error:
-            refused[method] = str(error)
-            continue
-        peak = measured.peak if measured is not None and method == chosen else None
-        rows.append(PlanRow(row, compiled, peak, side))
-    if not rows and len(wanted) == 1:
-        raise ConfigError(f"{wanted[0]}: {refused[wanted[0]]}")
+        budget, source = planner.device_limit(device)
+    chosen, measured = planned_method(config), {}
+    if options.tier == "profile":
+        peak = planner.calibrate(request, chosen, platform=device.platform).peak
+        measured = {chosen: peak}
+    known = planner.calibration(device)
+    estimator = planner.Estimator(request)
+    room = None if budget is None else known.within(budget)
+    rows, refused = _rows(options, estimator, room, measured)
+    if not rows:
+        check_settings(config)
+        raise ConfigError(refused.get(chosen, min(refused.values())))
     least = min(plan.row.parameters for plan in rows)
     if budget is not None and budget < least:
-        raise MemoryBudgetError(
+        raise planner.MemoryBudgetError(
             f"the budget of {show_size(budget)} is below the parameters, which alone take "
             f"{show_size(least)}; give more memory, or take a smaller --model.encoder"
         )
@@ -171,10 +126,10 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     lines = [
         f"{request.model.encoder} + {request.model.head}, {request.model.dtype}, "
         f"{request.optimizer.name}; images {height} x {width} x {channels}, batch "
-        f"{request.batch}" + _patches_told(request, config.method),
+        f"{request.batch}" + _patches(request, config.method),
         f"Steps take {known.factor:.2f} times XLA's figure on {device.device_kind}"
         + (f" and up to {show_size(known.overhead + known.kept)}" if known.overhead else "")
-        + (" (measured here)." if known.measured else " (a first guess: --tier measure)."),
+        + (" (measured here)." if known.measured else " (a first guess: --tier profile)."),
     ]
     if budget is not None:
         lines.append(f"Budget: {show_size(budget)} ({source}).")
@@ -187,19 +142,24 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         "not_possible": refused,
     }
     if options.layers or options.as_json:
-        table = encoder_table(request)
+        table = planner.encoder_table(request.model, channels, (request.patchgd.patch,) * 2)
         lines += ["", "The encoder, one patch:", *layer_lines(table)]
         figures["layers"] = [layer._asdict() for layer in table.layers]
     if options.explain:
         plan = next((p for p in rows if p.row.method == chosen), rows[0])
         _, size = encoder_inputs(request, plan.row.method)
-        table = encoder_table(request, side=size)
-        said = explain(request, table, plan.row, compiled=plan.compiled)
-        lines += ["", *said]
-        figures["explanation"] = said
+        table = planner.encoder_table(request.model, channels, size)
+        figures["explanation"] = planner.explain(request, table, plan.row, compiled=plan.compiled)
+        lines += ["", *figures["explanation"]]
     figures["answers"] = []
     for quantity in options.solve:
-        answer = solve(request, chosen, quantity, budget or 0, expected=known.expected)  # type: ignore[arg-type]
+        answer = planner.solve(
+            request,
+            chosen,
+            quantity,  # type: ignore[arg-type]
+            budget or 0,
+            expected=known.expected,
+        )
         command = train_arguments(config, answer.request, preset)
         lines += [
             "",
@@ -207,21 +167,63 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
             f"({answer.compiles} compiles)",
             f"Run:  {command}",
         ]
-        figures["answers"].append(
-            {
-                **{k: v for k, v in answer._asdict().items() if k != "request"},
-                "command": command,
-            }
-        )
+        answered = {k: v for k, v in answer._asdict().items() if k != "request"}
+        figures["answers"].append({**answered, "command": command})
     if options.plot is not None:
         longest = max(height, width)
         sides = sorted({s for p in range(-3, 4) if (s := int(longest * 2.0**p)) >= 32})
-        plot_sweep(sweep(formula, [p.row.method for p in rows], sides), budget, Path(options.plot))
+        swept = sweep(estimator, [p.row.method for p in rows], sides)
+        plot_sweep(swept, budget, Path(options.plot))
         lines += ["", f"Wrote {options.plot}"]
     return {"text": "\n".join(lines), "json": figures}
 
 
-def _patches_told(request: PlanRequest, method: str) -> str:
+def _resolved(options: PlanOptions) -> tuple[TrainConfig, Any]:
+    """Resolves all settings of the run, and its device."""
+    from patchgd_jax.baselines.registry import resolve_method
+    from patchgd_jax.data.sources.channels import with_channels
+    from patchgd_jax.engine.compiling import use_compilation_cache
+    from patchgd_jax.engine.devices import select_device
+    from patchgd_jax.models.registry import head_entry
+    from patchgd_jax.planner.auto_settings import is_resolved, resolve_auto
+    from patchgd_jax.runs.progress import StderrProgress
+
+    # Methods without Z would not look it up.
+    head_entry(options.config.model.head)
+    config = resolve_method(with_channels(options.config))
+    device = select_device(config.device)
+    use_compilation_cache()
+    if not is_resolved(config):
+        budget = None if options.budget == "auto" else options.budget
+        config = resolve_auto(config, budget, StderrProgress().message)
+    return config, device
+
+
+def _rows(
+    options: PlanOptions, estimator: Estimator, room: float | None, measured: dict[Method, int]
+) -> tuple[list[PlanRow], dict[Method, str]]:
+    """Each method's figures, or the reason why it is not possible."""
+    from patchgd_jax import planner
+    from patchgd_jax.errors import ConfigError
+    from patchgd_jax.planner.report import PlanRow
+
+    wanted: Any = planner.METHODS if options.methods == ("all",) else options.methods
+    rows: list[PlanRow] = []
+    refused: dict[Method, str] = {}
+    for method in wanted:
+        try:
+            side = estimator.largest_side(room) if method == "downscale" else None
+            row, compiled = estimator.row(method, side), None
+            if options.tier != "estimate":
+                compiled = planner.compiled_total(estimator.request, method, side=side)
+        except ConfigError as error:
+            refused[method] = str(error)
+        else:
+            rows.append(PlanRow(row, compiled, measured.get(method), side))
+    return rows, refused
+
+
+def _patches(request: PlanRequest, method: str) -> str:
     from patchgd_jax.baselines.registry import WHOLE_IMAGE
 
     if method in WHOLE_IMAGE:
@@ -233,7 +235,7 @@ def _patches_told(request: PlanRequest, method: str) -> str:
 
 
 def train_arguments(config: TrainConfig, request: Any, preset: str) -> str:
-    """The command that trains with a request's settings, where they differ from the preset's."""
+    """Writes the `train` command of a request, with the settings that differ from the preset."""
     batch = {"batch_size": request.batch, "eval_batch_size": request.eval_batch}
     data = config.data
     if data.fit == "resize":

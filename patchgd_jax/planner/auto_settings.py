@@ -1,69 +1,63 @@
-"""Settings that are `auto`: the memory planner makes numbers of them before a run begins."""
+"""Resolves settings that are `auto` to the largest numbers that fit in memory."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 
 from patchgd_jax.config import PatchGDConfig, TrainConfig
 from patchgd_jax.engine.compiling import release_memory, use_compilation_cache
 from patchgd_jax.errors import ConfigError
-from patchgd_jax.planner import (
-    Answer,
-    PlanRequest,
-    Quantity,
-    free_memory,
-    parse_size,
-    show_size,
-    solve,
-)
 from patchgd_jax.planner.request import with_inner_steps
 from patchgd_jax.planner.run_plan import RunPlan, plan_of
-from patchgd_jax.runs.progress import Progress
+from patchgd_jax.planner.size import free_memory, parse_size, show_size
+from patchgd_jax.planner.solver import Answer
 
 
-def is_settled(config: TrainConfig) -> bool:
+def is_resolved(config: TrainConfig) -> bool:
     """Whether no setting is auto."""
     return config.batch_size != "auto" and config.patchgd.fraction != "auto"
 
 
-def settled(
-    config: TrainConfig, budget: str | None = None, progress: Progress | None = None
+def resolve_auto(
+    config: TrainConfig,
+    budget: str | None = None,
+    on_message: Callable[[str], None] = lambda text: None,
 ) -> TrainConfig:
-    """Makes numbers of the settings that are auto: the largest that fit the memory.
+    """Resolves `auto` batch size and sampling fraction to the largest values that fit in memory.
 
-    Each is proved by a compile of training and evaluation for the run's own images. If both are
-    auto, the fraction is the default one, or the largest below it that a single image fits with,
-    and the batch is what fits with that.
+    Each is checked by compiling training and evaluation for the run's own images. If both are
+    auto, the fraction is the default one, or the largest below it that fits for a single image,
+    and the batch is the largest that fits with that fraction.
 
     Args:
         config: a run.
-        budget: memory that training may take, 8GiB say. None: what is free on the device, on the
-            CPU less the images that wait (`reader_mib`).
-        progress: told what was chosen and why.
+        budget: memory that training may take, such as 8GiB. None: what is free on the device, on
+            the CPU less the buffer of read images (`reader_mib`).
+        on_message: called with what was chosen and why.
 
     Returns:
-        The config with numbers; the same if nothing is auto.
+        The config without auto.
 
     Raises:
         MemoryBudgetError: if not even the smallest setting fits.
-        PatchGDError: for a budget that cannot be read or has nothing to decide, and as `train`.
+        PatchGDError: for an unreadable budget, or one where nothing is auto, and as `train`.
     """
     size = None if budget is None else parse_size(budget)
-    if is_settled(config):
+    if is_resolved(config):
         if size is not None:
             raise ConfigError(
-                "the budget decides about settings that are auto, but none is; set --batch-size "
-                "auto or --patchgd.fraction auto, or leave --budget out"
+                "the budget is for settings that are auto, but none is; set --batch-size auto or "
+                "--patchgd.fraction auto, or leave --budget out"
             )
         return config
     if jax.process_count() > 1:
         raise ConfigError(
-            "settings that are auto are for one process, which would not know what the others have "
-            "free; give numbers"
+            "auto settings are for one process: it cannot know the free memory of the others; give "
+            "numbers"
         )
-    progress = progress or Progress()
     both = config.batch_size == "auto" and config.patchgd.fraction == "auto"
     plan = plan_of(_smallest(config))
     use_compilation_cache()
@@ -72,34 +66,34 @@ def settled(
         size, source = free_memory(plan.device)
         if plan.device.platform == "cpu":
             size -= config.reader_mib * 2**20
-            source += f", less {config.reader_mib} MiB for images that wait"
+            source += f", less {config.reader_mib} MiB of read images"
     request = plan.requests[0]
     if config.patchgd.fraction == "auto":
-        answer = _largest(plan, request, "fraction", size)
+        answer = plan.largest(request, "fraction", size, plan.compiled)
         request = answer.request
         usual = _usual_inner_steps(config.patchgd)
         if both and answer.request.patchgd.num_inner_steps < usual <= plan.fewest_patches:
             request = with_inner_steps(request, usual)
         else:
-            progress.message(_why(plan, answer, size, source))
+            on_message(_explanation(plan, answer, size, source))
     if config.batch_size == "auto":
-        # An evaluation is as large as the settings say, where the training batch is no smaller.
+        # The evaluation batch is the configured one, unless the training batch is smaller.
         request = dataclasses.replace(request, eval_batch=config.eval_batch_size)
-        answer = _largest(plan, request, "batch", size)
+        answer = plan.largest(request, "batch", size, plan.compiled)
         request = answer.request
-        progress.message(_why(plan, answer, size, source))
+        on_message(_explanation(plan, answer, size, source))
         config = dataclasses.replace(
             config,
             batch_size=min(request.batch, plan.examples),
             eval_batch_size=request.eval_batch,
         )
-    # What compilation has freed is free for training.
+    # Gives what compilation has freed back for training.
     release_memory()
     return dataclasses.replace(config, patchgd=request.patchgd)
 
 
 def _smallest(config: TrainConfig) -> TrainConfig:
-    """The config with a batch of one image and as few inner steps as can be where it says auto."""
+    """Replaces auto by a batch of one image, and by the fewest inner steps."""
     patchgd = config.patchgd
     if patchgd.fraction == "auto":
         least = patchgd.epsilon if patchgd.mode == "patchgd" else 1
@@ -110,24 +104,13 @@ def _smallest(config: TrainConfig) -> TrainConfig:
 
 
 def _usual_inner_steps(patchgd: PatchGDConfig) -> int:
-    """Those of the default fraction, or the next number above that epsilon divides."""
+    """Inner steps of the default fraction, rounded up to a multiple of epsilon."""
     default = PatchGDConfig().num_inner_steps
     unit = patchgd.epsilon if patchgd.mode == "patchgd" else 1
     return -(-default // unit) * unit
 
 
-def _largest(plan: RunPlan, request: PlanRequest, quantity: Quantity, budget: int) -> Answer:
-    return solve(
-        request,
-        plan.method,
-        quantity,
-        budget,
-        total=plan.compiled,
-        most_inner_steps=plan.fewest_patches,
-    )
-
-
-def _why(plan: RunPlan, answer: Answer, budget: int, source: str) -> str:
+def _explanation(plan: RunPlan, answer: Answer, budget: int, source: str) -> str:
     request, known = answer.request, plan.calibration
     if answer.quantity == "batch":
         text = f"batch_size auto: {min(request.batch, plan.examples)}"
@@ -142,5 +125,5 @@ def _why(plan: RunPlan, answer: Answer, budget: int, source: str) -> str:
     text += f": takes {show_size(answer.bytes)} of {show_size(budget)} ({source})"
     if answer.next_bytes is not None:
         text += f", the next larger {show_size(answer.next_bytes)}"
-    how = "measured here" if known.measured else "a first guess; patchgd-jax plan --tier measure"
+    how = "measured here" if known.measured else "a first guess; patchgd-jax plan --tier profile"
     return f"{text}; XLA's figure x {known.factor:.2f} ({how})"

@@ -1,4 +1,4 @@
-"""XLA's own figure: a step compiled for shapes alone, and nothing allocated."""
+"""The compiler's figure: a step compiled for shapes alone, and nothing allocated."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from patchgd_jax.planner.request import PlanRequest
 
 
 def compile_program(program: Program) -> tuple[Compiled, Any]:
-    """Compiles a program as `train` does, and reads what it will take.
-
-    Returns:
-        The figures, and the compiled program.
-    """
+    """Compiles a program as `train` does; returns its memory and the compiled program."""
     # Training alone is compiled with them: an evaluation has nothing to compute again.
     options = compiler_options() if program.donated else None
     jitted = jax.jit(program.function, donate_argnums=program.donated, compiler_options=options)
@@ -29,13 +25,13 @@ def compile_program(program: Program) -> tuple[Compiled, Any]:
 def compiled_total(
     request: PlanRequest, method: Method, *, side: int | None = None, evaluation: bool = True
 ) -> int:
-    """Bytes that training by a method takes: the larger of its step and its evaluation.
+    """Compiles a method for its bytes: the larger of its training and its evaluation step.
 
     Args:
         request: what is planned.
         method: one of METHODS.
         side: for `downscale`, the longer side in pixels.
-        evaluation: whether the evaluation step is compiled, too.
+        evaluation: whether the evaluation step is compiled too.
 
     Raises:
         ConfigError: if the encoder does not support the method.
@@ -55,7 +51,7 @@ class Line(NamedTuple):
 
     @classmethod
     def through(cls, points: Sequence[tuple[float, int]]) -> Line:
-        """The line of least squares; through one point, a constant."""
+        """Fits a line by least squares; through one point, a constant."""
         if len({x for x, _ in points}) < 2:
             return cls(float(points[0][1]), 0.0)
         sizes, totals = np.array(points, np.float64).T

@@ -1,10 +1,10 @@
-"""The sums that are done by hand, with the user's own numbers, and why the truth is more."""
+"""The sums that textbooks do by hand, with the user's own numbers, and why training takes more."""
 
 from __future__ import annotations
 
 from patchgd_jax.config import OptimizerConfig
-from patchgd_jax.planner.formula import Row
-from patchgd_jax.planner.layers import Layer, LayerTable
+from patchgd_jax.planner.estimate import Row
+from patchgd_jax.planner.layers import LayerTable
 from patchgd_jax.planner.request import PlanRequest
 from patchgd_jax.planner.size import show_size
 
@@ -13,12 +13,12 @@ FLOAT = 4
 
 
 def conv_weights(side: int, inputs: int, outputs: int) -> int:
-    """Weights of a convolution: every output channel has a kernel for every input channel."""
+    """Counts weights of a convolution: a kernel for each input channel of each output channel."""
     return side * side * inputs * outputs
 
 
 def dense_weights(inputs: int, outputs: int) -> int:
-    """Weights and biases of a dense layer."""
+    """Counts weights and biases of a dense layer."""
     return inputs * outputs + outputs
 
 
@@ -28,25 +28,25 @@ def image_bytes(height: int, width: int, channels: int, itemsize: int = FLOAT) -
 
 
 def parameter_copies(optimizer: OptimizerConfig) -> int:
-    """Arrays of the parameters' size that training keeps: weights, gradients and moments."""
+    """Counts arrays of the parameters' size in training: weights, gradients, moments, EMA."""
     moments = 2 if optimizer.name != "sgd" else int(optimizer.momentum != 0)
     return 2 + moments + (optimizer.ema_decay is not None)
 
 
 def hand_parameter_bytes(parameters: int, copies: int = 3) -> int:
-    """Float32 weights with their gradients and, for three copies, a momentum."""
+    """Bytes of float32 weights with their gradients and, for three copies, a momentum."""
     return parameters * FLOAT * copies
 
 
 def hand_activation_bytes(activations: int) -> int:
-    """Float32 outputs of all layers of one image, and as many values of their gradients."""
+    """Bytes of all layers' float32 outputs for one image, and of their gradients."""
     return 2 * activations * FLOAT
 
 
 def hand_total(
     parameters: int, activations: int, batch: int, data_bytes: int, copies: int = 3
 ) -> int:
-    """The sum that is usually done: parameters, twice the outputs times the batch, and data."""
+    """Adds up parameters, twice the outputs times the batch, and data."""
     return (
         hand_parameter_bytes(parameters, copies)
         + batch * hand_activation_bytes(activations)
@@ -57,36 +57,34 @@ def hand_total(
 def explain(
     request: PlanRequest, table: LayerTable, row: Row, *, compiled: int | None = None
 ) -> list[str]:
-    """Works the classical sums out for one request.
+    """Works the textbook sums out for one request, line by line.
 
     Args:
         request: what is planned.
         table: of the encoder, for one input of the size that the method gives it.
         row: of the method.
-        compiled: XLA's figure in bytes, if it is known.
-
-    Returns:
-        Lines of text.
+        compiled: bytes of the compiled programs, if known.
     """
     height, width, channels = request.image
-    weights = [x for x in table.layers if x.parameters]
     parameters = table.total("parameters")
     activations = table.total("output_bytes") // FLOAT
-    copies = parameter_copies(request.optimizer)
+    copies, optimizer = parameter_copies(request.optimizer), request.optimizer.name
     data = request.batch * image_bytes(height, width, channels)
-    lines = [f"By hand, {row.method}:"]
-    lines += [f"  {_weights(layer)}" for layer in _shown(weights)]
-    lines += [
-        f"  encoder: {parameters:,} parameters x 4 bytes = {show_size(parameters * FLOAT)}",
-        f"  with gradients and {request.optimizer.name}: x {copies} = "
+    largest = max(table.layers, key=lambda layer: layer.output_bytes)
+    # The first few layers with weights and the last: the rest follow the same sum.
+    kernels = [layer for layer in table.layers if layer.flops]
+    shown = kernels if len(kernels) <= 6 else [*kernels[:5], kernels[-1]]
+    model = parameters * FLOAT
+    lines = [
+        f"By hand, {row.method}:",
+        *(f"  {x.name} ({x.kind}): {x.parameters:,} parameters, output {x.output}" for x in shown),
+        f"  encoder: {parameters:,} parameters x 4 bytes = {show_size(model)}",
+        f"  with gradients and {optimizer}: x {copies} = "
         f"{show_size(hand_parameter_bytes(parameters, copies))}",
         f"  one input's layer outputs: {activations:,} values; x 2 for their gradients x 4 bytes = "
         f"{show_size(hand_activation_bytes(activations))}",
         f"  a batch of {request.batch} x {height} x {width} x {channels}: "
         f"{show_size(data)} as float32, {show_size(data // FLOAT)} as uint8 (what is kept here)",
-    ]
-    largest = max(table.layers, key=lambda layer: layer.output_bytes)
-    lines += [
         f"  the largest output, {largest.name} {largest.output}: {show_size(largest.output_bytes)}"
         "; pooling makes maps smaller only after they were there at full size",
         "  im2col: a convolution of side k as one product copies its input k x k times (x 9 for "
@@ -94,16 +92,15 @@ def explain(
         "on an image of its own needs such a buffer",
         f"  in half precision: activations {show_size(row.activations // 2)} instead of "
         f"{show_size(row.activations)} if they are float32 now; weights and moments stay float32",
-        "What is really kept and needed:",
-        f"  for the backward pass, by jax.vjp: {show_size(row.activations)} "
+        "What training keeps and needs:",
+        f"  residuals for the backward pass, by jax.vjp: {show_size(row.activations)} "
         f"(model.remat {request.model.remat})",
         f"  parameters {show_size(row.parameters)}, gradients {show_size(row.gradients)}, "
-        f"{request.optimizer.name} {show_size(row.optimizer)}, input {show_size(row.input)}, "
+        f"{optimizer} {show_size(row.optimizer)}, input {show_size(row.input)}, "
         f"Z {show_size(row.z)}, the rest {show_size(row.workspace)}",
-        f"  in all, by formula: {show_size(row.total)}"
+        f"  in all, by estimate: {show_size(row.total)}"
         + (f"; as XLA compiles it: {show_size(compiled)}" if compiled else ""),
     ]
-    model = parameters * FLOAT
     if row.total > model:
         lines.append(
             f"  so {show_size(model)} of weights become {show_size(row.total)}, "
@@ -115,13 +112,3 @@ def explain(
         "(XLA_PYTHON_CLIENT_MEM_FRACTION); only its allocator knows what is in use"
     )
     return lines
-
-
-def _shown(layers: list[Layer]) -> list[Layer]:
-    """The first few layers with weights and the last: the rest follow the same sum."""
-    kernels = [layer for layer in layers if layer.flops]
-    return kernels if len(kernels) <= 6 else [*kernels[:5], kernels[-1]]
-
-
-def _weights(layer: Layer) -> str:
-    return f"{layer.name} ({layer.kind}): {layer.parameters:,} parameters, output {layer.output}"

@@ -1,32 +1,30 @@
-"""The layer table: what each layer has, makes, keeps for its backward pass, and computes.
-
-Every figure is of one trace for shapes. What a layer keeps is what `jax.vjp` returns with it, told
-apart by the name of the operation that made it, so that the sums are exact.
-"""
+"""The layer table: parameters, output, residuals and products of each module, from one trace."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.extend import core
 
-from patchgd_jax.core.grid import PatchGrid
-from patchgd_jax.models.registry import build_model
-from patchgd_jax.planner.request import PlanRequest, leaf_bytes, tree_bytes
+from patchgd_jax.config import ModelConfig
+from patchgd_jax.core.grid import WholeImage
+from patchgd_jax.planner.methods import model_of
+from patchgd_jax.planner.request import leaf_bytes, tree_bytes
 
 Path = tuple[str, ...]
 
 
 class Layer(NamedTuple):
-    """A module of the network; what its own submodules have is in their rows, not in its."""
+    """A module of the network, without its submodules, which have rows of their own."""
 
     name: str
-    """Its path, `Bottleneck_0/Conv_1` say; the network itself is `(encoder)` or `(head)`."""
+    """Its path, such as `Bottleneck_0/Conv_1`; `(encoder)` is the network itself."""
     kind: str
     """Its class."""
     output: tuple[int, ...]
@@ -34,18 +32,27 @@ class Layer(NamedTuple):
     parameter_bytes: int
     output_bytes: int
     kept_bytes: int
-    """Kept for the backward pass."""
+    """Residuals for the backward pass."""
     flops: int
-    """Of the products in its forward pass: two for each multiplication and addition."""
+    """Of its kernel's products, forward: two for each multiplication and addition."""
+
+    @property
+    def unfolded_bytes(self) -> int:
+        """The left operand of its products, where a convolution runs as one matrix product."""
+        if not self.flops:
+            return 0
+        return self.flops // 2 // self.output[-1] * self.output_bytes // int(np.prod(self.output))
 
 
 class LayerTable(NamedTuple):
-    """The layers of a network in the order of their first use, and sums over them."""
+    """The layers of a network in the order of their first use."""
 
     layers: tuple[Layer, ...]
+    residuals: tuple[Any, ...]
+    """Shapes of what is kept for the backward pass."""
 
     def total(self, column: str) -> int:
-        """The sum of a column of numbers."""
+        """Sums a column of numbers."""
         return sum(getattr(layer, column) for layer in self.layers)
 
     @property
@@ -55,90 +62,90 @@ class LayerTable(NamedTuple):
 
     @property
     def training_bytes(self) -> int:
-        """Parameters, their gradients, and what is kept for the backward pass."""
+        """Parameters, their gradients and the residuals."""
         return 2 * self.total("parameter_bytes") + self.total("kept_bytes")
 
     @property
     def inference_bytes(self) -> int:
-        """Parameters, and the largest output with the one that it is made of."""
+        """Parameters, and the largest output with the one after it."""
         outputs = [0, *(layer.output_bytes for layer in self.layers if layer.output)]
         pair = max(a + b for a, b in zip(outputs, outputs[1:] or [0], strict=False))
         return self.total("parameter_bytes") + pair
+
+    def kept_by_block(self) -> dict[str, int]:
+        """Sums residuals over each top-level module."""
+        kept: dict[str, int] = {}
+        for layer in self.layers:
+            block = layer.name.split("/")[0]
+            kept[block] = kept.get(block, 0) + layer.kept_bytes
+        return kept
+
+
+def residuals(function: Callable[..., Any], params: Any, *arguments: Any) -> list[jax.Array]:
+    """Lists what `jax.vjp` of a function keeps, each array once, `params` left out."""
+    _, pull_back = jax.vjp(lambda p: function(p, *arguments), params)
+    given = {id(leaf) for leaf in jax.tree.leaves(params)}
+    kept = {id(leaf): leaf for leaf in jax.tree.leaves(pull_back)}
+    return [leaf for key, leaf in kept.items() if key not in given]
 
 
 def layer_table(
     function: Callable[..., Any], params: Any, *arguments: Any, name: str = "network"
 ) -> LayerTable:
-    """Traces a function of Linen modules and says what each of them takes.
+    """Traces a function of Linen modules and its residuals.
 
     Args:
-        function: of `params` and the other arguments to an array; it applies Linen modules whose
-            parameters are `params` as a tree by module name.
-        params: shapes of the parameters that a gradient is taken of.
+        function: of `params` and the other arguments to an array; it applies Linen modules.
+        params: shapes of the trained parameters, by module name.
         arguments: shapes of the rest.
         name: of the row of the function itself.
     """
-    modules: dict[Path, tuple[str, tuple[int, ...], int]] = {}
+    modules: dict[Path, tuple[str, Any]] = {}
 
     def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        path = tuple(context.module.path)
-        modules.setdefault(path, (type(context.module).__name__, (), 0))
+        path, kind = tuple(context.module.path), type(context.module).__name__
+        modules.setdefault(path, (kind, None))
         out = call(*args, **kwargs)
         if context.method_name == "__call__" and hasattr(out, "shape"):
-            modules[path] = (modules[path][0], tuple(out.shape), leaf_bytes(out))
+            modules[path] = (kind, jax.ShapeDtypeStruct(out.shape, out.dtype))
         return out
 
-    def kept(params: Any, *arguments: Any) -> list[Any]:
-        _, pull_back = jax.vjp(lambda p: function(p, *arguments), params)
-        given = {id(leaf) for leaf in jax.tree.leaves(params)}
-        return [leaf for leaf in jax.tree.leaves(pull_back) if id(leaf) not in given]
-
-    traced = jax.make_jaxpr(kept)(params, *arguments).jaxpr
     with nn.intercept_methods(record):
-        forward = jax.make_jaxpr(function)(params, *arguments).jaxpr
-    modules.setdefault((), (name, (), 0))
-
-    makers = {var: eqn for eqn in traced.eqns for var in eqn.outvars}
-    kept_bytes: dict[Path, int] = {}
-    for var in traced.outvars:
-        eqn = makers.get(var) if not isinstance(var, core.Literal) else None
-        path = _module_of(_stack(eqn), modules) if eqn is not None else ()
-        kept_bytes[path] = kept_bytes.get(path, 0) + leaf_bytes(var.aval)
-    flops: dict[Path, int] = {}
-    for stack, count in _products(forward, (), 1):
-        path = _module_of(stack, modules)
-        flops[path] = flops.get(path, 0) + count
-    own: dict[Path, list[Any]] = {}
+        traced = jax.make_jaxpr(partial(residuals, function))(params, *arguments)
+    modules.setdefault((), (name, None))
+    # JAX names the operations of a module by its path.
+    scopes = {var: eqn.source_info.name_stack for eqn in traced.jaxpr.eqns for var in eqn.outvars}
+    kept: dict[Path, int] = {}
+    for var, aval in zip(traced.jaxpr.outvars, traced.out_avals, strict=True):
+        # Literals cannot be looked up, and are of no module.
+        scope = scopes.get(var, "") if getattr(var, "val", None) is None else ""
+        path = _module_of(str(scope), modules)
+        kept[path] = kept.get(path, 0) + leaf_bytes(aval)
+    own: dict[Path, dict[str, Any]] = {path: {} for path in modules}
     for keys, leaf in jax.tree.leaves_with_path(params):
-        path = tuple(str(key.key) for key in keys[:-1])
-        while path not in modules:
-            path = path[:-1]
-        own.setdefault(path, []).append(leaf)
-    return LayerTable(
-        tuple(
-            Layer(
-                name="/".join(path) or f"({name})",
-                kind=kind,
-                output=output,
-                parameters=sum(leaf.size for leaf in own.get(path, [])),
-                parameter_bytes=tree_bytes(own.get(path, [])),
-                output_bytes=size,
-                kept_bytes=kept_bytes.get(path, 0),
-                flops=flops.get(path, 0),
-            )
-            for path, (kind, output, size) in modules.items()
+        names = tuple(str(key.key) for key in keys)
+        path = next(names[:end] for end in range(len(names) - 1, -1, -1) if names[:end] in own)
+        own[path]["/".join(names[len(path) :])] = leaf
+    layers = [
+        Layer(
+            name="/".join(path) or f"({name})",
+            kind=kind,
+            output=() if output is None else output.shape,
+            parameters=sum(leaf.size for leaf in own[path].values()),
+            parameter_bytes=tree_bytes(own[path]),
+            output_bytes=tree_bytes(output),
+            kept_bytes=kept.get(path, 0),
+            flops=_flops(own[path], output),
         )
-    )
+        for path, (kind, output) in modules.items()
+    ]
+    return LayerTable(tuple(layers), tuple(traced.out_avals))
 
 
-def _stack(eqn: Any) -> tuple[str, ...]:
-    return tuple(str(eqn.source_info.name_stack).split("/"))
-
-
-def _module_of(stack: tuple[str, ...], modules: dict[Path, Any]) -> Path:
+def _module_of(scope: str, modules: dict[Path, Any]) -> Path:
     """The innermost module among the names of an operation's scopes."""
     path: Path = ()
-    for part in stack:
+    for part in scope.split("/"):
         # A transformation puts its name around that of the outermost scope: jvp(Conv_0).
         while wrapped := re.fullmatch(r"[\w-]+\((.*)\)", part):
             part = wrapped[1]
@@ -147,65 +154,36 @@ def _module_of(stack: tuple[str, ...], modules: dict[Path, Any]) -> Path:
     return path
 
 
-def _products(jaxpr: Any, stack: tuple[str, ...], times: int) -> list[tuple[tuple[str, ...], int]]:
-    """FLOPs of every product of matrices and every convolution, with the names of its scopes."""
-    found = []
-    platforms: dict[Any, Any] = {}
-    for eqn in jaxpr.eqns:
-        name, here = eqn.primitive.name, (*stack, *_stack(eqn))
-        if name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            depth = int(np.prod([eqn.invars[0].aval.shape[axis] for axis in contracted]))
-            found.append((here, 2 * times * eqn.outvars[0].aval.size * depth))
-        elif name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval
-            features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-            depth = kernel.size // features
-            found.append((here, 2 * times * eqn.outvars[0].aval.size * depth))
-        elif name == "platform_index":
-            platforms[eqn.outvars[0]] = eqn.params["platforms"]
-        elif name == "cond" and eqn.invars[0] in platforms:
-            # What serves every platform is the textbook's form, and it comes last.
-            body = eqn.params["branches"][platforms[eqn.invars[0]].index(None)]
-            found += _products(body.jaxpr, here, times)
-        else:
-            rounds = eqn.params["length"] if name == "scan" else 1
-            for inner in jax.tree.leaves(
-                [v for k, v in eqn.params.items() if "jaxpr" in k],
-                is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
-            ):
-                body = inner.jaxpr if hasattr(inner, "jaxpr") else inner
-                if hasattr(body, "eqns"):
-                    found += _products(body, here, times * rounds)
-    return found
+def _flops(own: dict[str, Any], output: Any) -> int:
+    """Every weight of a kernel is used once at each position of the output."""
+    kernel = own.get("kernel")
+    if kernel is None or output is None:
+        return 0
+    features = own["bias"].size if "bias" in own else kernel.shape[-1]
+    return int(2 * kernel.size * (output.size // features))
 
 
 def encoder_table(
-    request: PlanRequest, *, inputs: int = 1, side: tuple[int, int] | None = None
+    config: ModelConfig, channels: int, size: tuple[int, int], inputs: int = 1
 ) -> LayerTable:
-    """The layer table of the encoder that a request names, in training.
+    """Makes the layer table of an encoder in training.
 
     Args:
-        request: what is planned.
+        config: of the model.
+        channels: of an input.
+        size: height and width of an input in pixels.
         inputs: how many there are at once.
-        side: height and width of an input in pixels; None: a patch.
     """
-    size = side or (request.patchgd.patch,) * 2
-    channels = request.image[2]
-    model = build_model(
-        request.model,
-        grid=PatchGrid(min(size), min(size), min(size)),
-        channels=channels,
-        classes=request.classes,
-        mean=(0.0,) * channels,
-        std=(1.0,) * channels,
-    )
+    # The parameters of a convolution are the same for every size; a table of positions is made for
+    # square inputs.
+    square = WholeImage(min(size), min(size))
+    model = model_of(dataclasses.replace(config, head="linear", dropout=None), square, channels)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params, model_state = jax.eval_shape(model.init, key)
+    params, stats = jax.eval_shape(model.init, key)
     images = jax.ShapeDtypeStruct((inputs, *size, channels), np.uint8)
 
-    def encode(encoder: Any, model_state: Any, images: jax.Array, key: jax.Array) -> jax.Array:
-        parts = {**params, "encoder": encoder}
-        return model.encode(parts, model_state, images, train=True, rng=key)[0]
+    def encode(encoder: Any, stats: Any, images: jax.Array, key: jax.Array) -> jax.Array:
+        weights = {**params, "encoder": encoder}
+        return model.encode(weights, stats, images, train=True, rng=key)[0]
 
-    return layer_table(encode, params["encoder"], model_state, images, key, name="encoder")
+    return layer_table(encode, params["encoder"], stats, images, key, name="encoder")

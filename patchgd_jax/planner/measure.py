@@ -1,7 +1,7 @@
-"""Real steps in a process of their own, whose peak counter is therefore clean.
+"""Profiles real steps in processes of their own, whose peak counters start clean.
 
-The result over XLA's figure is the calibration factor of this kind of device and version of jaxlib:
-the larger of those at two sizes. It is kept in the user's cache folder.
+The peak over the compiled figure, the larger of two sizes, is the calibration factor of this kind
+of device and version of jaxlib. It is kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,142 +35,123 @@ from patchgd_jax.planner.size import free_memory
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-# Before there is a measurement. On the CPU, buffers inside of single operations are not XLA's; on a
-# GPU, the scratch of its libraries.
+# Before there is a measurement: buffers that XLA does not count, inside of single operations (CPU)
+# and of libraries (GPU).
 _FIRST_GUESS = {"cpu": 1.4, "gpu": 1.15, "tpu": 1.05}
-# What steps add to a process, however small they are.
+# What steps of any size add to a process.
 _OVERHEAD = {"cpu": 20 * 2**20}
-# The C library keeps freed blocks for the thread that freed them, and others take new ones: on two
-# cores up to three times a small step, and of large ones, whose blocks go back to the system, this.
+# The C library keeps freed blocks for the thread that freed them; other threads take new ones: on
+# two cores up to three times a small step, and this of large ones, whose blocks go back.
 _KEPT = {"cpu": 40 * 2**20}
 _MOST_COPIES = 2
-# How high steps reach depends on how their threads meet: of several processes the highest counts.
+# The peak depends on how threads happen to overlap: of several processes the highest counts.
 _PROBES = 2
-# On the CPU the peak of the first steps is up to a tenth below that of fifty. It takes no more of
-# them once so many seconds are over.
+# On the CPU the peak of the first steps is up to a tenth below that of fifty. No more are run after
+# so many seconds.
 _STEPS = {"cpu": 48}
 _LEAST_STEPS = 2
 _SECONDS = 10.0
+_TIMEOUT = 1800
 
 
 class Calibration(NamedTuple):
-    """What steps take on a device, given XLA's figure for one."""
+    """Relation between the compiled figure of a step and its peak on a device."""
 
     factor: float
     overhead: int
-    """Bytes, whatever the step."""
+    """Bytes for a step of any size."""
     kept: int
-    """Bytes of what was freed that the C library keeps at most; never more than twice XLA's
-    figure."""
+    """Most bytes of freed memory that the C library keeps; at most twice the compiled figure."""
     measured: bool
     """Whether the factor was measured on this device, or is a first guess."""
 
     @classmethod
     def of(cls, platform: str, factor: float, *, measured: bool) -> Calibration:
-        """The calibration of a platform (cpu, gpu or tpu) by its factor."""
+        """Makes the calibration of a platform (cpu, gpu or tpu)."""
         return cls(factor, _OVERHEAD.get(platform, 0), _KEPT.get(platform, 0), measured)
 
     def expected(self, compiled: float) -> int:
-        """Bytes that steps will take at their highest moment."""
+        """Predicts the peak of steps in bytes."""
         kept = min(_MOST_COPIES * compiled, self.kept)
         return math.ceil(self.factor * compiled + kept) + self.overhead
 
     def within(self, budget: int) -> float:
-        """The most that XLA's figure may be for steps to fit."""
+        """The largest compiled figure of steps that fit a budget."""
         room = budget - self.overhead
         small = min(room / (self.factor + _MOST_COPIES), self.kept / _MOST_COPIES)
         return max((room - self.kept) / self.factor, small)
 
 
 class Measured(NamedTuple):
-    """Training steps as they ran."""
+    """Memory of training steps that ran."""
 
     peak: int
-    """Bytes at the highest moment, arguments included."""
+    """Bytes, arguments included."""
     compiled: int
-    """XLA's figure for the same program."""
+    """Bytes by XLA for the same program."""
     device: str
     """Kind of device."""
     platform: str
 
     @property
     def factor(self) -> float:
-        """The calibration factor of these steps; never less than 1."""
+        """The calibration factor of these steps, at least 1."""
         unscaled = Calibration.of(self.platform, 0.0, measured=True).expected(self.compiled)
         return max(1.0, (self.peak - unscaled) / self.compiled)
 
 
-def measure(
-    request: PlanRequest, method: Method, *, platform: str | None = None, timeout: float = 1800
-) -> Measured:
-    """Runs training steps of a method on zeros in two new processes, and reads the higher peak.
-
-    On the CPU it is the growth of the resident memory over that before the arrays were made; on
-    other devices, what the allocator counted.
+def measure(request: PlanRequest, method: Method, *, platform: str | None = None) -> Measured:
+    """Runs training steps of a method on zeros in two new processes, and takes the higher peak.
 
     Args:
-        request: what is planned; an encoder of the user's own is not known to the new process.
+        request: what is planned; a registered encoder is not known to the new process.
         method: one of METHODS.
         platform: cpu, gpu or tpu; None: as here.
-        timeout: seconds for each process.
 
     Raises:
-        MeasureError: if the process fails, for want of memory say.
+        MeasureError: if a process fails, such as for lack of memory.
         ConfigError: if the peak cannot be read on this system.
     """
     platform = platform or jax.default_backend()
     if platform == "cpu" and not _CLEAR.exists():
         raise ConfigError(
-            "the peak of a step on the CPU can only be read on Linux; use tier compile here"
+            "the peak of a step on the CPU can only be read on Linux; use --tier compile here"
         )
     environment = {**os.environ, "JAX_PLATFORMS": {"gpu": "cuda"}.get(platform, platform)}
     given = json.dumps({"request": asdict(request), "method": method})
-    probes = [_probe(given, method, environment, timeout) for _ in range(_PROBES)]
+    probes = [_probe(given, method, environment) for _ in range(_PROBES)]
     return max(probes, key=lambda probe: probe.peak)
 
 
-def calibrate(
-    request: PlanRequest, method: Method, *, platform: str | None = None, timeout: float = 1800
-) -> Measured:
-    """Measures a request and another size of it, and keeps the larger calibration factor.
+def calibrate(request: PlanRequest, method: Method, *, platform: str | None = None) -> Measured:
+    """Measures a request and a second size of it (`other_size`), and keeps the larger factor.
 
-    The factor of one size can be too low for others. The other size is twice the batch where that
-    fits what is free, else half of it, or of the patches of an inner step.
-
-    Args:
-        request: as for `measure`.
-        method: as for `measure`.
-        platform: as for `measure`.
-        timeout: as for `measure`.
-
-    Returns:
-        What was measured of the request itself.
-
-    Raises:
-        MeasureError: as `measure`, of the request itself.
-        ConfigError: as `measure`.
+    Arguments and errors are those of `measure`, and so is what is returned: of the request itself.
     """
-    measured = measure(request, method, platform=platform, timeout=timeout)
+    measured = measure(request, method, platform=platform)
     keep_calibration(measured)
     device = jax.devices(platform)[0]
     other = other_size(request, measured.compiled, calibration(device), free_memory(device)[0])
     if other is not None:
-        # Someone else may have taken what was free.
+        # Other processes may have taken what was free.
         with contextlib.suppress(MeasureError):
-            keep_calibration(measure(other, method, platform=platform, timeout=timeout))
+            keep_calibration(measure(other, method, platform=platform))
     return measured
 
 
 def other_size(
     request: PlanRequest, compiled: int, known: Calibration, free: int
 ) -> PlanRequest | None:
-    """The second size that `calibrate` measures; None if there is none.
+    """Chooses twice the batch where that fits, else half of it, or of an inner step's patches.
 
     Args:
         request: the first size.
-        compiled: XLA's figure for it in bytes; that for twice the batch is at most twice as much.
-        known: what steps take given XLA's figure.
+        compiled: bytes by XLA for it; twice the batch takes at most twice as much.
+        known: of the device.
         free: bytes that steps may take.
+
+    Returns:
+        The second size, or None if there is none.
     """
     if known.expected(2 * compiled) <= free:
         return dataclasses.replace(request, batch=2 * request.batch)
@@ -180,22 +162,22 @@ def other_size(
     return None
 
 
-def _probe(given: str, method: Method, environment: dict[str, str], timeout: float) -> Measured:
+def _probe(given: str, method: Method, environment: dict[str, str]) -> Measured:
     command = [sys.executable, "-m", "patchgd_jax.planner.measure"]
     try:
         result = subprocess.run(
-            command, input=given, capture_output=True, text=True, timeout=timeout, env=environment
+            command, input=given, capture_output=True, text=True, timeout=_TIMEOUT, env=environment
         )
     except subprocess.TimeoutExpired as error:
         raise MeasureError(
-            f"measuring {method} took more than {timeout:.0f} s; plan with tier compile"
+            f"measuring {method} took more than {_TIMEOUT} s; use --tier compile"
         ) from error
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or ["no message"]
         how = f"signal {-result.returncode}" if result.returncode < 0 else lines[-1][:300]
         raise MeasureError(
             f"a step of {method} did not run here ({how}); it may be too large for this device: "
-            "plan a smaller one, or use tier compile"
+            "plan a smaller one, or use --tier compile"
         )
     return Measured(**json.loads(result.stdout.splitlines()[-1]))
 
@@ -213,11 +195,11 @@ def _zeros(leaf: Any) -> Any:
 
 
 class PeakMeter:
-    """The most memory that steps take from its making on.
+    """Measures the most memory that steps take after it was made.
 
-    On the CPU it is the growth of the resident memory, which only Linux tells; on other devices it
-    is what the allocator has counted since the process began. Pages of library files that the steps
-    were the first to use are not in it: under a limit, the system drops them.
+    On the CPU it is the growth of the resident memory, known on Linux only, without pages of
+    library files, which the system drops under a limit. On other devices it is what the allocator
+    has counted since the process began.
 
     Args:
         device: the steps run on.
@@ -236,7 +218,7 @@ class PeakMeter:
         _CLEAR.write_text("5")
 
     def peak(self) -> int | None:
-        """Bytes; None where the system does not tell."""
+        """Bytes; None where the system does not say."""
         if self._before is not None:
             files = max(0, _status("RssFile") - self._files)
             return _status("VmHWM") - self._before - files
@@ -245,7 +227,7 @@ class PeakMeter:
 
 
 def _run(program: Program) -> Measured:
-    """Steps each of which has the state of the one before."""
+    """Runs steps, each on the state of the one before."""
     use_compilation_cache()
     figures, compiled = compile_program(program)
     device = jax.devices()[0]
@@ -268,44 +250,38 @@ def _calibrations() -> Path:
     return Path(platformdirs.user_cache_dir("patchgd-jax")) / "calibration.json"
 
 
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("jaxlib")
+def _factors() -> dict[str, float]:
+    """Measured factors by device and version; none if the file is missing or damaged."""
+    try:
+        factors = json.loads(_calibrations().read_text(encoding="utf-8"))
+        return {name: float(factor) for name, factor in factors.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def calibration(device: jax.Device) -> Calibration:
-    """The calibration of a device for this version of jaxlib, or a first guess."""
-    try:
-        factors = json.loads(_calibrations().read_text(encoding="utf-8"))
-        factor = float(factors[f"{device.device_kind} jaxlib {_version()}"])
-    except (OSError, ValueError, KeyError, TypeError):
-        guess = _FIRST_GUESS.get(device.platform, 1.4)
-        return Calibration.of(device.platform, guess, measured=False)
-    return Calibration.of(device.platform, max(1.0, factor), measured=True)
+    """Reads the calibration of a device for this version of jaxlib, or guesses."""
+    factor = _factors().get(f"{device.device_kind} jaxlib {version('jaxlib')}")
+    guess = _FIRST_GUESS.get(device.platform, 1.4)
+    return Calibration.of(device.platform, factor or guess, measured=factor is not None)
 
 
 def keep_calibration(measured: Measured) -> float:
-    """Keeps the largest factor that was measured for a device and version; returns it.
+    """Keeps and returns the largest measured factor of a device and version.
 
     A cache folder that cannot be written is no error: the next plan then measures again.
     """
-    path, name = _calibrations(), f"{measured.device} jaxlib {_version()}"
-    try:
-        factors = json.loads(path.read_text(encoding="utf-8"))
-        known = float(factors.get(name, 0.0))
-    except (OSError, ValueError, TypeError, AttributeError):
-        factors, known = {}, 0.0
-    factors[name] = max(known, measured.factor)
+    factors, name = _factors(), f"{measured.device} jaxlib {version('jaxlib')}"
+    factors[name] = max(factors.get(name, 0.0), measured.factor)
     with contextlib.suppress(OSError, DiskError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_json(path, factors)
-    return float(factors[name])
+        _calibrations().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json(_calibrations(), factors)
+    return factors[name]
 
 
 def _main() -> None:
     given = json.load(sys.stdin)
-    request = from_dict(PlanRequest, json.loads(json.dumps(given["request"])), "request")
+    request = from_dict(PlanRequest, given["request"], "request")
     print(json.dumps(_run(step_of(request, given["method"]).train)._asdict()))
 
 

@@ -1,4 +1,4 @@
-"""The ways to train on large images that a plan compares, each as a step that compiles and runs."""
+"""The methods that a plan compares, each as a step that compiles and runs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from patchgd_jax.baselines.ips import require_attention, selected
 from patchgd_jax.baselines.registry import WHOLE_IMAGE, frozen_entries, make_algorithm, method_model
 from patchgd_jax.config import MethodName, ModelConfig, PatchGDConfig
 from patchgd_jax.contrib.importance import importance_groups
-from patchgd_jax.core.grid import WholeImage
-from patchgd_jax.core.model import Params
+from patchgd_jax.core.grid import Grid, WholeImage
+from patchgd_jax.core.model import Params, PatchModel
 from patchgd_jax.core.optimizer import make_optimizer
 from patchgd_jax.core.problem import Problem
 from patchgd_jax.core.update import TrainState, init_state
 from patchgd_jax.errors import ConfigError, unknown_name
 from patchgd_jax.models.depth import encoder_layers
-from patchgd_jax.models.layers.conv import SHORTEST, traced_for
 from patchgd_jax.models.registry import (
     build_encoder,
     build_model,
@@ -58,7 +57,7 @@ ABOUT: dict[Method, str] = {
     "gd-extended": "as gd, with PatchGD's head behind the encoder",
     "gd-remat": "the same gradient as gd, for about a third more computation",
     "downscale": "loses the detail below the new pixel size",
-    "patchwise": "label noise: every patch is told its image's label",
+    "patchwise": "label noise: each patch is trained with its image's label",
     "fully-conv": "correlated updates: one loss per position, all of one image",
     "mil": "the encoder stays as it is: only the head learns",
     "ips": "only the patches with the most attention are trained, and seen",
@@ -71,7 +70,7 @@ ABOUT: dict[Method, str] = {
 
 
 class Program(NamedTuple):
-    """A pure function and the shapes it is to be compiled for."""
+    """A pure function and the shapes to compile it for."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -82,18 +81,16 @@ class Program(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Training and evaluation by one method, and what the columns of its row are made of."""
+    """Training and evaluation by one method."""
 
     train: Program
     evaluate: Program
     state: TrainState
     """Shapes."""
-    images: jax.ShapeDtypeStruct
-    """One training batch."""
 
 
 def step_of(request: PlanRequest, method: Method, side: int | None = None) -> Step:
-    """The step of a method.
+    """Builds the step of a method.
 
     Args:
         request: what is planned.
@@ -101,8 +98,8 @@ def step_of(request: PlanRequest, method: Method, side: int | None = None) -> St
         side: for `downscale`, the longer side in pixels that images are shrunk to.
 
     Raises:
-        ConfigError: for an unknown method, one that the encoder does not support, or settings
-            that cannot be together.
+        ConfigError: for an unknown method, one that the encoder does not support, or conflicting
+            settings.
     """
     require_supported(request, method)
     image = request.image
@@ -113,15 +110,8 @@ def step_of(request: PlanRequest, method: Method, side: int | None = None) -> St
     request = dataclasses.replace(request, patchgd=patchgd)
     channels, patch = image[2], patchgd.patch
     grid = WholeImage(*image[:2]) if name in WHOLE_IMAGE else request.grid
-    model = build_model(
-        config,
-        grid=grid,
-        channels=channels,
-        classes=request.classes,
-        mean=(0.0,) * channels,
-        std=(1.0,) * channels,
-        window=map_side(config, patch, channels) if method == "fully-conv" else None,
-    )
+    window = map_side(config, patch, channels) if method == "fully-conv" else None
+    model = model_of(config, grid, channels, request.classes, window)
     if name == "ips":
         require_attention(model, grid, config.latent_dim)
     optimizer = optimizer_of(request)
@@ -149,14 +139,13 @@ def step_of(request: PlanRequest, method: Method, side: int | None = None) -> St
             resident=tree_bytes((state.step, state.opt_state, images)),
         ),
         state=state,
-        images=images,
     )
 
 
 def trained_as(
     request: PlanRequest, method: Method
 ) -> tuple[MethodName, ModelConfig, PatchGDConfig]:
-    """What `train` calls a method: its name, and the settings of the model and of PatchGD."""
+    """Translates a method to `train`'s name, model settings and PatchGD settings."""
     patchgd = request.patchgd
     if method in PATCHGD:
         return "patchgd", request.model, _in_mode(patchgd, method)
@@ -178,9 +167,10 @@ def _in_mode(patchgd: PatchGDConfig, mode: str) -> PatchGDConfig:
 
 
 def encoder_inputs(request: PlanRequest, method: Method) -> tuple[int, tuple[int, int]]:
-    """How many inputs the encoder sees at once where a gradient is taken, and their size.
+    """Counts the encoder's inputs in one backward pass (for mil, in one pass of the fill).
 
-    Method mil takes none: it is those of a pass without gradient.
+    Returns:
+        Their number, and their height and width.
 
     Raises:
         ConfigError: if there are more inner steps than patches, or the patch is larger than the
@@ -216,17 +206,21 @@ def encoder_shapes(model: ModelConfig, side: int, channels: int) -> Params:
     """Shapes of an encoder's variables for patches of `side` pixels."""
     encoder = build_encoder(model, side)
     patches = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-    with traced_for(SHORTEST):
-        variables = jax.eval_shape(partial(encoder.init, train=False), _key(), patches)
-    return dict(variables)
+    return dict(jax.eval_shape(partial(encoder.init, train=False), _key(), patches))
+
+
+def model_of(
+    config: ModelConfig, grid: Grid, channels: int, classes: int = 1, window: int | None = None
+) -> PatchModel:
+    """Builds a model of images with mean 0 and standard deviation 1."""
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    return build_model(
+        config, grid=grid, channels=channels, classes=classes, mean=mean, std=std, window=window
+    )
 
 
 def require_supported(request: PlanRequest, method: Method) -> None:
-    """Checks that there is a method of that name, and that it goes with the encoder.
-
-    Raises:
-        ConfigError: if not.
-    """
+    """Raises `ConfigError` for an unknown method, or one that the encoder does not support."""
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     model = request.model
@@ -241,8 +235,8 @@ def require_supported(request: PlanRequest, method: Method) -> None:
     tables = encoder_entry(model.encoder).side_multiple > 1
     if method in ("gd", "gd-extended", "gd-remat") and tables and height != width:
         raise ConfigError(
-            f"an image that is not square: the planner knows the table of positions of "
-            f"{model.encoder} for square ones only"
+            f"the image is not square: the planner supports the position table of {model.encoder} "
+            "for square images only"
         )
     if method == "fully-conv":
         build_encoder(model, request.patchgd.patch, window=1)
@@ -251,17 +245,17 @@ def require_supported(request: PlanRequest, method: Method) -> None:
 
 
 def downscaled_size(image: tuple[int, int, int], side: int) -> tuple[int, int]:
-    """Height and width of an image whose longer side is brought to `side`, at least 1 px."""
+    """Height and width, at least 1 px, of an image shrunk to a longer side of `side`."""
     height, width, _ = image
     longer = max(height, width)
     return max(1, round(height * side / longer)), max(1, round(width * side / longer))
 
 
 def optimizer_of(request: PlanRequest) -> optax.GradientTransformation:
-    """The optimizer; its memory does not depend on the length of the run.
+    """Builds the optimizer, for a run of any length: its memory is the same.
 
     Raises:
-        ConfigError: for layer-wise rates of an encoder whose blocks cannot be told.
+        ConfigError: for layer-wise rates of an encoder without known blocks.
     """
     depth = None
     if request.optimizer.layer_decay != 1:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from patchgd_jax.errors import ConfigError, DiskError
-from patchgd_jax.planner.formula import Formula, Row
+from patchgd_jax.planner.estimate import Estimator, Row
 from patchgd_jax.planner.layers import LayerTable
 from patchgd_jax.planner.measure import Calibration
 from patchgd_jax.planner.methods import ABOUT, Method
@@ -19,18 +22,18 @@ _COLUMNS = (
 
 
 class PlanRow(NamedTuple):
-    """A method in all tiers."""
+    """A method's figures in all tiers."""
 
     row: Row
     compiled: int | None = None
-    """Bytes by XLA, of training and evaluation."""
+    """Bytes of the compiled programs, of training and evaluation."""
     measured: int | None = None
     """Bytes of a real step."""
     side: int | None = None
     """For `downscale`, the longer side in pixels."""
 
     def expected(self, calibration: Calibration) -> int:
-        """The best figure that there is: measured, or from XLA's or the formula's."""
+        """The best figure there is: measured, else from the compiled one, else the estimate."""
         if self.measured is not None:
             return self.measured
         return calibration.expected(self.row.total if self.compiled is None else self.compiled)
@@ -55,11 +58,11 @@ def method_lines(
     budget: int | None,
     calibration: Calibration,
 ) -> list[str]:
-    """The method table."""
+    """Formats the method table."""
     tiers = [
-        ("formula", lambda r: r.row.total),
-        ("XLA", lambda r: r.compiled),
-        ("measured", lambda r: r.measured),
+        ("estimate", lambda r: r.row.total),
+        ("compile", lambda r: r.compiled),
+        ("profile", lambda r: r.measured),
     ]
     used = [(name, value) for name, value in tiers if any(value(r) is not None for r in rows)]
     heads = ["method", *_COLUMNS, *(name for name, _ in used)]
@@ -82,35 +85,22 @@ def method_lines(
 
 
 def layer_lines(table: LayerTable) -> list[str]:
-    """The layer table, and its sums for training and for inference."""
+    """Formats the layer table, with its sums for training and for inference."""
+    numbers = ("parameters", "parameter_bytes", "output_bytes", "kept_bytes", "flops")
+
+    def line(name: str, output: str, figures: Iterable[int]) -> list[str]:
+        count, *sizes, flops = figures
+        return [name, output, f"{count:,}", *map(show_size, sizes), f"{flops / 1e6:,.1f}"]
+
     cells = [["layer", "output", "parameters", "bytes", "output bytes", "kept", "MFLOP"]]
     for layer in table.layers:
         if layer.parameters or layer.kept_bytes or layer.flops:
-            cells.append(
-                [
-                    layer.name,
-                    " x ".join(map(str, layer.output)),
-                    f"{layer.parameters:,}",
-                    show_size(layer.parameter_bytes),
-                    show_size(layer.output_bytes),
-                    show_size(layer.kept_bytes),
-                    f"{layer.flops / 1e6:,.1f}",
-                ]
-            )
-    cells.append(
-        [
-            "sum",
-            "",
-            f"{table.total('parameters'):,}",
-            show_size(table.total("parameter_bytes")),
-            show_size(table.total("output_bytes")),
-            show_size(table.total("kept_bytes")),
-            f"{table.total('flops') / 1e6:,.1f}",
-        ]
-    )
+            output = " x ".join(map(str, layer.output))
+            cells.append(line(layer.name, output, (getattr(layer, n) for n in numbers)))
+    cells.append(line("sum", "", map(table.total, numbers)))
     return [
         *_aligned(cells),
-        f"training: {show_size(table.training_bytes)} of parameters, gradients and what is kept, "
+        f"training: {show_size(table.training_bytes)} of parameters, gradients and residuals, "
         f"{table.training_flops / 1e6:,.1f} MFLOP; inference: "
         f"{show_size(table.inference_bytes)}, {table.total('flops') / 1e6:,.1f} MFLOP",
     ]
@@ -129,37 +119,29 @@ def _aligned(cells: list[list[str]]) -> list[str]:
 
 
 def sweep(
-    formula: Formula, methods: Sequence[Method], sides: Sequence[int]
+    estimator: Estimator, methods: Sequence[Method], sides: Sequence[int]
 ) -> dict[Method, list[tuple[int, int]]]:
-    """Bytes by formula of each method against the side of a square image.
+    """Estimates each method for square images of several sides.
 
     Sides that a method or its settings do not allow are left out.
     """
-    lines: dict[Method, list[tuple[int, int]]] = {method: [] for method in methods}
+    lines: dict[Method, list[tuple[int, int]]] = {}
     for side in sides:
-        try:
-            resized = formula.resized(side, side)
-        except ConfigError:
-            continue
         for method in methods:
-            try:
-                lines[method].append((side, resized.row(method).total))
-            except ConfigError:
-                continue
-    return {method: points for method, points in lines.items() if points}
+            with suppress(ConfigError):
+                total = estimator.resized(side, side).row(method).total
+                lines.setdefault(method, []).append((side, total))
+    return lines
 
 
-def _told_apart(
+def _merged(
     lines: Mapping[Method, Sequence[tuple[int, int]]],
 ) -> list[tuple[list[Method], Sequence[tuple[int, int]]]]:
-    """The lines, with methods that differ by less than a hundredth everywhere as one."""
+    """Merges the lines of methods that differ by less than a hundredth everywhere."""
     groups: list[tuple[list[Method], Sequence[tuple[int, int]]]] = []
     for method, points in lines.items():
         for methods, others in groups:
-            if len(points) == len(others) and all(
-                side == other and abs(size / known - 1) < 0.01
-                for (side, size), (other, known) in zip(points, others, strict=True)
-            ):
+            if len(points) == len(others) and np.allclose(points, others, rtol=0.01):
                 methods.append(method)
                 break
         else:
@@ -187,7 +169,7 @@ def plot_sweep(
     from matplotlib.ticker import FuncFormatter
 
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for methods, points in _told_apart(lines):
+    for methods, points in _merged(lines):
         sides, sizes = zip(*points, strict=True)
         axis.plot(sides, sizes, "o-", label=", ".join(methods), markersize=4)
     if budget is not None:
@@ -196,7 +178,7 @@ def plot_sweep(
     axis.set_yscale("log", base=2)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda side, _: f"{side:,.0f}"))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda size, _: _short_size(size)))
-    axis.set(xlabel="image side (px)", ylabel="memory of a training step, by formula")
+    axis.set(xlabel="image side (px)", ylabel="estimated memory of a training step")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     try:

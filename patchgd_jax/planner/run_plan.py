@@ -1,8 +1,9 @@
-"""What the memory planner plans for a run: its settings, with the true shapes of its images."""
+"""The memory plan of a run: its settings, with the true shapes of its images."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,15 +14,12 @@ from patchgd_jax.data.run_data import make_data
 from patchgd_jax.engine.devices import select_device
 from patchgd_jax.engine.setup import make_run_task, training_grids
 from patchgd_jax.errors import ConfigError
-from patchgd_jax.planner import (
-    Calibration,
-    Formula,
-    Method,
-    PlanRequest,
-    calibration,
-    compiled_total,
-)
-from patchgd_jax.planner.request import leaf_bytes
+from patchgd_jax.planner.compiled import compiled_total
+from patchgd_jax.planner.estimate import Estimator, Row, Traces
+from patchgd_jax.planner.measure import Calibration, calibration
+from patchgd_jax.planner.methods import Method
+from patchgd_jax.planner.request import PlanRequest, leaf_bytes
+from patchgd_jax.planner.solver import Answer, Quantity, solve
 
 # On the CPU, what a run takes of the same memory beside its steps: for reading, evaluating and
 # saving (measured: 17 to 25 MB).
@@ -41,15 +39,10 @@ class RunPlan(NamedTuple):
     """N of the smallest padded size; no image size allows more inner steps than that."""
     device: jax.Device
     calibration: Calibration
-
-    @property
-    def platform(self) -> str:
-        """The device's, as `Formula` takes it."""
-        # What the formula knows of CUDA's compiler holds for ROCm's.
-        return {"gpu": "cuda"}.get(self.device.platform, self.device.platform)
+    traces: Traces
 
     def expected(self, request: PlanRequest, compiled: int) -> int:
-        """Bytes that training takes of the device, given XLA's figure.
+        """Bytes that training takes of the device, given the compiled or estimated figure.
 
         The loop sends the next batch to the device while a step computes. On the CPU the device's
         memory is the process's, which has its other needs.
@@ -60,16 +53,26 @@ class RunPlan(NamedTuple):
 
     def compiled(self, request: PlanRequest) -> int:
         """What training with a request's settings takes, by a compile for each size."""
-        totals = [self.expected(r, compiled_total(r, self.method)) for r in self._sizes(request)]
-        return max(totals)
+        return max(self.expected(r, compiled_total(r, self.method)) for r in self._sizes(request))
 
-    def by_formula(self, request: PlanRequest) -> int:
-        """What training with a request's settings takes, by formula."""
-        totals = [
-            self.expected(r, Formula(r, self.platform).row(self.method).total)
-            for r in self._sizes(request)
-        ]
-        return max(totals)
+    def row(self, request: PlanRequest) -> Row:
+        """Estimates the run's method."""
+        return Estimator(request, self.traces).row(self.method)
+
+    def estimated(self, request: PlanRequest) -> int:
+        """What training with a request's settings takes, by estimate."""
+        return max(self.expected(r, self.row(r).total) for r in self._sizes(request))
+
+    def largest(
+        self,
+        request: PlanRequest,
+        quantity: Quantity,
+        budget: int,
+        total: Callable[[PlanRequest], int],
+    ) -> Answer:
+        """Solves for the largest setting, by `self.compiled` or `self.estimated`."""
+        most = self.fewest_patches
+        return solve(request, self.method, quantity, budget, total=total, most_inner_steps=most)
 
     def _sizes(self, request: PlanRequest) -> list[PlanRequest]:
         return [
@@ -84,14 +87,13 @@ def plan_of(config: TrainConfig) -> RunPlan:
         config: the run; no setting of it may be auto.
 
     Raises:
-        ConfigError: for images that are streamed or lie on a mesh, of which the planner knows
-            nothing.
+        ConfigError: for images that are streamed or on a mesh.
         PatchGDError: as `make_data`, and if the device is not there.
     """
     if config.stream.enabled or config.mesh is not None:
         raise ConfigError(
-            "the memory planner knows one device that holds whole images; leave stream.enabled and "
-            "mesh out"
+            "the memory planner plans for one device that holds whole images; leave "
+            "stream.enabled and mesh out"
         )
     device = select_device(config.device)
     data = make_data(config)
@@ -125,6 +127,7 @@ def plan_of(config: TrainConfig) -> RunPlan:
         ),
         device=device,
         calibration=calibration(device),
+        traces=Traces(),
     )
 
 

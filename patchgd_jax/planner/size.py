@@ -13,10 +13,13 @@ from patchgd_jax.errors import ConfigError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_CGROUP = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+# Limit and use of the control group, version 2 and 1.
+_CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), "memory.current"),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), "memory.usage_in_bytes"),
 )
+# File pages that the system drops when memory is short, in memory.stat of version 1 and 2.
+_DROPPED = ("total_inactive_file ", "inactive_file ")
 _MACHINE = "the machine's memory"
 
 
@@ -29,7 +32,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
     if match is None:
         raise ConfigError(
-            f"the size {text!r} cannot be read; write a number and a unit, 8GiB or 500MB say"
+            f"the size {text!r} cannot be read; write a number and a unit, such as 8GiB or 500MB"
         )
     size = int(float(match[1]) * {**_UNITS, **_BINARY}[(match[2] or "").lower()])
     if size < 1:
@@ -38,7 +41,7 @@ def parse_size(text: str) -> int:
 
 
 def show_size(size: float) -> str:
-    """A size with a unit that suits it."""
+    """Formats a size with a suitable unit."""
     if abs(size) >= 2**40:
         return f"{size / 2**40:.2f} TiB"
     if abs(size) >= 2**30:
@@ -47,16 +50,16 @@ def show_size(size: float) -> str:
 
 
 class _Limit(NamedTuple):
-    """Something that bounds the memory of this process."""
+    """A bound on memory."""
 
     size: int
     used: int
-    """What this process has of it."""
+    """By all that share the bound."""
     source: str
 
 
 def device_limit(device: jax.Device) -> tuple[int, str]:
-    """What a device lets this process have in bytes, and where the figure is from.
+    """Bytes of a device that this process may have, and the source of the figure.
 
     For the CPU it is the smallest of the machine's memory, its control group's limit, and this
     process's own (`ulimit -d` and `-v`).
@@ -66,15 +69,8 @@ def device_limit(device: jax.Device) -> tuple[int, str]:
 
 
 def free_memory(device: jax.Device) -> tuple[int, str]:
-    """What this process can still take of a device in bytes, and of what it is the rest."""
-    limits = _limits(device)
-    if device.platform == "cpu":
-        import psutil
-
-        # Other processes have their share.
-        machine = psutil.virtual_memory()
-        limits.append(_Limit(machine.total, machine.total - machine.available, _MACHINE))
-    limit = min(limits, key=lambda limit: limit.size - limit.used)
+    """Bytes of a device that are still free for this process, and the source of the figure."""
+    limit = min(_limits(device), key=lambda limit: limit.size - limit.used)
     return (
         max(1, limit.size - limit.used),
         f"what is free of {show_size(limit.size)}, {limit.source}",
@@ -89,20 +85,27 @@ def _limits(device: jax.Device) -> list[_Limit]:
     # Here, because a machine with an accelerator may lack it.
     import psutil
 
-    used = psutil.Process().memory_info()
-    limits = [_Limit(int(psutil.virtual_memory().total), int(used.rss), _MACHINE)]
-    for path in _CGROUP:
-        try:
-            text = path.read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            limits.append(_Limit(int(text), int(used.rss), f"the control group ({path})"))
+    machine, own = psutil.virtual_memory(), psutil.Process().memory_info()
+    limits = [_Limit(machine.total, machine.total - machine.available, _MACHINE)]
+    for path, use in _CGROUPS:
+        size, total, stat = (_read(path.with_name(n)) for n in (path.name, use, "memory.stat"))
+        if size.isdigit():
+            dropped = [int(x.split()[1]) for x in stat.splitlines() if x.startswith(_DROPPED)]
+            used = int(total or 0) - max(dropped, default=0)
+            source = f"the control group ({path})"
+            limits.append(_Limit(int(size), max(own.rss, used), source))
     for kind, count, name in (
-        (resource.RLIMIT_DATA, getattr(used, "data", used.rss), "ulimit -d"),
-        (resource.RLIMIT_AS, used.vms, "ulimit -v"),
+        (resource.RLIMIT_DATA, getattr(own, "data", own.rss), "ulimit -d"),
+        (resource.RLIMIT_AS, own.vms, "ulimit -v"),
     ):
-        size, _ = resource.getrlimit(kind)
-        if size != resource.RLIM_INFINITY:
-            limits.append(_Limit(size, int(count), name))
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            limits.append(_Limit(soft, int(count), name))
     return limits
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

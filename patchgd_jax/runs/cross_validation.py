@@ -15,7 +15,7 @@ from patchgd_jax.data.sources.channels import with_channels
 from patchgd_jax.engine.distributed import several_asked_for
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.io.files import write_json
-from patchgd_jax.planner.auto_settings import is_settled, settled
+from patchgd_jax.planner.auto_settings import is_resolved, resolve_auto
 from patchgd_jax.runs.folder import CONFIG, SUMMARY, RunFolder
 from patchgd_jax.runs.progress import Progress
 from patchgd_jax.runs.train import resume, train
@@ -84,7 +84,7 @@ def cross_validate(
             "cross-validate trains in one process; for several, train each fold by itself with "
             "--data.split.fold"
         )
-    configs = fold_configs(_settled(config, folder, budget, progress()), folder)
+    configs = fold_configs(_resolved(config, folder, budget, progress()), folder)
     for fold, wanted in configs.items():
         path = Path(wanted.run_dir or "")
         if (path / CONFIG).exists() and RunFolder(path).config() != wanted:
@@ -110,11 +110,11 @@ def cross_validate(
     return result
 
 
-def _settled(
+def _resolved(
     config: TrainConfig, folder: str | Path, budget: str | None, progress: Progress
 ) -> TrainConfig:
     """Makes numbers of settings that are auto: those that the first fold has if it is there."""
-    if not is_settled(config):
+    if not is_resolved(config):
         for path in sorted(Path(folder).glob(f"fold-*/{CONFIG}")):
             known = RunFolder(path.parent).config()
             batch = known.batch_size, known.eval_batch_size
@@ -126,7 +126,7 @@ def _settled(
             return dataclasses.replace(
                 config, batch_size=batch[0], eval_batch_size=batch[1], patchgd=patchgd
             )
-    return settled(config, budget, progress)
+    return resolve_auto(config, budget, progress.message)
 
 
 def _spread(scores: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

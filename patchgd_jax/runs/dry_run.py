@@ -34,7 +34,7 @@ def dry_run(
         budget: as `train`'s.
 
     Returns:
-        Bytes of a training step: `formula`, `compiled` (the largest of the run's own programs, by
+        Bytes of a training step: `estimated`, `compiled` (the largest of the run's own programs, by
         XLA), `expected` (that with the calibration), and `measured`, None where the system does
         not tell.
 
@@ -86,15 +86,15 @@ def _told(
 ) -> dict[str, int | None]:
     """Compares what was measured with the plan."""
     measured = "not told by this system" if peak is None else show_size(peak)
-    figures = {"formula": None, "compiled": compiled, "expected": None, "measured": peak}
+    figures = {"estimated": None, "compiled": compiled, "expected": None, "measured": peak}
     try:
         plan = plan_of(config)
         request = plan.requests[0]
-        formula = plan.by_formula(request)
+        estimated = plan.estimated(request)
     except ConfigError as error:
         progress.message(f"Memory of training: {measured} measured; no plan: {error}.")
         return figures
-    text = f"{show_size(formula)} planned by formula"
+    text = f"{show_size(estimated)} estimated"
     expected = None
     if compiled is not None:
         expected = plan.expected(request, compiled)
@@ -103,7 +103,7 @@ def _told(
             f"{plan.calibration.factor:.2f} and what is around it)"
         )
     progress.message(f"Memory of training: {text}; {measured} measured.")
-    return {**figures, "formula": formula, "expected": expected}
+    return {**figures, "estimated": estimated, "expected": expected}
 
 
 def _compare(saved: TrainState, restored: TrainState) -> int:

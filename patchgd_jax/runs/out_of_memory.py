@@ -12,7 +12,7 @@ import jax
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.engine.compiling import release_memory
 from patchgd_jax.errors import PatchGDError
-from patchgd_jax.planner import Formula, MemoryBudgetError, Quantity, free_memory, show_size, solve
+from patchgd_jax.planner import MemoryBudgetError, Quantity, free_memory, show_size
 from patchgd_jax.planner.report import PlanRow, method_lines
 from patchgd_jax.planner.run_plan import RunPlan, plan_of
 from patchgd_jax.runs.checkpoint import Checkpoints
@@ -70,12 +70,12 @@ def _advice(config: TrainConfig) -> list[str]:
         plan = plan_of(config)
         request = plan.requests[0]
         free, source = free_memory(plan.device)
-        row = PlanRow(Formula(request, plan.platform).row(plan.method))
+        row = PlanRow(plan.row(request))
         lines += [
             f"The plan of this setting, for {show_size(free)} ({source}):",
             *method_lines([row], {}, free, plan.calibration),
         ]
-        smaller = _smaller(plan, min(free, round(_SHRINK * plan.by_formula(request))))
+        smaller = _smaller(plan, min(free, round(_SHRINK * plan.estimated(request))))
     except (PatchGDError, MemoryError, jax.errors.JaxRuntimeError) as error:
         return [*lines, f"No smaller setting is known ({error}); see patchgd-jax plan."]
     if smaller is None:
@@ -84,7 +84,7 @@ def _advice(config: TrainConfig) -> list[str]:
 
 
 def _smaller(plan: RunPlan, budget: int) -> str | None:
-    """The flags of a setting that takes no more than the budget, by formula."""
+    """The flags of a setting that takes no more than the budget, by estimate."""
     request = plan.requests[0]
     quantities: tuple[Quantity, ...] = ("batch",)
     if plan.method in ("patchgd", "accumulate", "patchwise"):
@@ -92,14 +92,7 @@ def _smaller(plan: RunPlan, budget: int) -> str | None:
         quantities = ("fraction", "batch")
     for quantity in quantities:
         try:
-            answer = solve(
-                request,
-                plan.method,
-                quantity,
-                budget,
-                total=plan.by_formula,
-                most_inner_steps=plan.fewest_patches,
-            )
+            answer = plan.largest(request, quantity, budget, plan.estimated)
         except MemoryBudgetError:
             continue
         if quantity == "fraction":

@@ -13,7 +13,7 @@ from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.sources.channels import with_channels
 from patchgd_jax.engine.build import check_settings
 from patchgd_jax.engine.distributed import all_or_none, check_same, from_first, is_first
-from patchgd_jax.planner.auto_settings import settled
+from patchgd_jax.planner.auto_settings import resolve_auto
 from patchgd_jax.runs.checkpoint import Checkpoints
 from patchgd_jax.runs.folder import RunFolder
 from patchgd_jax.runs.loop import Loop, OnStep
@@ -36,7 +36,7 @@ def resolve(config: TrainConfig, budget: str | None, progress: Progress) -> Trai
     """
     config = resolve_method(config)
     check_settings(config)
-    return settled(with_channels(config), budget, progress)
+    return resolve_auto(with_channels(config), budget, progress.message)
 
 
 def train(

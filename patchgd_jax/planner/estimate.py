@@ -1,0 +1,238 @@
+"""A device-neutral estimate of every method's memory: nothing is compiled or allocated.
+
+Exact, from shapes: parameters, gradients, optimizer state, input images, Z, and the residuals that
+`jax.vjp` of encoder and head keeps. Beside them, an allowance for the working set of the backward
+pass: the encoder's inputs as floats, raw and normalised, and the larger of the left operand of its
+largest product and what its largest block computes again. Compilers reuse and copy buffers in their
+own ways: expect up to 25 % more or less (`benchmarks/plan_accuracy.py`); `--tier compile` has the
+figure of the device at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from patchgd_jax.baselines.ips import require_attention
+from patchgd_jax.baselines.registry import frozen_entries
+from patchgd_jax.config import ModelConfig
+from patchgd_jax.core.freezing import partition_frozen
+from patchgd_jax.core.grid import WholeImage
+from patchgd_jax.errors import ConfigError
+from patchgd_jax.models.registry import encoder_entry, head_entry
+from patchgd_jax.planner.layers import LayerTable, encoder_table, residuals
+from patchgd_jax.planner.methods import (
+    METHODS,
+    PATCHGD,
+    WITH_Z,
+    Method,
+    downscaled_size,
+    encoder_inputs,
+    encoder_shapes,
+    model_of,
+    optimizer_of,
+    require_supported,
+    trained_as,
+    z_bytes,
+)
+from patchgd_jax.planner.request import PlanRequest, leaf_bytes, tree_bytes, with_sampled
+
+_TRACED = 31
+"""Inputs of a trace: a prime, so that residuals that grow with them are told by their size."""
+
+
+class Row(NamedTuple):
+    """Memory of a method in bytes, for one training step."""
+
+    method: Method
+    parameters: int
+    """With batch statistics."""
+    gradients: int
+    optimizer: int
+    activations: int
+    """Residuals of `jax.vjp`, of encoder and head."""
+    input: int
+    z: int
+    workspace: int
+    """The rest of the total; negative where gradients take the place of residuals."""
+    total: int
+
+
+class Traces:
+    """Traces that several estimates share."""
+
+    def __init__(self) -> None:
+        self.table: Callable[..., LayerTable] = cache(encoder_table)
+        self.encoder: Callable[..., Any] = cache(encoder_shapes)
+        self.head = cache(_head)
+
+
+class Estimator:
+    """Estimates the methods of one request.
+
+    Args:
+        request: what is planned.
+        traces: those of earlier requests, to be used again.
+    """
+
+    def __init__(self, request: PlanRequest, traces: Traces | None = None) -> None:
+        self.request = request
+        self._whole = request.image[:2]
+        self._traces = traces or Traces()
+
+    def resized(self, height: int, width: int) -> Estimator:
+        """Estimates for another image size, with at most as many patches in an inner step.
+
+        Residuals of whole images are scaled by pixels, which attention over tokens outgrows.
+        """
+        other = copy.copy(self)
+        image = (height, width, self.request.image[2])
+        resized = dataclasses.replace(self.request, image=image, slots=None)
+        other.request = with_sampled(resized, self.request.sampled)
+        return other
+
+    def row(self, method: Method, side: int | None = None) -> Row:
+        """Estimates a method.
+
+        Args:
+            method: one of METHODS.
+            side: for `downscale`, the longer side in pixels; None: the patch's.
+
+        Raises:
+            ConfigError: if the encoder does not support the method, or for settings that cannot
+                be together.
+        """
+        request = self.request
+        require_supported(request, method)
+        name, config, patchgd = trained_as(request, method)
+        count, size = encoder_inputs(request, method)
+        if method == "downscale":
+            size = downscaled_size(request.image, side or patchgd.patch)
+        grid = request.grid if method in WITH_Z else WholeImage(*size)
+        channels = request.image[2]
+        head, head_kept = self._traces.head(config, grid.rows, grid.cols, request.classes)
+        # The kernels of a convolution are the same for every size; a table of positions is not.
+        single = encoder_entry(config.encoder).side_multiple == 1
+        plain = dataclasses.replace(config, remat="none", head="linear", dropout=None)
+        encoder = self._traces.encoder(plain, patchgd.patch if single else min(size), channels)
+        if method == "ips":
+            require_attention(model_of(config, grid, channels), grid, config.latent_dim)
+
+        variables = {"encoder": encoder, "head": head}
+        params = {part: tree.get("params", {}) for part, tree in variables.items()}
+        stages = request.optimizer.freeze_stages
+        frozen = frozenset(params["encoder"])
+        if method != "mil":
+            frozen = frozen_entries(name, config, stages, patch=patchgd.patch, channels=channels)
+        trained, _ = partition_frozen(params, frozen)
+        gradients = tree_bytes(trained)
+        parameters = tree_bytes(variables)
+        optimizer = tree_bytes(jax.eval_shape(optimizer_of(request).init, trained))
+        images, z = request.batch * math.prod(request.image), z_bytes(request, method)
+        given = images if method in (*WITH_Z, "patchwise") else count * math.prod(size) * channels
+
+        kept, working = self.encoder_bytes(config, size, count)
+        if method == "mil":
+            kept = 0
+        if method in WITH_Z:
+            kept += request.batch * head_kept + z
+        # When the backward pass begins there are residuals and no gradients; at its end, gradients.
+        peak = max(kept + working, gradients)
+        if method in PATCHGD and (method != "full" or patchgd.remat):
+            # The sum over groups of patches, beside the gradients of one.
+            peak += gradients
+        elif method == "patchwise":
+            # As compiled, the sum takes the place of residuals.
+            peak = max(peak, 2 * gradients)
+        total = parameters + optimizer + given + z + peak
+        rest = peak - gradients - kept
+        return Row(method, parameters, gradients, optimizer, kept, given, z, rest, total)
+
+    def largest_side(self, budget: float | None) -> int:
+        """Finds the longest side in pixels that `downscale` can have.
+
+        Args:
+            budget: bytes; None: the patch's side.
+
+        Returns:
+            A multiple of what the encoder takes, from the patch's side to the image's own.
+        """
+        patch, longest = self.request.patchgd.patch, max(self.request.image[:2])
+        if budget is None:
+            return patch
+        unit = max(1, encoder_entry(self.request.model.encoder).side_multiple)
+        low, high = patch // unit, longest // unit
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.row("downscale", middle * unit).total <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low * unit
+
+    def encoder_bytes(
+        self, config: ModelConfig, size: tuple[int, int], count: int
+    ) -> tuple[int, int]:
+        """Residuals of `count` inputs, and the working set of their backward pass."""
+        patch, channels = (self.request.patchgd.patch,) * 2, self.request.image[2]
+        traced = size if size == patch else self._whole
+        config = dataclasses.replace(config, head="linear", dropout=None)
+        inputs = count * math.prod(size) / math.prod(traced)
+        table = self._traces.table(config, channels, traced, _TRACED)
+        grows = sum(leaf_bytes(x) for x in table.residuals if x.size % _TRACED == 0)
+        fixed = table.total("kept_bytes") - grows
+
+        again = 0.0
+        if config.remat != "none":
+            # By the blocks for a patch, in proportion to the pixels.
+            plain = dataclasses.replace(config, remat="none")
+            blocks = self._traces.table(plain, channels, patch, _TRACED).kept_by_block()
+            kept = self._traces.table(config, channels, patch, _TRACED).kept_by_block()
+            each = [size - kept.get(block, 0) for block, size in blocks.items()]
+            again = sum(each) if config.remat == "everything" else max(each)
+            again *= math.prod(traced) / math.prod(patch)
+        floats = math.prod(traced) * channels * jnp.dtype(config.dtype).itemsize
+        unfolded = max(layer.unfolded_bytes for layer in table.layers)
+        working = (2 * floats + max(unfolded, again) / _TRACED) * inputs
+        return fixed + round(grows / _TRACED * inputs), round(working)
+
+
+def _head(config: ModelConfig, rows: int, cols: int, classes: int) -> tuple[Any, int]:
+    """Shapes of a head's variables, and bytes of its residuals for one image."""
+    dropout = {} if config.dropout is None else {"dropout": config.dropout}
+    head = head_entry(config.head).build(classes=classes, **dropout)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    z = jax.ShapeDtypeStruct((_TRACED, rows, cols, config.latent_dim), config.dtype)
+    variables = dict(jax.eval_shape(partial(head.init, train=False), key, z, None))
+    stats = {name: tree for name, tree in variables.items() if name != "params"}
+
+    def read(given: Any, stats: Any, key: jax.Array) -> Any:
+        params, z = given
+        options = {"train": True, "rngs": {"dropout": key}, "mutable": list(stats)}
+        return head.apply({"params": params, **stats}, z, None, **options)[0]
+
+    kept = jax.eval_shape(partial(residuals, read), (variables.get("params", {}), z), stats, key)
+    return variables, tree_bytes([x for x in kept if x.size % _TRACED == 0]) // _TRACED
+
+
+def method_table(
+    request: PlanRequest, methods: Sequence[Method] = METHODS
+) -> tuple[list[Row], dict[Method, str]]:
+    """Estimates several methods.
+
+    Returns:
+        The rows of those that the encoder supports, and the reason for each of the others.
+    """
+    estimator = Estimator(request)
+    rows, refused = [], {}
+    for method in methods:
+        try:
+            rows.append(estimator.row(method))
+        except ConfigError as error:
+            refused[method] = str(error)
+    return rows, refused
