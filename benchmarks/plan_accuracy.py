@@ -55,13 +55,14 @@ FITS = [
 
 
 def request(encoder: str, side: int, patch: int, batch: int) -> PlanRequest:
-    return PlanRequest(
-        image=(side, side, 3),
-        batch=batch,
-        eval_batch=batch,
+    config = pgd.TrainConfig(
+        data=pgd.DataConfig(channels=3),
+        batch_size=batch,
+        eval_batch_size=batch,
         model=pgd.ModelConfig(encoder=encoder),
         patchgd=pgd.PatchGDConfig(patch=patch, norm_policy="frozen"),
     )
+    return PlanRequest(config, (side, side))
 
 
 def compiled_step(encoder: str, side: int, batch: int, method: Method) -> int:

@@ -39,7 +39,7 @@ from patchgd_jax.planner import PeakMeter, calibrate, calibration, parse_size, s
 from patchgd_jax.planner.auto_settings import resolve_auto
 from patchgd_jax.planner.request import tree_bytes
 from patchgd_jax.planner.run_plan import plan_of
-from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.record.progress import Progress
 
 STEPS = 50
 READER_MIB = 8

@@ -18,7 +18,8 @@ import numpy as np
 import psutil
 from record import record
 
-from patchgd_jax.data.images.regions import RegionSource, open_regions
+from patchgd_jax.data.images.region_base import RegionSource
+from patchgd_jax.data.images.regions import open_regions
 
 SIDE, TILE, PATCH = 16_384, 512, 256
 READS = 2000

@@ -17,7 +17,7 @@ from patchgd_jax import TrainConfig
 from patchgd_jax.config import from_dict
 from patchgd_jax.errors import PatchGDError
 from patchgd_jax.runs.folder import CONFIG
-from patchgd_jax.runs.progress import ConsoleProgress
+from patchgd_jax.runs.record.progress import ConsoleProgress
 from patchgd_jax.runs.train import resume, train
 
 

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from patchgd_jax import TrainConfig, get_preset
-from patchgd_jax.runs.progress import ConsoleProgress
+from patchgd_jax.runs.record.progress import ConsoleProgress
 from patchgd_jax.runs.train import train
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

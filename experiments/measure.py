@@ -10,12 +10,12 @@ import jax
 
 from patchgd_jax import TrainConfig
 from patchgd_jax.baselines.registry import resolve_method
-from patchgd_jax.data.sources.channels import with_channels
+from patchgd_jax.data.sources.channels import resolve_channels
 from patchgd_jax.io.files import write_json
 from patchgd_jax.runs.folder import SUMMARY
 from patchgd_jax.runs.out_of_memory import out_of_memory_told
-from patchgd_jax.runs.progress import Progress
-from patchgd_jax.runs.recorder import peak_memory
+from patchgd_jax.runs.record.progress import Progress
+from patchgd_jax.runs.record.recorder import peak_memory
 from patchgd_jax.runs.run import Run
 from patchgd_jax.runs.signals import StopRequest
 
@@ -31,7 +31,7 @@ def measure(config: TrainConfig, folder: Path, progress: Progress) -> None:
         folder: gets `summary.json`.
         progress: shows how it goes.
     """
-    config = resolve_method(with_channels(config))
+    config = resolve_method(resolve_channels(config))
     with StopRequest() as stop, stop.immediate(), out_of_memory_told(config, folder):
         run = Run(config, None, progress, None)
         state = run.first_state()

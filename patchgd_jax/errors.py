@@ -49,11 +49,7 @@ class DeviceError(PatchGDError):
 
 
 class Interrupted(PatchGDError):  # noqa: N818
-    """The run was stopped by a signal, after saving.
-
-    Args:
-        signal_number: the signal; the process exits with 128 plus it, as shells do.
-    """
+    """The run was stopped by a signal, after saving; the exit code is 128 plus it, as in shells."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)

@@ -1,42 +1,78 @@
-"""Settings for all tests: float64 where asked, a shared compilation cache, no network."""
+"""What all tests share: quick compiles, little memory, and commands without processes."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import hypothesis
 import jax
+import psutil
 import pytest
+from micro import run_here
+
+from patchgd_jax.engine.compiling import release_memory
 
 CACHE = Path(__file__).parent.parent / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-# Most of these modules' time is the compiler's, and none of what they prove is about its work: they
-# look at what runs do and leave, not at numbers, memory or speed of a single program.
-QUICKLY_COMPILED = {"test_cli", "test_dry_run", "test_executions", "test_experiments", "test_train"}
+# The same few examples each time, of which each compiles something.
+hypothesis.settings.register_profile(
+    "suite", max_examples=15, derandomize=True, database=None, deadline=None
+)
+hypothesis.settings.load_profile("suite")
+
+# Their tests measure what XLA makes of a program: its memory, its speed, or its rounding.
+OPTIMIZED = {
+    "test_auto_settings",
+    "test_dry_run",
+    "test_layers",
+    "test_matrix",
+    "test_memory_estimate",
+    "test_memory_plan",
+    "test_out_of_memory",
+    "test_remat",
+}
+
+
+MOST_BYTES = 1_300_000_000
+"""Memory of a worker from which on it compiles again rather than keep its programs."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quickly_compiled(request):
-    """Programs of the modules named above are compiled without optimizations, in processes too.
+def compiling(request):
+    """Compiles a module's programs quickly, in its processes too, and drops them after it.
 
-    Not those of the slow tests, which train for long.
+    Most of the suite's time is the compiler's. Slow tests train for longer than they compile.
     """
     slow = request.config.getoption("markexpr") == "slow"
-    if slow or request.module.__name__ not in QUICKLY_COMPILED:
-        yield
-        return
-    jax.config.update("jax_disable_most_optimizations", True)
+    quick = not slow and request.module.__name__ not in OPTIMIZED
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
+        jax.config.update("jax_disable_most_optimizations", quick)
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    drop_programs()
+
+
+def drop_programs():
+    """Frees the memory of all compiled programs."""
+    jax.clear_caches()
+    gc.collect()
+    release_memory()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """Drops programs within a module as well, where it compiles very many."""
+    if psutil.Process().memory_info().rss > MOST_BYTES:
+        drop_programs()
 
 
 @pytest.fixture
@@ -47,17 +83,14 @@ def float64():
 
 
 @pytest.fixture
-def command(tmp_path):
-    """Runs `patchgd-jax` as a user does, in a process of its own, in an empty folder."""
+def command(tmp_path, monkeypatch, capsys):
+    """Runs `patchgd-jax` in this process, in an empty folder: a start of Python takes seconds."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(tmp_path)
 
-    def run(*arguments, cwd=tmp_path, **options):
-        return subprocess.run(
-            [sys.executable, "-m", "patchgd_jax", *map(str, arguments)],
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "COLUMNS": "100", **options},
-        )
+    def run(*arguments):
+        capsys.readouterr()
+        code = run_here(*arguments)
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
 
     return run

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -33,7 +34,11 @@ from patchgd_jax import (
 )
 from patchgd_jax.contrib.importance import importance_groups
 from patchgd_jax.core.problem import Weights
-from patchgd_jax.engine.sharding.layout import sharded_eval_step, sharded_train_step
+from patchgd_jax.engine.sharding.layout import (
+    model_options,
+    sharded_eval_step,
+    sharded_train_step,
+)
 from patchgd_jax.engine.sharding.mesh import make_mesh, shard_batch
 from patchgd_jax.engine.sharding.params import param_shardings
 from patchgd_jax.models.encoders.small_cnn import SmallCNN
@@ -58,8 +63,11 @@ def patchgd(grid, **settings):
     return PatchGDConfig(patch=grid.patch, stride=grid.stride, **settings)
 
 
-def differences(problem, optimizer, batch, splits, *, rules=()):
-    """The largest relative difference of anything in the state after some steps, by split."""
+def differences(problem, optimizer, batch, splits, *, rules=(), model_on=None):
+    """The largest relative difference of anything in the state after some steps, by split.
+
+    `model_on(mesh)` builds the model for a mesh, where its layers must know it.
+    """
     first = jax.jit(partial(init_state, problem, optimizer))(KEY)
     alone = jax.jit(partial(train_step, problem, optimizer))
     wanted = first
@@ -72,7 +80,8 @@ def differences(problem, optimizer, batch, splits, *, rules=()):
         mesh = mesh_of(data, patch, rows, len(batch["label"]), problem.config.strata)
         state = jax.device_put(first, param_shardings(first, rules, mesh))
         arrays = shard_batch(batch, problem.grid, mesh)
-        step = partial(sharded_train_step, problem, optimizer, mesh=mesh, rules=rules)
+        meshed = replace(problem, model=model_on(mesh)) if model_on else problem
+        step = partial(sharded_train_step, meshed, optimizer, mesh=mesh, rules=rules)
         step = jax.jit(step)
         for _ in range(STEPS):
             # Virtual devices share the cores' threads: steps in flight would starve each other.
@@ -124,12 +133,13 @@ def averaged_adam():
 
 
 def shipped(names, splits, **settings):
-    model = build_model(
-        ModelConfig(**{"latent_dim": 16, "dropout": 0.0, "head": "linear", **names}),
-        grid=SMALL, channels=1, classes=10, mean=0.1, std=0.3,
+    config = ModelConfig(**{"latent_dim": 16, "dropout": 0.0, "head": "linear", **names})
+    build = partial(build_model, config, grid=SMALL, channels=1, classes=10, mean=0.1, std=0.3)
+    problem = Problem(build(), SMALL, patchgd(SMALL, **settings))
+    return differences(
+        problem, optax.sgd(0.01), digits(), splits,
+        model_on=lambda mesh: build(**model_options(mesh)),
     )  # fmt: skip
-    problem = Problem(model, SMALL, patchgd(SMALL, **settings))
-    return differences(problem, optax.sgd(0.01), digits(), splits)
 
 
 def digits():
@@ -141,12 +151,23 @@ def digits():
 def double(norm, head, splits, **settings):
     """Shipped layers in double precision."""
     with jax.enable_x64(True):
-        model = from_linen(
-            SmallCNN(16, norm, jnp.float64), head,
-            grid=SMALL, channels=1, mean=0.1, std=0.3, dtype=jnp.float64,
+
+        def build(axis_name, rows_sharded):
+            encoder = SmallCNN(
+                16, norm, jnp.float64,
+                axis_name=axis_name.get("encoder", ()), rows_sharded=rows_sharded,
+            )  # fmt: skip
+            on_mesh = isinstance(head, CNNHead) and "head" in axis_name
+            return from_linen(
+                encoder, head.copy(axis_name=axis_name["head"]) if on_mesh else head,
+                grid=SMALL, channels=1, mean=0.1, std=0.3, dtype=jnp.float64,
+            )  # fmt: skip
+
+        problem = Problem(build({}, False), SMALL, patchgd(SMALL, **settings))
+        return differences(
+            problem, optax.sgd(0.01), digits(), splits,
+            model_on=lambda mesh: build(**model_options(mesh)),
         )  # fmt: skip
-        problem = Problem(model, SMALL, patchgd(SMALL, **settings))
-        return differences(problem, optax.sgd(0.01), digits(), splits)
 
 
 # Batch statistics in the encoder and the head. The head's are of few values, which magnify rounding

@@ -17,7 +17,7 @@ import numpy as np
 from toy import recording_sgd, toy_batch, toy_model, toy_params
 
 from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, Problem, init_state, train_step
-from patchgd_jax.engine.distributed import check_same, initialize, watched
+from patchgd_jax.engine.distributed import check_same, initialize, watchdog
 from patchgd_jax.engine.sharding.layout import sharded_train_step
 from patchgd_jax.engine.sharding.mesh import DATA, PATCH, make_mesh, own_images, shard_batch
 from patchgd_jax.engine.sharding.params import param_shardings
@@ -56,7 +56,7 @@ def save(state, folder):
 
 def main(what, coordinator, processes, process, folder):
     processes, process, folder = int(processes), int(process), Path(folder)
-    initialize(coordinator, processes, process, start_seconds=20, heartbeat_seconds=10)
+    initialize(coordinator, processes, process)
     try:
         check_same({"seed": process if what == "differ" else 0, "patch": 4})
     except ConfigError as error:
@@ -77,12 +77,11 @@ def main(what, coordinator, processes, process, folder):
     steps, seconds = {"die": (10_000, 30), "hang": (10_000, 8)}.get(what, (STEPS, 60))
     for number in range(steps):
         if process == 1 and number == 5 and what == "die":
-            (folder / "died").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         if process == 1 and number == 5 and what == "hang":
             # Heartbeats go on, so that only the watchdog can tell.
             time.sleep(1000)
-        with watched(seconds):
+        with watchdog(seconds):
             state, metrics = step(state, arrays, key)
             float(metrics["loss"])
     save(state, folder)

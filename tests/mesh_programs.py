@@ -16,7 +16,7 @@ import optax
 
 from patchgd_jax import ModelConfig, PatchGDConfig, PatchGrid, Problem, build_model, init_state
 from patchgd_jax.engine.compiling import compiler_options
-from patchgd_jax.engine.sharding.layout import sharded_train_step
+from patchgd_jax.engine.sharding.layout import model_options, sharded_train_step
 from patchgd_jax.engine.sharding.mesh import Bands, batch_shardings, make_mesh
 from patchgd_jax.engine.sharding.params import PATCH, param_shardings
 
@@ -46,13 +46,13 @@ def compiled(
     grid = PatchGrid(height, width, side)
     settings = {"strata": 8, "fill_chunk": 16, "inner_steps": 4, **settings}
     config = PatchGDConfig(patch=side, mode=mode, **settings)
-    model = build_model(
-        ModelConfig(norm="group", head="linear", latent_dim=16),
-        grid=grid, channels=3, classes=10, mean=0.0, std=1.0,
-    )  # fmt: skip
     mesh = make_mesh(
         f"data={data},patch={patch},rows={rows}", batch_size=batch, strata=config.strata,
         devices=jax.devices()[: data * patch * rows],
+    )  # fmt: skip
+    model = build_model(
+        ModelConfig(norm="group", head="linear", latent_dim=16),
+        grid=grid, channels=3, classes=10, mean=0.0, std=1.0, **model_options(mesh),
     )  # fmt: skip
     problem, optimizer, key = Problem(model, grid, config), optax.adam(1e-3), jax.random.key(0)
     state = jax.eval_shape(partial(init_state, problem, optimizer), key)

@@ -16,7 +16,6 @@ class Numbers:
         more: further entries of every example.
     """
 
-    num_classes = 10
     class_names = tuple("0123456789")
     fingerprint = "numbers"
 

@@ -175,7 +175,10 @@ def test_every_fold_of_a_cross_validation_has_the_same(law, tmp_path, monkeypatc
         (lambda: auto(batch=True).total_steps(9), "batch_size is auto, which is no number yet"),
         (lambda: auto(batch=True).images_per_step, "batch_size is auto"),
         (lambda: auto(fraction=True).patchgd.num_inner_steps, "patchgd.fraction is auto"),
-        (lambda: PatchGDConfig(fraction="auto", inner_steps=3), "patchgd.inner_steps 3 says how"),
+        (
+            lambda: PatchGDConfig(fraction="auto", inner_steps=3),
+            "patchgd.inner_steps 3 and patchgd.fraction auto both decide",
+        ),
         (lambda: PatchGDConfig(fraction="auto", mode="exact"), "mode exact samples no patches"),
         (lambda: auto(batch=True, mesh="data=2"), "for one device"),
         (lambda: auto(fraction=True, stream=StreamConfig(enabled=True)), "for one device"),

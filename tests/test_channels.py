@@ -17,12 +17,13 @@ from patchgd_jax import (
     ConfigError,
     DataConfig,
     DataError,
+    PatchGDConfig,
     TrainConfig,
 )
 from patchgd_jax.cli.main import main
 from patchgd_jax.config import AugmentConfig
 from patchgd_jax.data.images.regions import open_regions
-from patchgd_jax.data.sources.channels import with_channels
+from patchgd_jax.data.sources.channels import resolve_channels
 from patchgd_jax.runs.train import train
 
 
@@ -112,11 +113,15 @@ def write_images(folder, colour):
 
 
 def config_for(labels, **data):
-    return TrainConfig(data=DataConfig(csv=labels, size=(32, 32), **data), batch_size=4)
+    return TrainConfig(
+        data=DataConfig(csv=labels, size=(32, 32), **data),
+        patchgd=PatchGDConfig(patch=16, fraction=0.5),
+        batch_size=4,
+    )
 
 
 def channels_of(config):
-    return with_channels(config).data.channels
+    return resolve_channels(config).data.channels
 
 
 def test_the_files_decide_unless_the_settings_do(tmp_path):
@@ -136,7 +141,7 @@ def test_the_files_decide_unless_the_settings_do(tmp_path):
     jitter = AugmentConfig(saturation=0.5)
     assert channels_of(dataclasses.replace(config_for(colour), augment=jitter)) == 3
     with pytest.raises(ConfigError, match="grey images have no colours"):
-        with_channels(dataclasses.replace(config_for(grey), augment=jitter))
+        resolve_channels(dataclasses.replace(config_for(grey), augment=jitter))
 
 
 def test_a_file_that_cannot_be_read_is_left_to_what_reads_it(tmp_path):
@@ -150,7 +155,7 @@ def test_a_file_that_cannot_be_read_is_left_to_what_reads_it(tmp_path):
 def test_ten_of_the_rarer_kind_are_named(tmp_path):
     labels = write_images(tmp_path, [i >= 12 for i in range(30)])
     with pytest.raises(DataError) as caught:
-        with_channels(config_for(labels))
+        resolve_channels(config_for(labels))
     first, *lines = str(caught.value).splitlines()
     assert first.startswith("12 of 30 images are grey, the others in colour; set --data.channels 3")
     assert lines == [f"  line {i + 2}: {tmp_path}/{i}.png is grey" for i in range(10)] + [

@@ -127,7 +127,7 @@ def test_a_part_is_read_without_knowing_the_rest(saved):
     state = make_state(20)
     encoder = checkpoints.restore_part(20, "params/encoder", state.params["encoder"])
     assert_same(encoder, state.params["encoder"])
-    assert checkpoints.restore_part(20, "model_state", state.model_state) == state.model_state
+    assert checkpoints.restore_part(20, "model_state", state.batch_stats) == state.batch_stats
     with pytest.raises(CheckpointError, match="params/head of checkpoint"):
         checkpoints.restore_part(20, "params/head", state.params["encoder"])
 

@@ -3,50 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
+from micro import MICRO, assert_same_run, lines_of, start
 from PIL import Image
+from test_safe_image import bomb
 
-MICRO = [
-    "--data.size", 32, 32, "--data.digits", "font", "--data.digit-count", 1,
-    "--data.label-share", 1, "--data.object-ratio", 0.8, 1, "--data.train-size", 64,
-    "--data.val-size", 21, "--patchgd.patch", 16, "--patchgd.fraction", 0.5,
-    "--model.latent-dim", 16, "--batch-size", 8, "--eval-batch-size", 8,
-]  # fmt: skip
+from patchgd_jax.runs.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, request):
-    """A finished run, made by the command itself."""
+def run(tmp_path_factory):
+    """A finished run, made by the command itself in a process of its own, and what it printed."""
     folder = tmp_path_factory.mktemp("run")
-    process = subprocess.run(
-        [sys.executable, "-m", "patchgd_jax", "train", *map(str, MICRO), "--run-dir", "first"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
-    return folder / "first", process
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    process = start("train", *MICRO, "--run-dir", "first", cwd=folder)
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return folder / "first", printed
 
 
 def test_train_fills_the_run_folder_and_says_where_it_is(run):
-    folder, process = run
-    assert "Run folder: first" in process.stdout
-    assert "Best shortcut" in process.stdout
-    assert "Compiled 2 programs" in process.stdout
-    assert "\r" not in process.stdout, "no live line where there is no terminal"
+    folder, printed = run
+    assert "Run folder: first" in printed
+    assert "Best shortcut" in printed
+    assert "Compiled 2 programs" in printed
+    assert "\r" not in printed, "no live line where there is no terminal"
     config = json.loads((folder / "config.json").read_text())
     assert config["batch_size"] == 8
     assert config["data"]["size"] == [32, 32]
@@ -126,9 +116,9 @@ def test_help_shows_every_setting_with_its_default(command):
     assert command("--version").stdout.startswith("patchgd-jax 0.")
 
 
-def bad(command, code, *words, arguments, **options):
+def bad(command, code, *words, arguments):
     """The command fails with one clear message and no traceback."""
-    result = command(*arguments, **options)
+    result = command(*arguments)
     assert result.returncode == code, (result.returncode, result.stdout, result.stderr)
     text = result.stderr + result.stdout
     assert "Traceback" not in text
@@ -169,6 +159,28 @@ def test_wrong_settings_are_told_and_nothing_is_written(command, tmp_path, argum
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.encoder", "resnet-50"], "did you mean 'resnet50'?"),
+        (["--model.head", "atention"], "did you mean 'attention'?"),
+        (["--patchgd.patch", 300], "larger than the image"),
+        (["--patchgd.inner-steps", 99], "99 inner steps for a grid of 16 patches"),
+        (["--mesh", "data"], "mesh 'data' cannot be read"),
+        (["--param-rules", "kernel"], "cannot be read"),
+    ],
+)
+def test_a_wrong_setting_is_reported_before_any_data(command, monkeypatch, arguments, words):
+    def looked_at(*_):
+        raise AssertionError("the data were looked at")
+
+    monkeypatch.setattr("patchgd_jax.runs.run.make_data", looked_at)
+    monkeypatch.setattr("patchgd_jax.runs.train.resolve_channels", looked_at)
+    result = command("train", *arguments)
+    assert result.returncode == 2
+    assert words in result.stderr
+
+
 def test_a_used_run_folder_is_left_alone(run, command):
     folder, _ = run
     before = sorted(folder.rglob("*"))
@@ -191,8 +203,6 @@ def test_folders_without_a_run_are_told(command, tmp_path, name):
 
 
 def test_a_checkpoint_of_another_model_is_refused(run, command, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run[0], copy)
     config = json.loads((copy / "config.json").read_text())
@@ -209,8 +219,6 @@ def test_a_checkpoint_of_another_model_is_refused(run, command, tmp_path):
 
 
 def test_changed_settings_are_refused(run, command, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run[0], copy)
     config = json.loads((copy / "config.json").read_text())
@@ -221,8 +229,6 @@ def test_changed_settings_are_refused(run, command, tmp_path):
 
 
 def test_damaged_checkpoints_fall_back_and_then_end(run, command, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run[0], copy)
     for path in (copy / "checkpoints").glob("0*/meta.json"):
@@ -237,8 +243,6 @@ def test_bad_images_are_told(run, command, tmp_path):
     cut.write_bytes(good.read_bytes()[:120])
     small = tmp_path / "small.png"
     Image.fromarray(np.zeros((8, 40), np.uint8)).save(small)
-    from test_safe_image import bomb
-
     cases = {
         tmp_path / "missing.png": "there is no such file",
         cut: "cut.png",
@@ -259,22 +263,16 @@ def test_a_fixed_head_says_which_grid_it_needs(command, tmp_path):
     bad(command, 2, *words, arguments=["predict", "cnn", wide])
 
 
-def test_a_missing_device_is_told(command, tmp_path):
-    arguments = ["train", *MICRO, "--device", "gpu", "--run-dir", "new"]
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    result = subprocess.run(
-        [sys.executable, "-m", "patchgd_jax", *map(str, arguments)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-    )
-    if result.returncode == 0:
+def test_a_missing_device_is_told(tmp_path, monkeypatch):
+    """In a process, which ends with the error's exit code."""
+    monkeypatch.delenv("JAX_PLATFORMS")
+    process = start("train", *MICRO, "--device", "gpu", "--run-dir", "new", cwd=tmp_path)
+    _, errors = process.communicate(timeout=120)
+    if process.returncode == 0:
         pytest.skip("this machine has a GPU")
-    assert result.returncode == 8
-    assert "no gpu device; install patchgd-jax[cuda13]" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert process.returncode == 8
+    assert "no gpu device; install patchgd-jax[cuda13]" in errors
+    assert "Traceback" not in errors
     assert not (tmp_path / "new").exists()
 
 
@@ -286,19 +284,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_batch(comman
     told = re.search(r"error: step (\d+): .*batch (\d+): examples \d+", result.stderr)
     assert told, result.stderr
     assert int(told[1]) == int(told[2]) + 1
-    from patchgd_jax.runs.checkpoint import Checkpoints
-
     checkpoints = Checkpoints(tmp_path / "nan" / "checkpoints")
     assert checkpoints.steps(), "the run must have saved before it diverged"
     for step in checkpoints.steps():
-        for leaf in _leaves(checkpoints.restore_arrays(step)["params"]):
+        for leaf in jax.tree.leaves(checkpoints.restore_arrays(step)["params"]):
             assert np.isfinite(leaf).all(), "no checkpoint may hold what is not finite"
-
-
-def _leaves(tree):
-    import jax
-
-    return jax.tree.leaves(tree)
 
 
 def test_debug_adds_the_traceback(command):
@@ -311,16 +301,10 @@ def test_debug_adds_the_traceback(command):
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_and_resume_ends_like_an_uninterrupted_run(command, tmp_path, number):
-    long = [*MICRO, "--epochs", 60, "--eval-every", 100]
+    long = [*MICRO, "--epochs", 15, "--eval-every", 100, "--save-every", 10]
     straight = command("train", *long, "--run-dir", "straight")
     assert straight.returncode == 0, straight.stderr
-    process = subprocess.Popen(
-        [sys.executable, "-m", "patchgd_jax", "train", *map(str, long), "--run-dir", "stopped"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start("train", *long, "--run-dir", "stopped", cwd=tmp_path)
     metrics = tmp_path / "stopped" / "checkpoints" / "latest.json"
     deadline = time.monotonic() + 200
     while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -337,14 +321,9 @@ def test_a_signal_saves_and_resume_ends_like_an_uninterrupted_run(command, tmp_p
 
 
 def test_a_signal_while_compiling_ends_at_once(tmp_path):
+    # A width that no other test compiles.
     arguments = [*MICRO, "--model.latent-dim", 19, "--run-dir", "early"]
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "patchgd_jax", "train", *map(str, arguments)],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start("train", *arguments, cwd=tmp_path)
     assert process.stdout.readline().startswith("Device")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
@@ -367,21 +346,14 @@ def test_a_second_signal_ends_the_process_without_saving():
     assert process.returncode == 130
 
 
-def assert_same_run(a, b):
-    """Bit for bit: every parameter, optimizer moment and metric but the wall-clock ones."""
-    from patchgd_jax.runs.checkpoint import Checkpoints
-
-    def without_clock(folder):
-        return [{k: v for k, v in line.items() if k != "perf"} for line in lines_of(folder)]
-
-    assert without_clock(a) == without_clock(b)
-    last = [Checkpoints(folder / "checkpoints") for folder in (a, b)]
-    assert last[0].newest_intact() == last[1].newest_intact()
-    trees = [c.restore_arrays(c.newest_intact()) for c in last]
-    for x, y in zip(*map(_leaves, trees), strict=True):
-        np.testing.assert_array_equal(x, y)
-    best = [json.loads((folder / "checkpoints" / "best.json").read_text()) for folder in (a, b)]
-    assert best[0] == best[1]
+def test_a_reader_that_goes_away_is_no_error():
+    code = "from patchgd_jax.cli.main import run\nrun()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "presets"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 141
 
 
 def test_the_encoder_of_another_run_is_taken_over(run, command, tmp_path):
@@ -389,14 +361,11 @@ def test_the_encoder_of_another_run_is_taken_over(run, command, tmp_path):
     arguments = ["train", *MICRO, "--init-encoder", folder, "--optimizer.learning-rate", 1e-30]
     result = command(*arguments, "--run-dir", "second")
     assert result.returncode == 0, result.stderr
-    from patchgd_jax.runs.checkpoint import Checkpoints
-
-    first = Checkpoints(folder / "checkpoints")
-    second = Checkpoints(tmp_path / "second" / "checkpoints")
-    wanted = first.restore_arrays(first.best())["params"]["encoder"]
-    got = second.restore_arrays(second.best())["params"]["encoder"]
-    for x, y in zip(_leaves(got), _leaves(wanted), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+    wanted = Checkpoints(folder / "checkpoints")
+    wanted = wanted.restore_arrays(wanted.best())["params"]["encoder"]
+    got = Checkpoints(tmp_path / "second" / "checkpoints")
+    got = got.restore_arrays(got.best())["params"]["encoder"]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), got, wanted)
     other = ["train", *MICRO, "--init-encoder", folder, "--model.latent-dim", 8]
     bad(
         command,

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from test_cli import MICRO
-from test_files import config_for, write_csv, write_images
+from micro import MICRO, config_for, write_csv, write_images
 
 from patchgd_jax import CheckpointError
 from patchgd_jax.engine.build import ResidentExecutor
 from patchgd_jax.runs.dry_run import dry_run
 
 
-def test_the_command_leaves_no_run_folder(command, tmp_path):
-    result = command("train", *MICRO, "--device", "cpu", "--dry-run", TMPDIR=str(tmp_path))
+def test_the_command_leaves_no_run_folder(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = command("train", *MICRO, "--device", "cpu", "--dry-run")
     assert result.returncode == 0, result.stderr
     for words in (
         "Compiled 2 programs",

@@ -59,7 +59,7 @@ def cases():
                     if native
                     else encoder in SMALLEST and dtype == "float64"
                 )
-                side = PUBLISHED[encoder].default_side if native else other_side(encoder)
+                side = 224 if native else other_side(encoder)
                 marks = [] if quick else [pytest.mark.slow]
                 name = f"{encoder}-{dtype}-{side}"
                 chosen.append(pytest.param(encoder, dtype, side, marks=marks, id=name))
@@ -298,11 +298,15 @@ class MyHead(nn.Module):
         return nn.Dense(self.classes)(z.mean((1, 2)))
 
 
-def test_a_user_adds_an_encoder_and_a_head_by_name(monkeypatch):
-    import patchgd_jax.models.registry as models
+@pytest.fixture
+def own_names(monkeypatch):
+    """What a test adds is gone after it."""
+    monkeypatch.setattr("patchgd_jax.models.registry._ENCODERS", dict(ENCODERS))
+    monkeypatch.setattr("patchgd_jax.models.registry._HEADS", dict(HEADS))
 
-    monkeypatch.setattr(models, "ENCODERS", dict(ENCODERS))
-    monkeypatch.setattr(models, "HEADS", dict(HEADS))
+
+@pytest.mark.usefixtures("own_names")
+def test_a_user_adds_an_encoder_and_a_head_by_name():
     register_encoder("mine", Mine, norms=("group",), smallest_side=8)
     register_head("mine", MyHead)
     grid = PatchGrid(32, 48, 16)
@@ -317,3 +321,39 @@ def test_a_user_adds_an_encoder_and_a_head_by_name(monkeypatch):
         register_head("linear", MyHead)
     with pytest.raises(ConfigError, match="side 7 is too small for mine"):
         build_encoder(config, 7)
+
+
+@pytest.mark.usefixtures("own_names")
+def test_installed_packages_add_encoders_and_heads_by_entry_points(tmp_path, monkeypatch):
+    (tmp_path / "their_model.py").write_text(
+        "from patchgd_jax.models.registry import EncoderEntry\n"
+        "from patchgd_jax.models.encoders.small_cnn import SmallCNN\n"
+        "from patchgd_jax.models.heads.simple import LinearHead\n"
+        'tiles = EncoderEntry(SmallCNN, norms=("group",), smallest_side=8)\n'
+    )
+    package = tmp_path / "theirs-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(
+        "[patchgd_jax.encoders]\ntiles = their_model:tiles\nlost = their_model:lost\n"
+        "[patchgd_jax.heads]\nmine = their_model:LinearHead\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = ModelConfig(encoder="tiles", head="mine", latent_dim=6)
+    grid = PatchGrid(32, 48, 16)
+    model = build_model(config, grid=grid, channels=1, classes=4, mean=0.0, std=1.0)
+    params, _ = jax.eval_shape(model.init, KEY)
+    assert params["head"]["Dense_0"]["kernel"].shape == (6, 4)
+    assert encoder_norm(config) == "group"
+    with pytest.raises(ConfigError, match="side 7 is too small for tiles"):
+        build_encoder(config, 7)
+    with pytest.raises(ConfigError, match="did you mean 'tiles'"):
+        build_encoder(ModelConfig(encoder="tile"), 16)
+    with pytest.raises(ConfigError, match="'lost' cannot be loaded from their_model:lost"):
+        build_encoder(ModelConfig(encoder="lost"), 16)
+
+
+def test_the_names_are_added_by_the_functions_only():
+    for names in (ENCODERS, HEADS):
+        with pytest.raises(TypeError):
+            names["mine"] = None

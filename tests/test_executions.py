@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+from micro import BASE, MICRO, changed, final, lines_of, run_here, start
 from PIL import Image
-from test_cli import MICRO
-from test_train import BASE, changed
 from virtual_devices import several_devices
 
 from patchgd_jax import ConfigError
@@ -26,19 +21,12 @@ from patchgd_jax.data.images import regions
 from patchgd_jax.data.loading.bands import Band, BandExamples
 from patchgd_jax.data.protocols import as_regions
 from patchgd_jax.data.run_data import make_data
-from patchgd_jax.runs.checkpoint import Checkpoints
 from patchgd_jax.runs.predict import TrainedModel
 from patchgd_jax.runs.train import resume, train
 
 
 def streamed(config, **settings):
     return dataclasses.replace(config, stream=StreamConfig(enabled=True, **settings))
-
-
-def final(folder):
-    """The arrays of a run's last checkpoint."""
-    checkpoints = Checkpoints(folder / "checkpoints")
-    return checkpoints.restore_arrays(checkpoints.newest_intact())
 
 
 def distance(one, other):
@@ -54,7 +42,7 @@ def folders(tmp_path):
     """Images of several sizes and two classes, in a folder for each class."""
     rng = np.random.default_rng(0)
     for number in range(16):
-        height, width = [(40, 40), (33, 45), (12, 20)][number % 3]
+        height, width = [(33, 45), (12, 20)][number % 4 // 2]
         pixels = rng.integers(0, 200, (height, width, 3)).astype(np.uint8)
         pixels[..., number % 2] //= 3
         folder = tmp_path / "images" / f"class{number % 2}"
@@ -94,8 +82,7 @@ def test_reused_latents_and_micro_batches_train(tmp_path):
     config = dataclasses.replace(BASE, epochs=3)
     config = streamed(config, max_age=6, micro_batch=4, store_dir=str(tmp_path))
     train(config, tmp_path / "run")
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    ages = [line["z_age_max"] for line in lines if line["kind"] == "train"]
+    ages = [line["z_age_max"] for line in lines_of(tmp_path / "run") if line["kind"] == "train"]
     # The first visit of each image finds nothing, later ones what was written steps ago.
     assert ages[:4] == [0] * 4
     assert max(ages) > 0
@@ -154,31 +141,20 @@ def test_bands_of_images_are_those_of_the_whole_ones(folders):
             assert all(np.array_equal(wanted[name], got[name]) for name in got)
 
 
-def start(folder, run, *arguments, devices=1, number=None, port=0, processes=2, what="train"):
-    """A process of the command; one of several if it has a number."""
-    environment = {
-        **{k: v for k, v in os.environ.items() if "proxy" not in k.lower()},
-        **several_devices(devices),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    named = ["--run-dir", run] if what == "train" else [run]
+def process(folder, *arguments, devices=1, number=None, port=0, what="train"):
+    """A process of the command, in the run folder `run`; one of two if it has a number."""
+    environment = several_devices(devices)
+    named = ["--run-dir", "run"] if what == "train" else ["run"]
     coordinator = f"127.0.0.1:{port}"
     if number == 0:
-        named += ["--coordinator", coordinator, "--processes", processes, "--process", number]
+        named += ["--coordinator", coordinator, "--processes", 2, "--process", 0]
     elif number is not None:
         environment |= {
             "PATCHGD_COORDINATOR": coordinator,
-            "PATCHGD_PROCESSES": str(processes),
+            "PATCHGD_PROCESSES": "2",
             "PATCHGD_PROCESS": str(number),
         }
-    return subprocess.Popen(
-        [sys.executable, "-m", "patchgd_jax", what, *map(str, [*arguments, *named])],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    return start(what, *arguments, *named, cwd=folder, **environment)
 
 
 def ended(*processes, timeout=250):
@@ -209,16 +185,15 @@ RULE = "Conv.*kernel$=-,-,-,data"
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The run on one device."""
-    folder = tmp_path_factory.mktemp("alone")
-    codes, texts = ended(start(folder, "run", *SHARED))
-    assert codes == [0], texts
-    return folder / "run"
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert run_here("train", *SHARED, "--run-dir", folder) == 0
+    return folder
 
 
 def test_a_mesh_trains_as_one_device_and_goes_on_as_one(alone, tmp_path):
     """Four devices, of which the images, their patches and a parameter are divided among."""
     mesh = ["--mesh", "data=2,patch=2", "--param-rules", RULE]
-    codes, texts = ended(start(tmp_path, "run", *SHARED, *mesh, devices=4))
+    codes, texts = ended(process(tmp_path, *SHARED, *mesh, devices=4))
     assert codes == [0], texts
     wanted = final(alone)["params"]
     assert distance(final(tmp_path / "run")["params"], wanted) < 1e-5
@@ -238,9 +213,9 @@ def test_processes_stop_together_and_one_goes_on(alone, tmp_path):
     Each has half of every image, and reads no more of it.
     """
     port = free_port()
-    long = [*SHARED, "--epochs", 40, "--save-every", 10_000, "--eval-every", 10_000]
+    long = [*SHARED, "--epochs", 20, "--save-every", 10_000, "--eval-every", 10_000]
     long += ["--mesh", "patch=2"]
-    pair = [start(tmp_path, "run", *long, number=number, port=port) for number in range(2)]
+    pair = [process(tmp_path, *long, number=number, port=port) for number in range(2)]
     log = tmp_path / "run" / "metrics.jsonl"
     until = time.monotonic() + 200
     while not (log.exists() and len(log.read_text().splitlines()) >= 8):
@@ -252,13 +227,11 @@ def test_processes_stop_together_and_one_goes_on(alone, tmp_path):
     assert codes == [143, 143], texts
     assert all("stopped by SIGTERM after step" in text for text in texts)
     assert len(list((tmp_path / "run" / "checkpoints").glob("0*"))) == 1
-    first = [json.loads(line) for line in (alone / "metrics.jsonl").open()][:7]
-    for one, other in zip(first, map(json.loads, log.open()), strict=False):
+    for one, other in zip(lines_of(alone)[:7], lines_of(tmp_path / "run"), strict=False):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-    codes, texts = ended(start(tmp_path, "run", "--mesh", "auto", what="resume"))
-    assert codes == [0], texts
-    steps = [line["step"] for line in map(json.loads, log.open()) if line["kind"] == "train"]
-    assert steps == list(range(1, 321))
+    resume(tmp_path / "run", mesh="auto")
+    steps = [line["step"] for line in lines_of(tmp_path / "run") if line["kind"] == "train"]
+    assert steps == list(range(1, 161))
 
 
 @pytest.mark.slow
@@ -266,24 +239,21 @@ def test_processes_whose_border_cuts_an_image(tmp_path):
     """Three devices each: the second image's bands are on devices of two processes."""
     six = [*SHARED, "--batch-size", 6, "--eval-batch-size", 6, "--data.train-size", 24]
     port = free_port()
+    mesh = ["--mesh", "data=3,patch=2"]
     pair = [
-        start(
-            tmp_path, "pair", *six, "--mesh", "data=3,patch=2", devices=3, number=number, port=port
-        )
-        for number in range(2)
+        process(tmp_path, *six, *mesh, devices=3, number=number, port=port) for number in range(2)
     ]
     codes, texts = ended(*pair)
     assert codes == [0, 0], texts
-    codes, texts = ended(start(tmp_path, "one", *six))
-    assert codes == [0], texts
+    assert run_here("train", *six, "--run-dir", tmp_path / "one") == 0
     wanted = final(tmp_path / "one")
-    assert distance(final(tmp_path / "pair")["params"], wanted["params"]) < 1e-5
+    assert distance(final(tmp_path / "run")["params"], wanted["params"]) < 1e-5
 
 
 def test_processes_that_do_not_agree_end_with_what_differs(tmp_path):
     port = free_port()
     pair = [
-        start(tmp_path, "run", *SHARED, "--seed", number, number=number, port=port)
+        process(tmp_path, *SHARED, "--seed", number, number=number, port=port)
         for number in range(2)
     ]
     codes, texts = ended(*pair)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import importlib
 import json
 import math
 import os
@@ -13,10 +14,17 @@ import sys
 import time
 from pathlib import Path
 
+import child
 import numpy as np
 import pytest
+import runner
+from collect import bootstrap_interval
+from runs import Row, Run, runs_of
+from settings import SMOKE, changed
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+from patchgd_jax.errors import PatchGDError
+
+EXPERIMENTS = Path(runner.__file__).parent
 NAMES = [
     "ultramnist_resnet50",
     "ultramnist_mobilenet_v2",
@@ -27,53 +35,48 @@ NAMES = [
     "object_ratio",
     "norm_policies",
 ]
+ALONE = Row("alone", changed(SMOKE.config, data={"train_size": 8}), {"method": "patchgd"})
 
-# Rows with a start, without one, and that cannot be trained; `LONG` steps of the first.
-SCRIPT = f"""
-import os, sys
-sys.path.insert(0, {str(EXPERIMENTS)!r})
-from runner import main
-from runs import Row
-from settings import SMOKE, changed
 
 def rows(scale, folder):
-    long = 4 * int(os.environ.get("LONG", 2))
-    rate = float(os.environ.get("RATE", 1e-3))
-    alone = changed(SMOKE.config, data={{"train_size": long}}, optimizer={{"learning_rate": rate}})
+    """Rows with a start, without one, and that cannot be trained."""
     return [
-        Row("alone", alone, {{"method": "patchgd"}}),
-        Row("diverges", changed(SMOKE.config, optimizer={{"name": "sgd", "learning_rate": 1e38}})),
-        Row("no such encoder", changed(SMOKE.config, model={{"encoder": "no-such"}})),
+        ALONE,
+        Row("diverges", changed(SMOKE.config, optimizer={"name": "sgd", "learning_rate": 1e38})),
+        Row("no such encoder", changed(SMOKE.config, model={"encoder": "no-such"})),
         SMOKE.row("from a start"),
     ]
 
-main("tiny", rows)
-"""
+
+def in_this_process(run, scale, lock, stop):
+    """What `runner` has a child do."""
+    try:
+        child.work(run.folder)
+    except PatchGDError as error:
+        (run.folder / "errors.txt").write_text(f"error: {error}\n", encoding="utf-8")
+        return error.exit_code
+    return 0
 
 
 @pytest.fixture
-def tiny(tmp_path):
-    """A command line that runs the small experiment above in `tmp_path / "out"`."""
-    script = tmp_path / "tiny.py"
-    script.write_text(SCRIPT, encoding="utf-8")
-    return [sys.executable, str(script), "--scale", "smoke", "--out", str(tmp_path / "out")]
+def tiny(tmp_path, monkeypatch, capsys):
+    """Runs the small experiment above in `tmp_path / "out"`; what it printed, and its errors."""
+    monkeypatch.setattr(runner, "_in_process", in_this_process)
 
+    def run(*arguments, code=0, rows=rows):
+        monkeypatch.setattr(
+            sys, "argv", ["tiny", "--scale", "smoke", "--out", str(tmp_path / "out"), *arguments]
+        )
+        try:
+            runner.main("tiny", rows)
+            ended = 0
+        except SystemExit as error:
+            ended = error.code
+        said = capsys.readouterr()
+        assert ended == code, said
+        return said
 
-def run(command, code=0, **environment):
-    process = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **environment},
-    )
-    assert process.returncode == code, process.stdout + process.stderr
-    return process
-
-
-def python(code):
-    """Runs code in a process that can import what lies in experiments/."""
-    return run([sys.executable, "-c", code], PYTHONPATH=str(EXPERIMENTS)).stdout
+    return run
 
 
 def table_of(path):
@@ -84,7 +87,7 @@ def table_of(path):
 def test_finished_runs_are_kept_and_failed_ones_are_rows(tiny, tmp_path):
     out = tmp_path / "out"
     # The encoder that there is none of is a mistake, not a result.
-    said = run(tiny, code=2).stdout
+    said = tiny(code=2).out
     assert "[1/5] single digits" in said
     assert "1 runs failed; the same command tries them again" in said
     lines = {line["label"]: line for line in table_of(out / "tiny.csv")}
@@ -110,61 +113,119 @@ def test_finished_runs_are_kept_and_failed_ones_are_rows(tiny, tmp_path):
 
     summaries = {path: path.stat().st_mtime_ns for path in out.glob("*/run/summary.json")}
     assert len(summaries) == 3
-    outputs = {path: path.stat().st_size for path in out.glob("*/output.txt")}
-    again = run([*tiny, "--only", "alone", "diverges", "from a start"]).stdout
-    assert "failed: step" in again
+    assert "failed: step" in tiny("--only", "alone", "diverges", "from a start").out
     assert {path: path.stat().st_mtime_ns for path in summaries} == summaries
-    assert {path: path.stat().st_size for path in outputs} == outputs
+
+
+# In place of the child: it waits until it is told to stop, and the second time it finishes.
+WAITING = f"""
+import json, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(EXPERIMENTS)!r})
+from child import stop_without_runner
+
+run = Path(sys.argv[1]) / "run"
+if (run / "saved").exists():
+    last = {{"accuracy": 0.5, "examples": 10, "step": 2}}
+    perf = {{"peak_memory_mib": 60, "images_per_s": 1, "seconds": 1}}
+    (run / "summary.json").write_text(json.dumps({{"last": last, "perf": perf}}))
+    sys.exit()
+
+def save(number, frame):
+    (run / "saved").touch()
+    sys.exit(128 + number)
+
+signal.signal(signal.SIGTERM, save)
+run.mkdir()
+(run / "config.json").write_text('{{"batch_size": 4}}')
+stop_without_runner()
+time.sleep(100)
+"""
+RUNNER = """
+import sys
+from pathlib import Path
+import runner
+from test_experiments import ALONE
+
+runner._CHILD = Path(sys.argv.pop())
+runner.main("tiny", lambda scale, folder: [ALONE])
+"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_run_goes_on(tiny, tmp_path, number):
-    command = [*tiny, "--only", "alone"]
-    folder = tmp_path / "out" / "alone-seed-0"
-    with subprocess.Popen(
-        command, env={**os.environ, "LONG": "400"}, stderr=subprocess.PIPE, text=True
-    ) as process:
-        log = folder / "run" / "metrics.jsonl"
+def test_an_interrupted_run_goes_on(tmp_path, number):
+    waiting, out = tmp_path / "waiting.py", tmp_path / "out"
+    waiting.write_text(WAITING, encoding="utf-8")
+    command = [sys.executable, "-c", RUNNER, "--scale", "smoke", "--out", str(out), str(waiting)]
+    paths = [str(EXPERIMENTS), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    run = out / "alone-seed-0" / "run"
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 100
+        while not (run / "config.json").exists() and time.monotonic() < until:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert said.startswith("error: stopped by SIGTERM after saving; the same command goes on")
+    with (out / ".lock").open() as lock:
+        # The run itself outlives a runner that is killed, until it has saved.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    assert (run / "saved").exists()
+    assert not (run / "summary.json").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert table_of(out / "tiny.csv")[0]["accuracy"] == "0.5"
+
+
+@pytest.mark.slow
+def test_a_child_that_is_stopped_resumes(tiny, tmp_path, monkeypatch):
+    """The whole of it: a training that is stopped goes on at its step."""
+    monkeypatch.undo()
+    long = Row("alone", changed(SMOKE.config, data={"train_size": 1600}))
+    run = Run(long, 0, tmp_path / "out")
+    run.claim()
+    command = [sys.executable, EXPERIMENTS / "child.py", run.folder]
+    log = run.folder / "run" / "metrics.jsonl"
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         until = time.monotonic() + 240
         while not (log.exists() and log.stat().st_size) and time.monotonic() < until:
             assert process.poll() is None
             time.sleep(0.02)
-        process.send_signal(number)
-        said = process.communicate(timeout=120)[1]
-    if number == signal.SIGTERM:
-        assert process.returncode == 143
-        assert said.startswith("error: stopped by SIGTERM after saving; the same command goes on")
-    with (tmp_path / "out" / ".lock").open() as lock:
-        # The run itself outlives a runner that is killed, until it has saved.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    assert not (folder / "run" / "summary.json").exists()
-    assert list((folder / "run" / "checkpoints").glob("0*"))
-    run(command, LONG="400")
-    assert "Resuming" in (folder / "output.txt").read_text(encoding="utf-8")
+        process.stdin.close()
+        assert process.wait(60) == 143
+    child.work(run.folder)
     steps = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert [s["step"] for s in steps if s["kind"] == "train"] == list(range(1, 401))
 
 
 def test_runs_of_other_settings_or_code_are_not_mixed_in(tiny, tmp_path):
-    command = [*tiny, "--only", "alone"]
-    folder = tmp_path / "out" / "alone-seed-0"
-    run(command)
-    said = run(command, code=2, RATE="0.5").stderr
+    run = Run(ALONE, 0, tmp_path / "out")
+    folder = run.folder
+    run.claim()
+    faster = changed(ALONE.config, optimizer={"learning_rate": 0.5})
+    said = tiny(code=2, rows=lambda *_: [Row("alone", faster)]).err
     assert f"error: {folder} is a run with other settings" in said
-    assert "config.optimizer.learning_rate was 0.001, is 0.5" in said
+    assert "config.optimizer.learning_rate was 0.003, is 0.5" in said
     assert "delete that folder" in said
 
     origin = json.loads((folder / "origin.json").read_text())
     origin["code"][-1].update(source="another", commit="abc1234", dirty=True)
     (folder / "origin.json").write_text(json.dumps(origin))
-    said = run(command, code=2).stderr
+    (folder / "run").mkdir()
+    (folder / "run" / "config.json").write_text('{"batch_size": 4}')
+    summary = {"perf": {"peak_memory_mib": 60, "images_per_s": 1}}
+    (folder / "run" / "summary.json").write_text(json.dumps(summary))
+    said = tiny("--only", "alone", code=2).err
     assert f"{folder} was trained by other code: commit abc1234+changes, this is " in said
     assert len(said.splitlines()) == 1
-    run([*command, "--accept-other-commit"])
+    tiny("--only", "alone", "--accept-other-commit")
     assert table_of(tmp_path / "out" / "tiny.csv")[0]["code"] == "commit abc1234+changes"
 
     (folder / "origin.json").unlink()
-    assert f"{folder} is not of an experiment" in run(command, code=2).stderr
+    assert f"{folder} is not of an experiment" in tiny("--only", "alone", code=2).err
 
 
 @pytest.mark.parametrize(
@@ -176,20 +237,19 @@ def test_runs_of_other_settings_or_code_are_not_mixed_in(tiny, tmp_path):
     ],
 )
 def test_bad_arguments_are_one_message(tiny, arguments, said):
-    assert run([*tiny, *arguments], code=2).stderr == f"error: {said}\n"
+    assert tiny(*arguments, code=2).err == f"error: {said}\n"
 
 
 def test_one_runner_at_a_time(tiny, tmp_path):
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another process is at work" in run(tiny, code=2).stderr
+        assert "another process is at work" in tiny(code=2).err
 
 
 def test_the_interval_of_one_seed_is_the_binomial_one():
     n, share = 50, 0.7
-    code = f"from collect import bootstrap_interval\nprint(*bootstrap_interval([{share}], [{n}]))"
-    low, high = map(float, python(code).split())
+    low, high = bootstrap_interval([share], [n])
     chances = [math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(n + 1)]
     cumulated = np.cumsum(chances)
     assert abs(low - np.argmax(cumulated >= 0.025) / n) <= 1 / n
@@ -198,11 +258,7 @@ def test_the_interval_of_one_seed_is_the_binomial_one():
 
 def test_the_interval_of_several_seeds_is_that_of_resampled_examples():
     right = {0.4: 40, 0.6: 200, 0.7: 100}
-    code = (
-        "from collect import bootstrap_interval\n"
-        f"print(*bootstrap_interval({list(right)}, {list(right.values())}))"
-    )
-    interval = list(map(float, python(code).split()))
+    interval = bootstrap_interval(list(right), list(right.values()))
     rng = np.random.default_rng(7)
     answers = [np.arange(n) < round(share * n) for share, n in right.items()]
     means = [
@@ -215,27 +271,33 @@ def test_the_interval_of_several_seeds_is_that_of_resampled_examples():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_experiment_says_how_it_is_run_and_has_rows_at_every_scale(name):
-    text = (EXPERIMENTS / f"{name}.py").read_text(encoding="utf-8")
-    assert f"Command:   python experiments/{name}.py --scale" in text
-    assert "\nTime:      " in text
-    assert "\nExpected:  " in text
-    code = (
-        f"import {name} as experiment\nfrom pathlib import Path\nfrom runs import runs_of\n"
-        "experiment.make_tiny_panda = lambda *_: None\n"
-        "for scale in ('cpu', 'paper'):\n"
-        "    runs = runs_of(experiment.rows(scale, Path('none')), 3, Path('none'))\n"
-        "    print(scale, len({run.name for run in runs if run.wanted}))"
+def test_an_experiment_has_rows_at_every_scale(name, monkeypatch):
+    experiment = importlib.import_module(name)
+    monkeypatch.setattr(experiment, "make_tiny_panda", lambda *_: None, raising=False)
+    for scale in ("cpu", "paper"):
+        runs = runs_of(experiment.rows(scale, Path("none")), 3, Path("none"))
+        assert len({run.name for run in runs if run.wanted}) >= 7
+
+
+@pytest.mark.parametrize(
+    ("name", "only"),
+    [
+        (NAMES[0], ["--only", "patchgd"]),
+        *(pytest.param(name, [], marks=pytest.mark.slow) for name in NAMES),
+    ],
+)
+def test_smoke(name, only, tmp_path):
+    """In processes, as a user runs it."""
+    script = str(EXPERIMENTS / f"{name}.py")
+    done = subprocess.run(
+        [sys.executable, script, "--scale", "smoke", "--out", str(tmp_path), *only],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
-    assert all(int(line.split()[1]) >= 7 for line in python(code).splitlines())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_smoke(name, tmp_path):
-    command = [sys.executable, str(EXPERIMENTS / f"{name}.py"), "--scale", "smoke"]
-    run([*command, "--out", str(tmp_path)])
+    assert done.returncode == 0, done.stdout + done.stderr
     lines = table_of(tmp_path / f"{name}.csv")
-    assert len(lines) >= 2
+    assert len(lines) >= (1 if only else 2)
     assert all(line["reason"] == "" for line in lines)
     assert all(float(line["step_memory_mib"]) > 0 for line in lines)
     assert {f"{name}.{kind}" for kind in ("json", "md", "png")} <= {

@@ -8,75 +8,33 @@ import json
 
 import numpy as np
 import pytest
+from micro import Stopped, config_for, sizes, stop_at, write_csv, write_images
 from PIL import Image
 
 from patchgd_jax import (
     CheckpointError,
     ConfigError,
-    DataConfig,
     DataError,
     ModelConfig,
     PatchGDConfig,
     TaskConfig,
-    TrainConfig,
 )
 from patchgd_jax.config import BackgroundConfig, ColumnsConfig, SplitConfig
 from patchgd_jax.data.preprocess import Preprocess
-from patchgd_jax.data.run_data import make_data
+from patchgd_jax.data.run_data import make_data, read_files
+from patchgd_jax.data.sources import file_images
+from patchgd_jax.data.sources.channels import resolve_channels
+from patchgd_jax.data.tables import csv_table
 from patchgd_jax.engine.setup import training_grids
 from patchgd_jax.runs.cross_validation import RESULT, cross_validate
 from patchgd_jax.runs.predict import TrainedModel
-from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.record.progress import Progress
 from patchgd_jax.runs.train import resume, train
-
-TINY = {
-    "model": ModelConfig(latent_dim=8),
-    "patchgd": PatchGDConfig(patch=16, fraction=0.5),
-    "batch_size": 4,
-    "eval_batch_size": 4,
-}
-
-
-def write_images(folder, sizes, seed=0):
-    """One file for each size: class "disc" has a bright spot, "plain" has none."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    (folder / "images").mkdir(parents=True)
-    for i, (height, width) in enumerate(sizes):
-        image = rng.integers(0, 40, (height, width), dtype=np.uint8)
-        label = ("disc", "plain")[i % 2]
-        if label == "disc":
-            image[2:12, 2:12] = 255
-        name = f"images/{i}.png"
-        Image.fromarray(image).save(folder / name)
-        tags = ";".join(tag for tag, on in (("a", i % 2), ("b", i % 3 == 0)) if on) or ";"
-        who = f"patient {i // 2}"
-        rows.append({"path": name, "label": label, "who": who, "number": i % 5, "tags": tags})
-    return rows
-
-
-def write_csv(path, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return str(path)
-
-
-def sizes(count, seed=1):
-    rng = np.random.default_rng(seed)
-    return rng.integers(17, 60, (count, 2)).tolist()
 
 
 @pytest.fixture
 def labels(tmp_path):
     return write_csv(tmp_path / "labels.csv", write_images(tmp_path, sizes(24)))
-
-
-def config_for(labels, **data):
-    return TrainConfig(
-        data=DataConfig(csv=labels, **{"size": (48, 48), "channels": 1, **data}), **TINY
-    )
 
 
 FITS = {
@@ -142,27 +100,39 @@ def test_native_images_are_padded_to_three_sizes_and_read_as_they_are(labels):
         assert used == np.flatnonzero(mask).tolist()
 
 
-def test_a_thousand_images_of_three_hundred_sizes_need_six_programs(tmp_path):
+@pytest.fixture
+def many_sizes(tmp_path):
+    """A thousand images of three hundred sizes."""
     distinct = np.stack(np.meshgrid(range(17, 32), range(17, 37)), -1).reshape(-1, 2)
     assert len(distinct) == 300
     rows = write_images(tmp_path, np.tile(distinct, (4, 1))[:1000].tolist())
-    config = dataclasses.replace(
+    return dataclasses.replace(
         config_for(write_csv(tmp_path / "labels.csv", rows), fit="native"),
         patchgd=PatchGDConfig(patch=8, fraction=0.5),
         model=ModelConfig(latent_dim=4, head="linear"),
         batch_size=50,
         eval_batch_size=50,
     )
+
+
+def test_many_sizes_need_six_programs(many_sizes):
+    data = make_data(many_sizes)
+    assert len(data.shapes) == 3
+    assert "Images of 300 sizes are padded to 3" in data.notes[0]
+    assert "6 programs" in data.notes[0]
+
+
+@pytest.mark.slow
+def test_a_run_on_many_sizes_compiles_six_programs(many_sizes, tmp_path):
+    """A compiled program takes one shape only: another would have been an error."""
     told = []
 
     class Kept(Progress):
         def message(self, text):
             told.append(text)
 
-    summary = train(config, tmp_path / "run", progress=Kept())
+    summary = train(many_sizes, tmp_path / "run", progress=Kept())
     assert summary["best"]["examples"] == 200
-    # A compiled program takes one shape only: another would have been an error.
-    assert any("Images of 300 sizes are padded to 3" in text for text in told)
     assert any(text.startswith("Compiled 6 programs") for text in told)
 
 
@@ -225,6 +195,9 @@ def test_folds_are_trained_once_each_and_go_on_after_a_stop(labels, tmp_path):
         values = [score[metric] for score in first["folds"].values()]
         assert first["mean"][metric] == pytest.approx(np.mean(values))
         assert first["std"][metric] == pytest.approx(np.std(values, ddof=1))
+    scored = TrainedModel(folder / "fold-0").evaluate(split="test")
+    assert scored["examples"] == len(make_data(config).test)
+    assert scored["recorded"] is None
     # One fold as a kill leaves it: begun, with a log, not finished.
     (folder / "fold-1" / "summary.json").unlink()
     before = (folder / "fold-0" / "metrics.jsonl").stat().st_mtime_ns
@@ -236,27 +209,11 @@ def test_folds_are_trained_once_each_and_go_on_after_a_stop(labels, tmp_path):
         cross_validate(dataclasses.replace(config, seed=5), folder)
 
 
-def test_test_images_are_scored_on_demand(labels, tmp_path):
-    config = config_for(labels, split=SplitConfig(folds=3, test_fold=2))
-    train(config, tmp_path / "run")
-    model = TrainedModel(tmp_path / "run")
-    scored = model.evaluate(split="test")
-    assert scored["examples"] == len(make_data(config).test)
-    assert scored["recorded"] is None
-
-
 def test_a_run_does_not_go_on_with_other_files(labels, tmp_path):
     config = dataclasses.replace(config_for(labels), epochs=2, save_every=2)
 
-    class Stop(Exception):  # noqa: N818
-        pass
-
-    def stop(step):
-        if step == 3:
-            raise Stop
-
-    with pytest.raises(Stop):
-        train(config, tmp_path / "run", on_step=stop)
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "run", on_step=stop_at(3))
     image = tmp_path / "images" / "3.png"
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(image)
     with pytest.raises(CheckpointError, match="--accept-changed-data"):
@@ -295,14 +252,6 @@ def test_a_test_fold_beside_a_column_of_splits_is_refused(labels):
     assert SplitConfig(test_fold=0).validation_fold == 1
 
 
-def test_an_image_smaller_than_a_patch_is_one_patch(tmp_path):
-    rows = write_images(tmp_path, [(10, 12), *[(48, 48)] * 23])
-    config = config_for(write_csv(tmp_path / "labels.csv", rows), fit="native")
-    train(config, tmp_path / "run")
-    (answer,) = TrainedModel(tmp_path / "run").predict_files([tmp_path / "images" / "0.png"])
-    assert answer["label"] in ("disc", "plain")
-
-
 def test_a_head_for_one_grid_and_images_of_many_is_refused(labels, tmp_path):
     config = config_for(labels, fit="native")
     config = dataclasses.replace(config, model=ModelConfig(latent_dim=8, head="cnn-smaller"))
@@ -322,6 +271,8 @@ def test_broken_files_are_listed_before_anything_begins(labels, tmp_path):
 
 
 def test_the_commands_on_a_folder_of_images(labels, tmp_path, command):
+    # Smaller than a patch: it is one.
+    Image.fromarray(np.zeros((10, 12), np.uint8)).save(tmp_path / "images" / "0.png")
     data = ["--data.csv", labels, "--data.fit", "native", "--data.columns.group", "who"]
     small = ["--patchgd.patch", "16", "--patchgd.fraction", "0.5", "--model.latent-dim", "8",
              "--batch-size", "4", "--eval-batch-size", "4"]  # fmt: skip
@@ -335,7 +286,7 @@ def test_the_commands_on_a_folder_of_images(labels, tmp_path, command):
     trained = command("train", *data, *small, "--run-dir", "run")
     assert trained.returncode == 0, trained.stderr
     assert "programs to compile" in trained.stdout
-    predicted = command("predict", "run", "images/1.png", "--json")
+    predicted = command("predict", "run", "images/0.png", "--json")
     assert json.loads(predicted.stdout)[0]["label"] in ("disc", "plain")
     (tmp_path / "images" / "4.png").write_bytes(b"no image")
     checked = command("data", "check", *data, "--json")
@@ -360,3 +311,26 @@ def test_bad_rows_are_named_and_nothing_is_written(change, message, labels, tmp_
     assert failed.returncode == 3
     assert message in failed.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_every_header_is_opened_once_and_the_labels_are_read_once(tmp_path, monkeypatch):
+    rows = write_images(tmp_path, sizes(24))
+    config = config_for(write_csv(tmp_path / "labels.csv", rows), fit="native", channels=None)
+    opened, texts = [], []
+
+    def counted(path, **options):
+        opened.append(path)
+        return open_regions(path, **options)
+
+    def counted_text(path):
+        texts.append(path)
+        return read_text(path)
+
+    open_regions, read_text = file_images.open_regions, csv_table._read_text
+    monkeypatch.setattr(file_images, "open_regions", counted)
+    monkeypatch.setattr(csv_table, "_read_text", counted_text)
+    files = read_files(config)
+    data = make_data(resolve_channels(config, files), files)
+    assert len(texts) == 1
+    assert sorted(opened) == sorted(files.table.paths)
+    assert len(data.shapes) > 1

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from test_cli import MICRO, assert_same_run
+from micro import MICRO, Stopped, assert_same_run, stop_at
 from toy import max_relative, outer_steps, quick, recording_sgd, toy_batch, toy_problem
 
 from patchgd_jax import (
@@ -39,9 +39,9 @@ from patchgd_jax import (
 from patchgd_jax.engine.setup import make_run_optimizer, run_frozen
 from patchgd_jax.runs.checkpoint import Checkpoints
 from patchgd_jax.runs.predict import TrainedModel
-from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.record.progress import Progress
+from patchgd_jax.runs.starting_point import starting_point
 from patchgd_jax.runs.train import resume, train
-from patchgd_jax.weights.matching import starting_point
 
 KEY = jax.random.key(17)
 LENGTH = {"total_steps": 9, "steps_per_epoch": 9, "updates_per_step": 1}
@@ -105,7 +105,7 @@ def test_what_lies_between_blocks_goes_with_the_later_one():
     }  # fmt: skip
     assert found.stage["ADownsample"] == found.stage["Block_2"] == 2
     assert found.stage["Dense_1"] == 3
-    with pytest.raises(ConfigError, match="blocks of the encoder _Staged cannot be told"):
+    with pytest.raises(ConfigError, match="blocks of the encoder _Staged cannot be identified"):
         encoder_layers(_Staged(blocks=(2, 2)), patch=4, channels=1)
 
 
@@ -271,10 +271,6 @@ def test_everything_at_once_compiles_once_and_keeps_frozen_stages():
         assert change == 0 if name in frozen else change > 0, name
 
 
-class _StoppedError(Exception):
-    pass
-
-
 def test_an_averaged_run_is_evaluated_by_its_average_and_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr("patchgd_jax.engine.resident.compiler_options", lambda: UNOPTIMISED)
     config = tune(freeze_stages=1, ema_decay=0.8, learning_rate=3e-3)
@@ -283,12 +279,8 @@ def test_an_averaged_run_is_evaluated_by_its_average_and_resumes_bit_for_bit(tmp
     config = dataclasses.replace(config, model=model, patchgd=PatchGDConfig(patch=16, fraction=0.5))
     summary = train(config, tmp_path / "straight")
 
-    def stop(step):
-        if step == 6:
-            raise _StoppedError
-
-    with pytest.raises(_StoppedError):
-        train(config, tmp_path / "stopped", on_step=stop)
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "stopped", on_step=stop_at(6))
     resume(tmp_path / "stopped")
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
@@ -317,7 +309,7 @@ def test_an_averaged_run_is_evaluated_by_its_average_and_resumes_bit_for_bit(tmp
 
 @pytest.mark.slow
 def test_the_command_line_tunes_and_predicts(command, tmp_path):
-    """New flags in a real process: grades, frozen stages, rates, averages, augmentation."""
+    """New flags: grades, frozen stages, rates, averages, augmentation."""
     flags = [
         "--data.task", "digit-sum", "--data.size", 64, 64, "--data.object-ratio", 0.1, 0.3,
         "--model.head", "transformer", "--task.name", "ordinal", "--task.label-smoothing", 0.05,
@@ -326,8 +318,7 @@ def test_the_command_line_tunes_and_predicts(command, tmp_path):
         "--optimizer.ema-decay", 0.5, "--augment.flips", "--augment.brightness", 0.1,
         "--augment.same-draw", "--data.train-size", 32, "--model.remat", "none",
     ]  # fmt: skip
-    flag = "--xla_backend_optimization_level=0"
-    result = command("train", *MICRO, *flags, "--run-dir", "tuned", XLA_FLAGS=flag)
+    result = command("train", *MICRO, *flags, "--run-dir", "tuned")
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "tuned" / "config.json").read_text())
     assert config["task"]["class_weights"] == [1.0] * 9 + [2.0]

@@ -1,68 +1,74 @@
-"""PatchGrid against a NumPy loop."""
+"""PatchGrid against slices of a padded image, for grids of any shape."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toy import quick
 
 from patchgd_jax import ConfigError, PatchGrid
 
-SHAPES = [
-    (8, 8, 4, 0), (12, 20, 4, 4), (13, 9, 4, 4), (11, 14, 5, 3), (6, 6, 6, 6),
-    (7, 30, 7, 2), (9, 10, 4, 1), (100, 5, 5, 4),
-]  # fmt: skip
+
+@st.composite
+def grids(draw):
+    """Grids with and without overlap, some with padding at the right and the lower border."""
+    patch = draw(st.integers(1, 7))
+    height, width = (draw(st.integers(patch, 20)) for _ in range(2))
+    return PatchGrid(height, width, patch, draw(st.integers(0, patch)), background=7)
 
 
 def pixels(height, width, dtype):
     return np.arange(2 * height * width * 3).reshape(2, height, width, 3).astype(dtype)
 
 
-@pytest.mark.parametrize(("height", "width", "patch", "stride"), SHAPES)
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_take_equals_slicing_a_padded_image(height, width, patch, stride, dtype):
-    grid = PatchGrid(height, width, patch, stride, background=7)
-    step = stride or patch
-    images = pixels(height, width, dtype)
+def corners(grid):
+    """The first pixel of each patch, by its number."""
+    return [(r * grid.stride, c * grid.stride) for r in range(grid.rows) for c in range(grid.cols)]
+
+
+@given(grids(), st.sampled_from([np.uint8, np.float32]))
+def test_take_equals_slicing_a_padded_image(grid, dtype):
+    images = pixels(grid.height, grid.width, dtype)
     value = 7 if dtype == np.uint8 else 7 / 255
     padded = np.full((2, grid.padded_height, grid.padded_width, 3), value, dtype)
-    padded[:, :height, :width] = images
+    padded[:, : grid.height, : grid.width] = images
     ids = np.stack([np.arange(grid.num_patches), np.arange(grid.num_patches)[::-1]])
-    got = np.asarray(grid.take(jnp.asarray(images), jnp.asarray(ids)))
+    got = np.asarray(quick(grid.take)(images, ids))
+    patch = grid.patch
+    windows = np.stack([padded[:, y : y + patch, x : x + patch] for y, x in corners(grid)], 1)
     assert got.dtype == dtype
-    for b, row in enumerate(ids):
-        for k, n in enumerate(row):
-            y, x = n // grid.cols * step, n % grid.cols * step
-            np.testing.assert_array_equal(got[b, k], padded[b, y : y + patch, x : x + patch])
+    np.testing.assert_array_equal(got[0], windows[0])
+    np.testing.assert_array_equal(got[1], windows[1, ::-1])
 
 
-@pytest.mark.parametrize(("height", "width", "patch", "stride"), SHAPES)
-def test_every_pixel_is_in_a_patch_and_no_patch_is_padding_only(height, width, patch, stride):
-    grid = PatchGrid(height, width, patch, stride)
-    step = stride or patch
+@given(grids())
+def test_every_pixel_is_in_a_patch_and_no_patch_is_padding_only(grid):
     seen = np.zeros((grid.padded_height, grid.padded_width), int)
-    for r in range(grid.rows):
-        for c in range(grid.cols):
-            seen[r * step : r * step + patch, c * step : c * step + patch] += 1
-            assert r * step < height
-            assert c * step < width
+    for y, x in corners(grid):
+        seen[y : y + grid.patch, x : x + grid.patch] += 1
+        assert y < grid.height
+        assert x < grid.width
     assert seen.min() >= 1
-    assert seen.shape >= (height, width)
-    assert np.asarray(grid.mask(jnp.array([[height, width]]))).all()
-    if step == patch:
+    assert seen.shape >= (grid.height, grid.width)
+    assert np.asarray(grid.mask(jnp.array([[grid.height, grid.width]]))).all()
+    if grid.stride == grid.patch:
         assert seen.max() == 1
 
 
-def test_mask_of_smaller_images():
-    grid = PatchGrid(40, 60, 20, 10)
-    mask = np.asarray(grid.mask(jnp.array([[40, 60], [11, 30], [20, 1]])))
-    assert mask.shape == (3, grid.rows, grid.cols)
-    for b, (height, width) in enumerate([(40, 60), (11, 30), (20, 1)]):
-        # The grid an image of that size has alone; one smaller than a patch has one patch.
-        alone = PatchGrid(max(height, 20), max(width, 20), 20, 10)
-        wanted = np.zeros((grid.rows, grid.cols), bool)
-        wanted[: alone.rows, : alone.cols] = True
-        np.testing.assert_array_equal(mask[b], wanted)
+@given(grids(), st.data())
+def test_the_mask_of_a_smaller_image_is_the_grid_that_it_has_alone(grid, data):
+    height, width = (data.draw(st.integers(1, side)) for side in (grid.height, grid.width))
+    # One smaller than a patch has one patch.
+    sides = max(height, grid.patch), max(width, grid.patch)
+    alone = PatchGrid(*sides, grid.patch, grid.stride)
+    wanted = np.zeros((2, grid.rows, grid.cols), bool)
+    wanted[0] = True
+    wanted[1, : alone.rows, : alone.cols] = True
+    mask = grid.mask(jnp.array([[grid.height, grid.width], [height, width]]))
+    np.testing.assert_array_equal(mask, wanted)
 
 
 def test_ids_out_of_range_are_clipped():

@@ -39,7 +39,7 @@ GRID = PatchGrid(8, 12, 4)
 def attentive_toy(params):
     """The toy model with an attention of its own: the size of the first latent."""
 
-    def attend(params, model_state, z, mask):
+    def attend(params, batch_stats, z, mask):
         return jax.nn.softmax(jnp.abs(z[..., 0]) * 3, axis=(1, 2))
 
     return toy_model(params)._replace(attend=attend)
@@ -273,5 +273,5 @@ def test_what_does_not_go_with_importance_is_refused():
         Problem(toy_model({}), GRID, importance("loss"))
     with pytest.raises(ConfigError, match=r"stream\.enabled reads ahead .* leave one of them out"):
         TrainConfig(patchgd=importance("loss"), stream=StreamConfig(enabled=True))
-    with pytest.raises(ConfigError, match="method gd has none of; use --method patchgd"):
+    with pytest.raises(ConfigError, match="method gd has none; use --method patchgd"):
         TrainConfig(patchgd=importance("loss"), method="gd")

@@ -11,9 +11,16 @@ import pytest
 from jax import lax
 from toy import max_relative
 
+from patchgd_jax.models.layers.batch_norm import batch_norm
 from patchgd_jax.models.layers.conv import Patchify, conv2d, depthwise_conv2d
-from patchgd_jax.models.layers.cpu import conv as cpu_conv
-from patchgd_jax.models.layers.norm import Normalize, batch_norm
+from patchgd_jax.models.layers.cpu.strips import strip_rows
+from patchgd_jax.models.layers.cpu.taps import rows_weight_gradient, taps, taps_weight_gradient
+from patchgd_jax.models.layers.cpu.winograd import (
+    winograd,
+    winograd_input_gradient,
+    winograd_weight_gradient,
+)
+from patchgd_jax.models.layers.norm import Normalize
 from patchgd_jax.models.layers.pool import global_max_pool, max_pool_3x3
 
 
@@ -83,7 +90,7 @@ def test_large_maps_are_convolved_in_little_memory():
     [(128, 4, 128, 32), (100, 4, 128, 25), (97, 4, 128, 0), (16, 1, 7, 0), (24, 1, 1000, 24)],
 )
 def test_strips_divide_the_height(height, row_bytes, most, rows):
-    assert cpu_conv.strip_rows(height, row_bytes, most) == rows
+    assert strip_rows(height, row_bytes, most) == rows
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 8), (7, 7), (2, 2), (1, 3)])
@@ -92,9 +99,9 @@ def test_winograd_and_its_gradients_equal_xlas(float64, height, width):
     wanted, pull = jax.vjp(lambda x, w: xla_conv(x, w, 1, 1), x, w)
     dy = normal(2, *wanted.shape)
     dx, dw = pull(dy)
-    assert max_relative(cpu_conv.winograd(x, w), wanted) < 1e-12
-    assert max_relative(cpu_conv.winograd_input_gradient(dy, w), dx) < 1e-12
-    assert max_relative(cpu_conv.winograd_weight_gradient(x, dy), dw) < 1e-12
+    assert max_relative(winograd(x, w), wanted) < 1e-12
+    assert max_relative(winograd_input_gradient(dy, w), dx) < 1e-12
+    assert max_relative(winograd_weight_gradient(x, dy), dw) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -144,7 +151,7 @@ def test_winograds_rounding_error_is_that_of_float32():
     x, w = normal(0, 4, 16, 16, 64, dtype=jnp.float32), normal(1, 3, 3, 64, 64, dtype=jnp.float32)
     with jax.enable_x64(True):
         truth = np.asarray(xla_conv(x.astype(jnp.float64), w.astype(jnp.float64), 1, 1))
-    got = np.asarray(cpu_conv.winograd(x, w), np.float64)
+    got = np.asarray(winograd(x, w), np.float64)
     assert np.linalg.norm(got - truth) < 2e-6 * np.linalg.norm(truth)
 
 
@@ -156,8 +163,8 @@ def test_weight_gradients_by_tap_and_by_row_equal_xlas(
     x, w = normal(0, 2, height, width, 3), normal(1, side, side, 3, 5)
     y, pull = jax.vjp(lambda w: xla_conv(x, w, stride, padding), w)
     dy = normal(2, *y.shape)
-    assert max_relative(cpu_conv.taps(x, w, stride, padding), y) < 1e-12
-    for gradient in (cpu_conv.taps_weight_gradient, cpu_conv.rows_weight_gradient):
+    assert max_relative(taps(x, w, stride, padding), y) < 1e-12
+    for gradient in (taps_weight_gradient, rows_weight_gradient):
         assert max_relative(gradient(x, dy, side, stride, padding), pull(dy)[0]) < 1e-12
 
 

@@ -11,13 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from patchgd_jax import ConfigError, ModelConfig, OptimizerConfig, PatchGDConfig, PatchGrid
+from patchgd_jax import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PatchGDConfig,
+    PatchGrid,
+    TrainConfig,
+)
 from patchgd_jax.models.registry import build_encoder, build_model
 from patchgd_jax.planner import (
     Estimator,
     PlanRequest,
     encoder_table,
-    method_table,
     step_of,
 )
 from patchgd_jax.planner.layers import residuals
@@ -30,14 +37,15 @@ KEY = jax.eval_shape(lambda: jax.random.key(0))
 def request(encoder="small-cnn", image=256, patch=64, batch=2, **changes) -> PlanRequest:
     model = {"encoder": encoder, **changes.pop("model", {})}
     patchgd = {"patch": patch, "norm_policy": "frozen", **changes.pop("patchgd", {})}
-    return PlanRequest(
-        image=(image, image, 3),
-        batch=batch,
-        eval_batch=batch,
+    config = TrainConfig(
+        data=DataConfig(channels=3),
+        batch_size=batch,
+        eval_batch_size=batch,
         model=ModelConfig(**model),
         patchgd=PatchGDConfig(**patchgd),
         **changes,
     )
+    return PlanRequest(config, (image, image))
 
 
 def encoder_of(encoder, remat, patch):
@@ -168,37 +176,40 @@ def test_the_optimizer_and_frozen_statistics_are_counted():
 
 
 def test_methods_that_an_encoder_does_not_support_say_why():
-    vit = request("deit-tiny", image=64, patch=32)
-    rows, refused = method_table(vit, ["gd", "fully-conv"])
-    assert [row.method for row in rows] == ["gd"]
-    assert "not convolutional" in refused["fully-conv"]
+    vit = Estimator(request("deit-tiny", image=64, patch=32))
+    assert vit.row("gd").method == "gd"
+    flat = dataclasses.replace(request("deit-tiny", patch=32), size=(64, 96))
     batch_norm = request(patchgd={"norm_policy": "inner"})
-    assert "model.norm group" in method_table(batch_norm, ["exact"])[1]["exact"]
-    with pytest.raises(ConfigError, match="did you mean 'patchgd'"):
-        Estimator(request()).row("patchdg")
-    flat = dataclasses.replace(request("deit-tiny", patch=32), image=(64, 96, 3))
-    assert "not square" in method_table(flat, ["gd"])[1]["gd"]
+    for estimator, method, why in (
+        (vit, "fully-conv", "not convolutional"),
+        (Estimator(flat), "gd", "not square"),
+        (Estimator(batch_norm), "exact", "model.norm group"),
+        (vit, "patchdg", "did you mean 'patchgd'"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            estimator.row(method)
 
 
 def test_a_wide_image_is_planned_for_convolutional_encoders():
-    wide = dataclasses.replace(request(), image=(128, 512, 3))
-    rows, refused = method_table(wide, ["gd", "accumulate"])
-    assert len(rows) == 2
-    assert not refused
+    wide = Estimator(dataclasses.replace(request(), size=(128, 512)))
+    square = Estimator(dataclasses.replace(request(), size=(256, 256)))
+    for method in ("gd", "accumulate"):
+        assert wide.row(method).total == pytest.approx(square.row(method).total, rel=0.01)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_planning_a_100_000_px_image_allocates_nothing():
     code = """
 from pathlib import Path
-from patchgd_jax import ModelConfig, PatchGDConfig
-from patchgd_jax.planner import PlanRequest, method_table
-request = PlanRequest(
-    image=(100_000, 100_000, 3), batch=1, eval_batch=1, model=ModelConfig(norm="group"),
+from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig
+from patchgd_jax.planner import METHODS, Estimator, PlanRequest
+config = TrainConfig(
+    data=DataConfig(channels=3), batch_size=1, eval_batch_size=1, model=ModelConfig(norm="group"),
     patchgd=PatchGDConfig(patch=500, fraction=0.001),
 )
-rows, refused = method_table(request)
-assert len(rows) == 12 and not refused, refused
+request = PlanRequest(config, (100_000, 100_000))
+estimator = Estimator(request)
+rows = [estimator.row(method) for method in METHODS]
 lines = Path("/proc/self/status").read_text().splitlines()
 print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 """

@@ -50,15 +50,14 @@ MIB = 2**20
 MODULE = sys.modules["patchgd_jax.planner.measure"]
 
 
-def small(**changes) -> PlanRequest:
+def small(side=128, batch=2, **changes) -> PlanRequest:
     settings = {
-        "image": (128, 128, 1),
-        "batch": 2,
-        "eval_batch": 2,
+        "batch_size": batch,
+        "eval_batch_size": 2,
         "model": ModelConfig(norm="group", latent_dim=16),
         "patchgd": PatchGDConfig(patch=32, fraction=0.25),
     }
-    return PlanRequest(**{**settings, **changes})
+    return PlanRequest(TrainConfig(**{**settings, **changes}), (side, side))
 
 
 def test_textbook_sums():
@@ -158,7 +157,7 @@ def test_a_line():
 @pytest.mark.parametrize("quantity", ["batch", "fraction", "patch", "image"])
 def test_solver_finds_the_largest_setting(quantity):
     """Against a known law with a kink, as where a compiler takes another kernel."""
-    plan = small(image=(1024, 1024, 1), patchgd=PatchGDConfig(patch=32, fraction=1 / 64))
+    plan = small(side=1024, patchgd=PatchGDConfig(patch=32, fraction=1 / 64))
 
     def total(request):
         patches = request.batch * request.sampled * request.patchgd.patch**2
@@ -171,7 +170,7 @@ def test_solver_finds_the_largest_setting(quantity):
     assert answer.next_bytes > budget
     assert answer.compiles <= 6
     if quantity == "batch":
-        following = dataclasses.replace(plan, batch=int(answer.next_value))
+        following = plan.changed(batch_size=int(answer.next_value))
         assert total(following) > budget
     if quantity == "image":
         assert answer.request.sampled <= plan.sampled
@@ -194,10 +193,10 @@ def test_solver_takes_the_most_there_can_be():
 @pytest.mark.slow
 def test_a_batch_is_proved_by_a_compile():
     plan = small()
-    budget = round(1.6 * compiled_total(dataclasses.replace(plan, batch=4), "accumulate"))
+    budget = round(1.6 * compiled_total(plan.changed(batch_size=4), "accumulate"))
     answer = solve(plan, "accumulate", "batch", budget)
     assert compiled_total(answer.request, "accumulate") == answer.bytes <= budget
-    above = dataclasses.replace(answer.request, batch=answer.request.batch + 1)
+    above = answer.request.changed(batch_size=answer.request.batch + 1)
     assert compiled_total(above, "accumulate") > 0.97 * budget
 
 
@@ -251,10 +250,10 @@ def test_the_second_size_is_larger_where_that_fits():
     request = small(batch=2)
     assert other_size(request, 100, known, free=210).batch == 4
     assert other_size(request, 100, known, free=209).batch == 1
-    one = dataclasses.replace(request, batch=1)
+    one = request.changed(batch_size=1)
     assert request.sampled == 4
     assert other_size(one, 100, known, free=0).sampled == 2
-    least = dataclasses.replace(one, patchgd=PatchGDConfig(patch=32, fraction=1 / 16))
+    least = one.changed(patchgd=PatchGDConfig(patch=32, fraction=1 / 16))
     assert other_size(least, 100, known, free=0) is None
 
 
@@ -332,14 +331,14 @@ def test_the_command_prints_json(capsys):
     plan_command(["tiny", "--json", "--methods", "accumulate", *settings])
     figures = json.loads(capsys.readouterr().out)
     assert figures["request"]["image"] == [96, 96, 1]
-    assert figures["request"]["batch"] == 3
+    assert figures["request"]["config"]["batch_size"] == 3
     assert [row["method"] for row in figures["methods"]] == ["accumulate"]
     assert figures["layers"]
 
 
 def test_the_train_command_has_what_differs_from_the_preset():
     request = PlanRequest.from_config(CONFIG)
-    larger = dataclasses.replace(request, batch=7, image=(256, 128, 1))
+    larger = dataclasses.replace(request.changed(batch_size=7), size=(256, 128))
     words = train_arguments(CONFIG, larger, "default").split()
     assert words[:2] == ["patchgd-jax", "train"]
     assert words[words.index("--batch-size") + 1] == "7"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from patchgd_jax.core.metrics import Results
 from patchgd_jax.core.tasks import SINGLE_LABEL
+from patchgd_jax.runs.evaluate import Results
 
 
 def slow_metrics(labels, predictions, classes):
@@ -29,13 +29,8 @@ def test_summary_equals_the_loops_and_leaves_padding_out():
     weights[37:] = 0
     results = Results()
     for part in (slice(0, 16), slice(16, 32), slice(32, 40)):
-        results.add(
-            loss=losses[part],
-            label=labels[part],
-            prediction=predictions[part],
-            outputs=losses[part],
-            weight=weights[part],
-        )
+        out = {"loss": losses, "label": labels, "prediction": predictions, "logits": losses}
+        results.add({name: values[part] for name, values in {**out, "weight": weights}.items()})
     got = results.summary(SINGLE_LABEL, 6)
     confusion, balanced, kappa = slow_metrics(labels[:37], predictions[:37], 6)
     assert got["confusion_matrix"] == confusion.tolist()
@@ -49,6 +44,6 @@ def test_summary_equals_the_loops_and_leaves_padding_out():
 def test_kappa_is_undefined_where_everything_is_alike():
     results = Results()
     ones = np.ones(3, np.int64)
-    results.add(loss=np.zeros(3), label=ones, prediction=ones, outputs=ones, weight=np.ones(3))
+    results.add({"loss": ones, "label": ones, "prediction": ones, "logits": ones, "weight": ones})
     assert results.summary(SINGLE_LABEL, 4)["quadratic_weighted_kappa"] is None
     assert results.summary(SINGLE_LABEL, 4)["accuracy"] == 1

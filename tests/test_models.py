@@ -101,25 +101,6 @@ def test_convolutional_encoders_take_any_patch_side(encoder, patch):
     assert jax.eval_shape(run, KEY).shape == (2, 24)
 
 
-@pytest.mark.parametrize(
-    ("encoder", "norm"),
-    [("resnet18", "batch"), pytest.param("resnet50", "group", marks=pytest.mark.slow)],
-)
-def test_resnets_and_the_papers_head_train(encoder, norm):
-    """Numbers, not shapes: three steps on one batch lower its loss."""
-    grid = PatchGrid(64, 64, 32)
-    config = ModelConfig(
-        encoder=encoder, norm=norm, head="cnn-smaller-feat", latent_dim=16, dropout=0.0
-    )
-    model = build_model(config, grid=grid, channels=3, classes=4, mean=0.5, std=0.3)
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
-    batch = {"image": image, "label": np.arange(4, dtype=np.int32)}
-    problem = Problem(model, grid, PatchGDConfig(fraction=0.5, fill_chunk=2))
-    _, metrics = outer_steps(problem, optax.adam(3e-4), KEY, *[batch] * 3, jit=jax.jit)
-    assert metrics[-1]["loss"] < metrics[0]["loss"]
-
-
 def test_the_last_pixels_of_a_patch_are_seen():
     """Also where the patch side is not a multiple of the stem's four pixels."""
     grid = PatchGrid(45, 45, 45)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 
 import numpy as np
 import pytest
-from test_files import TINY, config_for, sizes, write_csv, write_images
+from micro import TINY, Stopped, config_for, lines_of, sizes, stop_at, write_csv, write_images
 from tiny_panda import make_tiny_panda
 
 from patchgd_jax import DataConfig, DataError, PatchGDConfig, TrainConfig
@@ -93,8 +92,7 @@ def test_a_frozen_set_trains_like_the_generator(tmp_path, command):
     assert live.returncode == 0, live.stderr
 
     def losses(name):
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["loss"] for line in lines]
+        return [line["loss"] for line in lines_of(tmp_path / name)]
 
     assert losses("frozen") == losses("live")
 
@@ -152,15 +150,8 @@ def test_unreadable_images_are_replaced_and_listed(fit, some_bad, tmp_path):
     assert summary["best"].get("bad_images", 0) == bad_in_validation
     assert summary["best"]["examples"] == len(data.validation) - bad_in_validation
 
-    class Stop(Exception):  # noqa: N818
-        pass
-
-    def stop(step):
-        if step == 5:
-            raise Stop
-
-    with pytest.raises(Stop):
-        train(config, tmp_path / "stopped", on_step=stop)
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "stopped", on_step=stop_at(5))
     again = resume(tmp_path / "stopped")
     assert again["best"] == summary["best"]
     assert again["last"] == summary["last"]

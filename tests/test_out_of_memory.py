@@ -130,6 +130,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a process may allot")
 def test_a_real_limit_ends_the_run_with_4(tmp_path):
     arguments = [

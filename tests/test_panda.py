@@ -6,19 +6,13 @@ import numpy as np
 import pytest
 from tiny_panda import GRADES, SIZES, make_tiny_panda, slide_id, tissue, write_rows
 
-from patchgd_jax.config import PandaConfig
+from patchgd_jax.config import DataConfig, PandaConfig, SplitConfig
 from patchgd_jax.data.images.array_regions import ArrayRegions
 from patchgd_jax.data.images.regions import open_regions
 from patchgd_jax.data.images.safe_image import ImageReadError
-from patchgd_jax.data.sources.panda import (
-    GRADE_OF_GLEASON,
-    PandaTable,
-    choose_level,
-    panda_image,
-    panda_strata,
-    read_panda,
-)
-from patchgd_jax.data.tables.table import ImageTable
+from patchgd_jax.data.run_data import file_background
+from patchgd_jax.data.sources.panda import choose_level, panda_image, read_panda
+from patchgd_jax.data.tables.splits import split_table
 from patchgd_jax.errors import DataError
 
 ALL = PandaConfig()
@@ -38,86 +32,84 @@ def faulty(tmp_path_factory):
 
 def test_table(panda):
     table = read_panda(panda, ALL)
-    assert isinstance(table, ImageTable)
     assert table.labels.tolist() == list(GRADES)
     assert table.labels.dtype == np.int64
     assert table.class_names == tuple("012345")
     assert table.rows == tuple(range(2, 9))
     assert [p.stem for p in table.paths] == [slide_id(i) for i in range(7)]
     assert all(p.is_file() for p in table.paths)
-    assert table.providers == ("karolinska", "radboud") * 3 + ("karolinska",)
     assert (table.groups, table.splits, table.weights) == (None, None, None)
-    assert table.disagreeing == ()
-    assert len(GRADE_OF_GLEASON) == 11
+    assert file_background(DataConfig(panda=str(panda)), table) == 255
 
 
-def test_strata_part_grades_and_centres(panda):
+def test_folds_are_stratified_by_grade_and_centre(panda, tmp_path):
     table = read_panda(panda, ALL)
-    strata = panda_strata(table)
-    assert strata.dtype == np.int64
-    keys = list(zip(table.labels, table.providers, strict=True))
-    for i, a in enumerate(keys):
-        for j, b in enumerate(keys):
-            assert (strata[i] == strata[j]) == (a == b)
-    assert strata.max() < 12
-
-
-def test_a_grade_that_disagrees_with_its_score_is_noted_not_refused(tmp_path):
-    make_tiny_panda(tmp_path, n=3)
-    rows = [
-        [slide_id(0), "karolinska", 2, "4+3"],
-        [slide_id(1), "radboud", 0, "0+0"],
-        [slide_id(2), "radboud", 5, "7"],
-    ]
+    assert table.strata.dtype == np.int64
+    centres = ("karolinska", "radboud") * 3 + ("karolinska",)
+    keys = list(zip(table.labels, centres, strict=True))
+    same = np.array([[a == b for b in keys] for a in keys])
+    np.testing.assert_array_equal(table.strata[:, None] == table.strata, same)
+    (tmp_path / "train_images").mkdir()
+    rows = [[f"{i:032x}", centres[i % 2], i // 8 % 6, "0+0"] for i in range(480)]
+    for row in rows:
+        (tmp_path / "train_images" / f"{row[0]}.tiff").touch()
     write_rows(tmp_path, rows)
     table = read_panda(tmp_path, ALL)
-    assert table.disagreeing == (2, 4)
-    assert table.labels.tolist() == [2, 0, 5]
+    for fold in range(5):
+        chosen = split_table(table, SplitConfig(fold=fold))["validation"]
+        assert (np.bincount(table.strata[chosen], minlength=12) == 8).all()
+    # The folds that recorded runs had.
+    assert chosen[:12].tolist() == [7, 14, 16, 21, 22, 26, 35, 40, 55, 57, 58, 69]
+
+
+def test_a_grade_counts_whatever_its_gleason_score(tmp_path):
+    make_tiny_panda(tmp_path, n=2)
+    write_rows(tmp_path, [[slide_id(0), "karolinska", 2, "4+4"], [slide_id(1), "radboud", 5, "7"]])
+    assert read_panda(tmp_path, ALL).labels.tolist() == [2, 5]
 
 
 def test_faults_are_told_with_their_lines(faulty):
     with pytest.raises(DataError) as caught:
         read_panda(faulty, ALL)
     assert str(caught.value).splitlines() == [
-        f"cannot use {faulty}/train.csv:",
-        f"  line 7: there is no file train_images/{slide_id('missing')}.tiff",
-        "  line 8: the grade '6' is not in 0..5",
-        f"  line 9: '{slide_id(0)}' is the slide of line 2 again",
+        f"cannot use the labels in {faulty}/train.csv:",
+        f"  line 7: there is no file 'train_images/{slide_id('missing')}.tiff'",
+        "  line 8: the label '6' is none of the 6 classes; they are 0, 1, 2, 3, 4, 5",
+        f"  line 9: 'train_images/{slide_id(0)}.tiff' is the image of line 2 again, with the same "
+        "label; keep one",
     ]
 
 
 def test_only_ten_faults_are_listed(tmp_path):
     make_tiny_panda(tmp_path, n=1)
     good = [slide_id(0), "karolinska", 0, "0+0"]
-    write_rows(
-        tmp_path, [good, *([f"{i:032x}", "harvard", 1, "3+3"] for i in range(8)), ["a\x1bb"]]
-    )
+    write_rows(tmp_path, [good, *([f"{i:032x}", "harvard\x1b", 1, "3+3"] for i in range(12))])
     with pytest.raises(DataError) as caught:
         read_panda(tmp_path, ALL)
     text = str(caught.value)
     assert text.count("\n") == 11
-    assert text.endswith("and 9 more")
-    assert "line 3: the provider 'harvard' is none of karolinska, radboud" in text
-    assert "\x1b" not in text
-    write_rows(tmp_path, [["elsewhere", "radboud", 1, "3+3"]])
-    with pytest.raises(DataError, match=r"none of its slides is there; is data\.panda right"):
+    assert text.endswith("and 2 more")
+    assert "line 3: the provider 'harvard?' is none of karolinska, radboud" in text
+    write_rows(tmp_path, [["elsewhere", "radboud", 1, "3+3"], ["a\x1bb", "radboud", 1, "3+3"]])
+    with pytest.raises(DataError, match=r"there is no file 'train_images/elsewhere") as caught:
         read_panda(tmp_path, ALL)
+    assert "\x1b" not in str(caught.value)
     write_rows(tmp_path, [])
-    with pytest.raises(DataError, match="names no slide"):
+    with pytest.raises(DataError, match="no rows below its header"):
         read_panda(tmp_path, ALL)
 
 
 def test_a_folder_of_another_layout(tmp_path):
-    with pytest.raises(DataError, match=r"no file .*/train\.csv; data\.panda names the folder"):
+    with pytest.raises(DataError, match=r"no .*/train\.csv; data\.panda names the folder"):
         read_panda(tmp_path, ALL)
     (tmp_path / "train.csv").write_text("image_id,label\na,1\n")
-    with pytest.raises(DataError, match="no column data_provider, isup_grade, gleason_score; it"):
+    with pytest.raises(DataError, match=r"no .*/train_images; data\.panda names the folder"):
         read_panda(tmp_path, ALL)
-    write_rows(tmp_path, [])
-    with pytest.raises(DataError, match=r"the folder that holds train\.csv and train_images"):
+    (tmp_path / "train_images").mkdir()
+    with pytest.raises(DataError, match=r"no column 'isup_grade'; it has .* unchanged"):
         read_panda(tmp_path, ALL)
     (tmp_path / "train.csv").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(DataError, match=r"train\.csv is no CSV file"):
+    with pytest.raises(DataError, match=r"train\.csv is not UTF-8 text"):
         read_panda(tmp_path, ALL)
 
 
@@ -196,7 +188,7 @@ def test_squares_are_area_averages_on_white(panda, index):
     source = open_regions(read_panda(panda, ALL).paths[index], channels=3, background=255)
     rows, cols = SIZES[("karolinska", "radboud")[index]][0]
     for target in (89, 96, 200, 700):
-        image, (height, width) = panda_image(source, target)
+        image, (height, width) = panda_image(source, (target, target))
         assert image.shape == (target, target, 3)
         assert image.dtype == np.uint8
         assert width == min(target, cols)
@@ -218,7 +210,7 @@ def test_squares_are_area_averages_on_white(panda, index):
                 np.testing.assert_allclose(
                     image[a, b].mean((0, 1)), full[c, d].mean((0, 1)), atol=4
                 )
-    image, (height, width) = panda_image(source, 2000)
+    image, (height, width) = panda_image(source, (2000, 2000))
     assert (height, width) == (rows, cols), "no pixel is made up"
     np.testing.assert_array_equal(image[:rows, :cols], source.read(0, 0, rows, cols))
     source.close()
@@ -236,16 +228,16 @@ def linear(pixels, axis, size):
 def test_the_papers_square_is_enlarged_from_the_last_level(panda):
     source = open_regions(read_panda(panda, ALL).paths[0], channels=3, background=255)
     rows, cols = source.level_shapes[2]
-    image, (height, width) = panda_image(source, 356, reference=True)
+    image, (height, width) = panda_image(source, (356, 356), reference=True)
     assert (height, width) == (round(rows * 356 / cols), 356)
     assert (image[height:] == 255).all()
     want = source.read(0, 0, rows, cols, 2).astype(float)
     for axis, size in ((0, height), (1, width)):
         want = linear(want, axis, size)
     np.testing.assert_allclose(image[:height], want, atol=1.01)
-    fine, _ = panda_image(source, 356)
+    fine, _ = panda_image(source, (356, 356))
     assert np.abs(fine.astype(int) - image).mean() > 0.5
-    shrunk, size = panda_image(source, 50, reference=True)
+    shrunk, size = panda_image(source, (50, 50), reference=True)
     assert max(size) == 50
     assert shrunk.shape == (50, 50, 3)
     source.close()
@@ -256,7 +248,9 @@ def test_red_stays_red():
     red[..., 0] = 200
     for reference in (False, True):
         for target in (30, 60, 90):
-            image, (height, width) = panda_image(ArrayRegions(red), target, reference=reference)
+            image, (height, width) = panda_image(
+                ArrayRegions(red), (target, target), reference=reference
+            )
             assert (image[:height, :width] == [200, 0, 0]).all()
 
 
@@ -268,10 +262,10 @@ def test_damaged_slides_are_told_and_empty_ones_are_white(faulty):
         open_regions(path("truncated"), channels=3, background=255)
     corrupt = open_regions(path("corrupt"), channels=3, background=255)
     with pytest.raises(ImageReadError, match="row 0, column 0 of level 0 is damaged"):
-        panda_image(corrupt, 1000)
-    panda_image(corrupt, 60)
+        panda_image(corrupt, (1000, 1000))
+    panda_image(corrupt, (60, 60))
     white = open_regions(path("white"), channels=3, background=255)
-    assert (panda_image(white, 64)[0] == 255).all()
+    assert (panda_image(white, (64, 64))[0] == 255).all()
     corrupt.close()
     white.close()
 
@@ -281,18 +275,9 @@ def test_the_stand_in_can_be_learnt(panda):
     dark = []
     for path in table.paths:
         source = open_regions(path, channels=3, background=255)
-        image, _ = panda_image(source, 256)
+        image, _ = panda_image(source, (256, 256))
         tissue_pixels = (image[..., 1] < 230).sum()
         dark.append((image[..., 1] < 110).sum() / tissue_pixels)
         source.close()
     order = np.argsort(table.labels, kind="stable")
     assert (np.diff(np.array(dark)[order][1:]) > 0).all()
-
-
-def test_a_table_can_be_used_where_any_other_is(panda):
-    from patchgd_jax.data.tables.table import select
-
-    table = read_panda(panda, ALL)
-    part = select(table, [4, 1])
-    assert part.labels.tolist() == [GRADES[4], GRADES[1]]
-    assert isinstance(table, PandaTable)

@@ -31,9 +31,10 @@ from patchgd_jax.cli.main import main
 from patchgd_jax.data.preprocess import Preprocess
 from patchgd_jax.runs.checkpoint import Checkpoints
 from patchgd_jax.runs.export import export_header, export_tensors
-from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.record.progress import Progress
+from patchgd_jax.runs.starting_point import starting_point
 from patchgd_jax.weights.files import read_weights, write_safetensors
-from patchgd_jax.weights.matching import StartingPoint, starting_point
+from patchgd_jax.weights.matching import StartingPoint
 
 RESNET = ["--model.encoder", "resnet18", "--data.channels", 3]
 PREPROCESS = Preprocess((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0, tuple("0123456789"), ((32, 32),))
@@ -333,7 +334,7 @@ def test_a_head_for_other_classes_needs_allow_partial(tmp_path):
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(ConfigError, match="name one"):
         TrainConfig(init_encoder="run", model=ModelConfig(weights="file.pth"))
-    with pytest.raises(ConfigError, match="but none are named"):
+    with pytest.raises(ConfigError, match="allow_partial needs"):
         ModelConfig(allow_partial=True)
 
 
@@ -441,7 +442,9 @@ def test_damaged_files_are_told(capsys, tmp_path):
         (".", 3, "is a folder; name the weight file in it"),
         ("resnet18-imagenet-v1", 2, "did you mean 'resnet18-imagenet1k-v1'"),
         ("resnet50-imagenet1k-v2", 2, "set --model.encoder resnet50"),
-        ("https://127.0.0.1/model.pth", 2, "#sha256=<64 digits>"),
+        ("hf:resnet50", 2, "neither hf:OWNER/NAME nor hf:OWNER/NAME@COMMIT"),
+        ("hf:timm/resnet50.a1_in1k@7672686", 2, "full commit hash"),
+        ("https://127.0.0.1/model.pth", 2, "append #sha256=<64 hex digits>"),
     ],
 )
 def test_unknown_names_are_told(capsys, tmp_path, weights, code, words):

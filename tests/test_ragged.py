@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -72,10 +72,18 @@ def gradient(model, grid, config, batch):
     return new.opt_state, float(metrics["loss"])
 
 
-def alone(model, batch, i, config):
-    height, width = SIZES[i]
-    one = {"image": batch["image"][i : i + 1, :height, :width], "label": batch["label"][i : i + 1]}
-    return gradient(model, PatchGrid(height, width, 4), config, one)
+def images_alone(batch):
+    """Each image's grid, and a batch of that image only."""
+    for i, (height, width) in enumerate(SIZES):
+        image, label = batch["image"][i : i + 1, :height, :width], batch["label"][i : i + 1]
+        yield PatchGrid(height, width, 4), {"image": image, "label": label}
+
+
+@cache
+def gradients_alone():
+    """The gradient and loss of each image alone, through all of its patches at once."""
+    model, config = masked_toy(toy_params(1, pixels=32)), PatchGDConfig(mode="full")
+    return [gradient(model, grid, config, one) for grid, one in images_alone(ragged_batch())]
 
 
 @pytest.mark.parametrize("form", [dict, listed, partial(listed, slots=20)])
@@ -92,16 +100,14 @@ def alone(model, batch, i, config):
 )
 def test_the_gradient_is_the_mean_of_the_images_alone(float64, config, form):
     model = masked_toy(toy_params(1, pixels=32))
-    batch = ragged_batch()
-    whole = PatchGDConfig(mode="full")
-    parts = [alone(model, batch, i, whole) for i in range(len(SIZES))]
-    wanted = jax.tree.map(lambda *g: sum(g) / len(g), *[g for g, _ in parts])
-    got, loss = gradient(model, LARGE, config, form(batch))
+    gradients, losses = zip(*gradients_alone(), strict=True)
+    wanted = jax.tree.map(lambda *g: sum(g) / len(g), *gradients)
+    got, loss = gradient(model, LARGE, config, form(ragged_batch()))
     if config.mode == "accumulate":
         # A partition: each patch has its gradient in one of the J inner steps.
         wanted["encoder"] = jax.tree.map(lambda g: g / config.num_inner_steps, wanted["encoder"])
     assert max_relative(got, wanted) < 1e-12
-    assert abs(loss - np.mean([value for _, value in parts])) < 1e-12
+    assert abs(loss - np.mean(losses)) < 1e-12
 
 
 @pytest.mark.parametrize("form", [dict, listed])
@@ -110,11 +116,9 @@ def test_logits_are_those_of_the_images_alone(float64, form):
     batch = ragged_batch()
     weights, config = init_weights(model, KEY), PatchGDConfig(fill_chunk=6)
     together = eval_step(Problem(model, LARGE, config), weights, form(batch))
-    for i, (height, width) in enumerate(SIZES):
-        one = {"image": batch["image"][i : i + 1, :height, :width], "label": batch["label"][i:][:1]}
-        problem = Problem(model, PatchGrid(height, width, 4), config)
-        logits = eval_step(problem, weights, one)["logits"]
-        np.testing.assert_allclose(together["logits"][i], logits[0], rtol=1e-12)
+    for got, (grid, one) in zip(together["logits"], images_alone(batch), strict=True):
+        logits = eval_step(Problem(model, grid, config), weights, one)["logits"]
+        np.testing.assert_allclose(got, logits[0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["patchgd", "accumulate", "exact", "full"])
@@ -202,15 +206,14 @@ def test_a_group_without_a_patch_changes_nothing():
 
 
 def test_a_weight_is_a_factor_on_an_examples_loss(float64):
-    model = masked_toy(toy_params(4, pixels=32))
-    config = PatchGDConfig(mode="exact")
-    batch = ragged_batch()
-    parts = [alone(model, batch, i, PatchGDConfig(mode="full"))[0] for i in range(4)]
+    model = masked_toy(toy_params(1, pixels=32))
     weights = np.array([3.0, 0.0, 0.1, 1.0])
-    got, _ = gradient(model, LARGE, config, {**batch, "weight": weights})
+    batch = {**ragged_batch(), "weight": weights}
+    got, _ = gradient(model, LARGE, PatchGDConfig(mode="exact"), batch)
+    gradients = [g for g, _ in gradients_alone()]
     # Zero is padding: it does not count among the examples.
     wanted = jax.tree.map(
-        lambda *g: sum(w * x for w, x in zip(weights, g, strict=True)) / 3, *parts
+        lambda *g: sum(w * x for w, x in zip(weights, g, strict=True)) / 3, *gradients
     )
     assert max_relative(got, wanted) < 1e-12
 

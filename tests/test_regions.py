@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import sys
 import tracemalloc
 import warnings
@@ -145,17 +144,6 @@ def test_eight_threads_read_what_one_does(source):
         together = list(pool.map(lambda k: source.read(*jobs[k]), order))
     for k, got in zip(order, together, strict=True):
         np.testing.assert_array_equal(got, alone[k])
-
-
-def test_a_pickle_opens_the_file_anew(source):
-    data = pickle.dumps(source)
-    again = pickle.loads(data)
-    assert again.level_shapes == source.level_shapes
-    assert (again.mpp, again.tile, again.channels) == (source.mpp, source.tile, source.channels)
-    np.testing.assert_array_equal(again.read(-5, 7, 90, 80), source.read(-5, 7, 90, 80))
-    if not isinstance(source, ArrayRegions) or hasattr(source, "path"):
-        assert len(data) < 2000
-    again.close()
 
 
 def test_what_was_read_is_the_callers_own(source):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import struct
 import zlib
 
@@ -277,11 +276,10 @@ def test_a_header_decodes_no_pixel(tmp_path, monkeypatch):
             read_image(path, channels=3)
 
 
-def test_an_error_survives_the_way_out_of_a_worker_process():
-    error = ImageReadError("a.png", "it is truncated")
-    again = pickle.loads(pickle.dumps(error))
-    assert (str(again), again.path, again.reason) == (str(error), "a.png", "it is truncated")
-    assert "\x1b" not in str(ImageReadError("\x1b[31m.png", "red"))
+def test_an_error_names_the_file_safely():
+    error = ImageReadError("\x1b[31m.png", "it is truncated")
+    assert "\x1b" not in str(error)
+    assert (error.path, error.reason) == ("\x1b[31m.png", "it is truncated")
 
 
 def png(path, width, height, depth, kind, chunks):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from toy import quick
 
 from patchgd_jax import ConfigError, PatchGDConfig, sample_groups
@@ -12,6 +14,7 @@ from patchgd_jax.core.sampling import group_size
 
 KEY = jax.random.key(3)
 sample = quick(sample_groups, static_argnums=(1, 2, 3))
+PER = st.sampled_from(["batch", "image"])
 
 
 def draw(num_patches, inner_steps, key=KEY, batch=3, **options):
@@ -19,34 +22,31 @@ def draw(num_patches, inner_steps, key=KEY, batch=3, **options):
     return np.asarray(sample(key, config, num_patches, batch))
 
 
-@pytest.mark.parametrize("sample_per", ["batch", "image"])
-@pytest.mark.parametrize("num_patches", [1, 2, 5, 12, 49])
-def test_a_partition_has_each_patch_once_in_groups_of_nearly_one_size(num_patches, sample_per):
-    every = range(1, num_patches + 1)
-    for inner_steps in every if num_patches < 20 else (1, 2, 10, 32, 48, 49):
-        ids = draw(num_patches, inner_steps, sample_per=sample_per)
-        assert ids.shape == (inner_steps, 3, group_size(num_patches, inner_steps))
-        for b in range(3):
-            real = ids[:, b] < num_patches
-            np.testing.assert_array_equal(np.sort(ids[:, b][real]), np.arange(num_patches))
-            sizes = real.sum(-1)
-            assert sizes.min() >= 1
-            assert sizes.max() - sizes.min() <= 1
-            for row in ids[:, b]:
-                assert len(set(row.tolist())) == len(row)
+@given(st.integers(1, 49).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), PER)
+def test_a_partition_has_each_patch_once_in_groups_of_nearly_one_size(numbers, sample_per):
+    num_patches, inner_steps = numbers
+    ids = draw(num_patches, inner_steps, sample_per=sample_per)
+    assert ids.shape == (inner_steps, 3, group_size(num_patches, inner_steps))
+    for b in range(3):
+        real = ids[:, b] < num_patches
+        np.testing.assert_array_equal(np.sort(ids[:, b][real]), np.arange(num_patches))
+        sizes = real.sum(-1)
+        assert sizes.min() >= 1
+        assert sizes.max() - sizes.min() <= 1
+        for row in ids[:, b]:
+            assert len(set(row.tolist())) == len(row)
 
 
-@pytest.mark.parametrize("num_patches", range(1, 200, 7))
-def test_every_fraction_gives_exactly_j_groups(num_patches):
-    for fraction in (1.0, 0.9, 0.5, 0.3, 0.25, 1 / 3, 0.1, 1 / 8, 1 / 16, 1 / 32, 1 / num_patches):
-        inner_steps = PatchGDConfig(fraction=fraction).num_inner_steps
-        assert inner_steps == int(np.ceil(np.round(1 / fraction, 6)))
-        if inner_steps > num_patches:
-            with pytest.raises(ConfigError, match=f"{inner_steps} inner steps .* {num_patches}"):
-                group_size(num_patches, inner_steps)
-        else:
-            k = group_size(num_patches, inner_steps)
-            assert inner_steps * k >= num_patches > inner_steps * (k - 1)
+@given(st.integers(1, 400), st.floats(0.003, 1) | st.integers(1, 400).map(lambda n: 1 / n))
+def test_every_fraction_gives_exactly_j_groups(num_patches, fraction):
+    inner_steps = PatchGDConfig(fraction=fraction).num_inner_steps
+    assert inner_steps == int(np.ceil(np.round(1 / fraction, 6)))
+    if inner_steps > num_patches:
+        with pytest.raises(ConfigError, match=f"{inner_steps} inner steps .* {num_patches}"):
+            group_size(num_patches, inner_steps)
+    else:
+        k = group_size(num_patches, inner_steps)
+        assert inner_steps * k >= num_patches > inner_steps * (k - 1)
 
 
 def test_the_batch_shares_positions_or_each_image_has_its_own():

@@ -7,18 +7,30 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from virtual_devices import several_devices
 
-from patchgd_jax import ConfigError, PatchGDConfig, PatchGrid, sample_groups
+from patchgd_jax import (
+    ConfigError,
+    ModelConfig,
+    PatchGDConfig,
+    PatchGrid,
+    Problem,
+    build_model,
+    init_state,
+    sample_groups,
+)
 from patchgd_jax.core.patch_ids import chunk_patch_ids
 from patchgd_jax.core.sampling import inclusion_probability
+from patchgd_jax.engine.sharding.layout import model_options, sharded_train_step
 from patchgd_jax.engine.sharding.mesh import Bands, make_mesh, parse_layout, shard_batch
 from patchgd_jax.engine.sharding.params import check_rules, param_specs, parse_rules
 
@@ -305,3 +317,22 @@ def test_images_of_another_size_are_named():
     batch = {"image": np.zeros((1, 8, 8, 1), np.uint8), "label": np.zeros(1, np.int32)}
     with pytest.raises(ConfigError, match="8 x 8 px, but the grid is for 8 x 12 px"):
         shard_batch(batch, PatchGrid(8, 12, 4), mesh)
+
+
+def test_batch_statistics_of_one_device_alone_are_an_error():
+    mesh = make_mesh("auto", batch_size=2, devices=jax.devices()[:1])
+    grid, config = PatchGrid(8, 12, 4), PatchGDConfig(patch=4, fraction=0.5)
+    names = ModelConfig(norm="batch", head="linear", latent_dim=4)
+    build = partial(build_model, names, grid=grid, channels=1, classes=3, mean=0.0, std=1.0)
+    batch = {"image": np.zeros((2, 8, 12, 1), np.uint8), "label": np.zeros(2, np.int32)}
+    optimizer = optax.sgd(0.1)
+
+    def trace(model):
+        problem = Problem(model, grid, config)
+        state = jax.eval_shape(partial(init_state, problem, optimizer), KEY)
+        step = partial(sharded_train_step, problem, optimizer, mesh=mesh)
+        return jax.eval_shape(step, state, shard_batch(batch, grid, mesh), KEY)
+
+    with pytest.raises(ConfigError, match=r"the encoder keeps batch statistics .* axis_name="):
+        trace(build())
+    trace(build(**model_options(mesh)))

@@ -103,10 +103,10 @@ def streamed(problem, optimizer, batch, *, steps=2, **settings):
 
 
 def assert_same_bits(got, wanted):
-    wanted, tree = jax.tree_util.tree_flatten_with_path(wanted)
-    got = tree.flatten_up_to(got)
-    for (path, a), b in zip(wanted, got, strict=True):
+    def same(path, a, b):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree.map_with_path(same, got, wanted)
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from patchgd_jax import (
     from_linen,
     make_task,
 )
-from patchgd_jax.core.metrics import Results
 from patchgd_jax.core.tasks import MultiLabel, Ordinal, Regression, SingleLabel
 from patchgd_jax.models.heads.simple import LinearHead
+from patchgd_jax.runs.evaluate import Results
 
 KEY = jax.random.key(11)
 WEIGHTS = (0.5, 2.0, 1.0, 0.0, 3.0)
@@ -145,13 +145,8 @@ def summary(task, outputs, labels, classes):
     results = Results()
     outputs = jnp.asarray(outputs)
     plain = task.for_evaluation()
-    results.add(
-        loss=np.asarray(plain.loss(outputs, labels)),
-        label=np.asarray(labels),
-        prediction=np.asarray(task.predict(outputs)),
-        outputs=np.asarray(outputs),
-        weight=np.ones(len(labels)),
-    )
+    out = {"loss": plain.loss(outputs, labels), "prediction": task.predict(outputs)}
+    results.add({**out, "logits": outputs, "label": labels, "weight": np.ones(len(labels))})
     return results.summary(task, classes)
 
 
@@ -276,7 +271,7 @@ def test_evaluation_is_without_smoothing_and_weights():
         ),
         (lambda: make_task(TaskConfig(class_weights=(1.0, -2.0)), 2), "not negative"),
         (lambda: make_task(TaskConfig(class_weights=(0.0, 0.0)), 2), "not all 0"),
-        (lambda: make_task(TaskConfig("ordinal"), 1), "at least 2 grades, not 1"),
+        (lambda: make_task(TaskConfig("ordinal"), 1), "at least 2 classes, not 1"),
         (lambda: make_task(TaskConfig("regression", 0.1), 1), "the task regression has none"),
         (lambda: TrainConfig(task=TaskConfig("multi-label")), "these images have one class each"),
         (lambda: Regression().probabilities(np.zeros((1, 1))), "gives no probabilities"),

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import huggingface_hub
 import platformdirs
 import pytest
 from test_pretrained import assert_equal_trees, config_of, random_trees, start_of, write_export
 
 from patchgd_jax import ConfigError, DataError, DiskError
 from patchgd_jax.weights import hub as weight_hub
-from patchgd_jax.weights.hub import PINNED, PinnedFile, locate_weights
+from patchgd_jax.weights.hub import PINNED, REVISIONS, PinnedFile, locate_weights
 from patchgd_jax.weights.published import PUBLISHED
 
 CONTENT = bytes(range(256)) * 40
+COMMIT = "c0ffee" * 6 + "c0de"
 HASH = hashlib.sha256(CONTENT).hexdigest()
 
 
@@ -34,6 +38,29 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(SimpleHTTPRequestHandler):
+    def send_head(self):
+        """As a Hugging Face hub, for `/OWNER/NAME/resolve/COMMIT/FILE`."""
+        resolved = re.fullmatch(r"/(\w+)/\w+/resolve/(\w+)/([\w.]+)", self.path)
+        if not resolved:
+            return super().send_head()
+        owner, commit, name = resolved.groups()
+        self.path = f"/{name}"
+        file = Path(self.directory) / name
+        error = {"gated": (403, "GatedRepo"), "nobody": (404, "RepoNotFound")}.get(owner)
+        if commit == "0" * 40:
+            error = 404, "RevisionNotFound"
+        elif error is None and not file.exists():
+            error = 404, "EntryNotFound"
+        self.send_response(error[0] if error else 200)
+        if error:
+            self.send_header("X-Error-Code", error[1])
+        content = b"" if error else file.read_bytes()
+        self.send_header("X-Repo-Commit", COMMIT if commit == "main" else commit)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        return io.BytesIO(content)
+
     def do_GET(self):
         self.server.requests.append(self.path)
         if self.path == "/short.pth":
@@ -57,6 +84,16 @@ def server(tmp_path, monkeypatch):
     server = _Server(folder)
     yield server
     server.close()
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    """The server as the Hugging Face hub, with a cache of its own; its requests are HEAD first."""
+    download = partial(
+        huggingface_hub.hf_hub_download, endpoint=server.url, cache_dir=tmp_path / "hub"
+    )
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return server
 
 
 @pytest.fixture
@@ -159,3 +196,46 @@ def test_the_pinned_names_are_of_encoders_that_can_be_loaded():
         assert name.startswith(pinned.encoder)
         assert pinned.url.startswith("https://")
         assert re.fullmatch(r"[0-9a-f]{8}", pinned.sha256)
+
+
+def test_a_model_starts_from_a_repository_and_again_without_a_network(hub, tmp_path):
+    config = config_of("small-cnn", f"hf:owner/small@{COMMIT}")
+    trees = random_trees(config)
+    write_export(tmp_path / "served" / "model.safetensors", config, trees)
+    for _ in range(2):
+        assert_equal_trees(start_of(config).into(*random_trees(config, seed=1)), trees)
+        hub.close()
+    path, messages = locate(f"hf:owner/small@{COMMIT}")
+    assert messages == [f"Weights: hf:owner/small@{COMMIT}"]
+    assert path.read_bytes() == (tmp_path / "served" / "model.safetensors").read_bytes()
+
+
+def test_without_a_commit_the_table_or_the_newest_one_counts(hub, tmp_path, monkeypatch):
+    (tmp_path / "served" / "model.safetensors").write_bytes(CONTENT)
+    monkeypatch.setattr(weight_hub, "REVISIONS", {"owner/pinned": "abad1dea" * 5})
+    assert locate("hf:owner/pinned")[1] == [f"Weights: hf:owner/pinned@{'abad1dea' * 5}"]
+    assert locate("hf:owner/other")[1] == [f"Weights: hf:owner/other@{COMMIT}"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("hf:gated/net", "it is gated; accept its conditions"),
+        ("hf:nobody/net", "no such repository, or it is private"),
+        (f"hf:owner/net@{'0' * 40}", f"it has no revision {'0' * 40}"),
+        ("hf:owner/net", r"it has no model\.safetensors"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_named(hub, weights, words):
+    with pytest.raises(DataError, match=f"cannot fetch {weights}: .*{words}"):
+        locate(weights)
+
+
+def test_a_hub_that_cannot_be_reached_is_named(hub):
+    hub.close()
+    with pytest.raises(DataError, match=r"the hub cannot be reached.* --model\.weights"):
+        locate("hf:owner/net")
+
+
+def test_the_pinned_revisions_are_full_commit_hashes():
+    assert all(re.fullmatch(r"[0-9a-f]{40}", revision) for revision in REVISIONS.values())

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from patchgd_jax.baselines.patch_logits import Pooling, patch_logits, patch_loss, pool_logits
 from patchgd_jax.core.forward import score_logits
@@ -22,8 +23,8 @@ from patchgd_jax.core.update import Gradient, Metrics
 
 
 def position_latents(
-    problem: Problem, weights: Weights, images: jax.Array, key: jax.Array, *, train: bool
-) -> tuple[jax.Array, Params]:
+    problem: Problem, weights: Weights, images: Array, key: Array, *, train: bool
+) -> tuple[Array, Params]:
     """Encodes images `[B, H, W, C]` to the latents of every position, `float [B, P, D]`.
 
     The model's encoder must be built with a `window`. Also returns the new batch statistics.
@@ -36,7 +37,7 @@ def fully_conv_gradient(
     problem: Problem,
     weights: Weights,
     batch: Batch,
-    key: jax.Array,
+    key: Array,
     *,
     positions: float,
     pooling: Pooling,
@@ -51,7 +52,7 @@ def fully_conv_gradient(
     if augment is not None:
         images = augment(images[:, None], jnp.zeros((images.shape[0], 1), jnp.int32))[:, 0]
 
-    def loss_fn(params: Params) -> tuple[jax.Array, Any]:
+    def loss_fn(params: Params) -> tuple[Array, Any]:
         latents, batch_stats = position_latents(
             problem,
             weights._replace(params=params),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from patchgd_jax.core.forward import apply_head, encode_all, score_logits, z_map
 from patchgd_jax.core.gradients import full_gradient
@@ -30,18 +30,9 @@ def selected(grid: Grid, *, top: int | None, inner_steps: int) -> int:
 
 
 def require_attention(model: PatchModel, grid: Grid, width: int) -> None:
-    """Refuses a head without attention before anything is compiled.
+    """Raises `ConfigError` for a head without attention, before anything is compiled."""
 
-    Args:
-        model: the model.
-        grid: the patch grid.
-        width: D, of a latent.
-
-    Raises:
-        ConfigError: if the head has none.
-    """
-
-    def attention(key: jax.Array, z: jax.Array) -> jax.Array:
+    def attention(key: Array, z: Array) -> Array:
         if model.attend is None:
             raise ConfigError("method ips selects patches by attention, and this model has none")
         return model.attend(*model.init(key), z, None)
@@ -51,25 +42,11 @@ def require_attention(model: PatchModel, grid: Grid, width: int) -> None:
 
 
 def select_patches(
-    problem: Problem,
-    weights: Weights,
-    z: jax.Array,
-    batch: Batch,
-    count: int,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    """Selects the patches of each image with the most attention.
+    problem: Problem, weights: Weights, z: Array, batch: Batch, count: int, key: Array | None = None
+) -> Array:
+    """Selects each image's `count` patches of most attention: `int32 [B, M]`, padding last.
 
-    Args:
-        problem: with a model that `require_attention` has passed.
-        weights: of encoder and head.
-        z: `float [B, N, D]`.
-        batch: tells which patches are valid.
-        count: M, at most N.
-        key: draws among equal patches. None: the first of them are taken.
-
-    Returns:
-        `int32 [B, M]` in order, padding last.
+    `key` draws among equal patches; without it the first of them are taken.
     """
     assert problem.model.attend is not None
     images, patches = z.shape[:2]
@@ -87,23 +64,15 @@ def select_patches(
     return unique_padding_ids(jnp.sort(jnp.where(valid, best, patches), axis=-1), patches)
 
 
-def restrict_to_patches(batch: Batch, ids: jax.Array) -> dict[str, jax.Array]:
+def restrict_to_patches(batch: Batch, ids: Array) -> dict[str, Array]:
     """Returns the batch with no valid patches but `ids int [B, M]`."""
     return {**{name: x for name, x in batch.items() if name != "size"}, "patches": ids}
 
 
 def ips_gradient(
-    problem: Problem,
-    weights: Weights,
-    batch: Batch,
-    key: jax.Array,
-    *,
-    count: Callable[[Grid], int],
+    problem: Problem, weights: Weights, batch: Batch, key: Array, *, count: Callable[[Grid], int]
 ) -> Gradient:
-    """Differentiates end to end through the selected patches; the head sees no others.
-
-    Arguments are those of `full_gradient`; `count` gives M for a grid.
-    """
+    """Takes `full_gradient` through the `count(grid)` selected patches; the head sees no others."""
     constant, z = lax.stop_gradient((weights, encode_all(problem, weights, batch)))
     selection = named_key(key, "selection")
     ids = select_patches(problem, constant, z, batch, count(problem.grid), selection)

@@ -6,8 +6,7 @@ of an encoder that was trained before, as Lu et al., arXiv 2004.09666, have it.
 
 from __future__ import annotations
 
-import jax
-from jax import lax
+from jax import Array, lax
 
 from patchgd_jax.core.forward import encode_all
 from patchgd_jax.core.gradients import z_gradient
@@ -18,7 +17,7 @@ FEATURES = "z"
 """Entry of a batch: the latents of its patches, `float [B, N, D]`, instead of its images."""
 
 
-def mil_gradient(problem: Problem, weights: Weights, batch: Batch, key: jax.Array) -> Gradient:
+def mil_gradient(problem: Problem, weights: Weights, batch: Batch, key: Array) -> Gradient:
     """Takes the head's gradient on the patches' latents; arguments as `full_gradient`'s.
 
     No gradient reaches the encoder. A batch that has `FEATURES` needs no images.

@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from patchgd_jax.core.model import Params
 from patchgd_jax.core.problem import Batch, Problem, Weights
@@ -17,19 +18,12 @@ _FAINT = 1e-6
 
 
 def patch_logits(
-    problem: Problem, weights: Weights, latents: jax.Array, key: jax.Array, *, train: bool
-) -> tuple[jax.Array, Params]:
-    """Applies the head to each patch as to a Z of one entry.
+    problem: Problem, weights: Weights, latents: Array, key: Array, *, train: bool
+) -> tuple[Array, Params]:
+    """Applies the head to each patch's latent as to a Z of one entry.
 
-    Args:
-        problem: with a model whose head reads any grid.
-        weights: of encoder and head.
-        latents: `float [B, k, D]`.
-        key: for the head's dropout.
-        train: whether the head runs in train mode.
-
-    Returns:
-        `float [B, k, O]`, at least float32, and the new batch statistics.
+    The latents are `float [B, k, D]`; the head must read any grid. Returns `float [B, k, O]`, at
+    least float32, and the new batch statistics.
     """
     batch, count, width = latents.shape
     z = latents.reshape(batch * count, 1, 1, width)
@@ -38,15 +32,13 @@ def patch_logits(
     return logits.reshape(batch, count, -1), batch_stats
 
 
-def patch_loss(
-    problem: Problem, logits: jax.Array, batch: Batch, mask: jax.Array | None
-) -> jax.Array:
+def patch_loss(problem: Problem, logits: Array, batch: Batch, mask: Array | None) -> Array:
     """Computes the mean loss of patches that are trained with their image's label.
 
     Args:
-        problem: with the task.
+        problem: the static part.
         logits: `float [B, k, O]`.
-        batch: `label`, and `weight` if it has them.
+        batch: with `label`, and `weight` if it has them.
         mask: `bool [B, k]`, False for padding. None: all slots are patches.
 
     Returns:
@@ -61,24 +53,20 @@ def patch_loss(
     return (losses * weight * real).sum() / jnp.maximum(total, 1)
 
 
-def pool_logits(logits: jax.Array, mask: jax.Array | None, pooling: Pooling) -> jax.Array:
-    """Pools patch logits to an image's.
+def pool_logits(logits: Array, mask: Array | None, pooling: Pooling) -> Array:
+    """Pools patch logits `float [B, k, O]` to an image's `float [B, O]`.
 
     Args:
         logits: `float [B, k, O]`.
         mask: `bool [B, k]`, False for padding. None: all slots are patches.
         pooling: `mean` of the logits; or `vote`, one for each patch's most probable class, with
-            ties broken by the mean of the probabilities.
-
-    Returns:
-        `float [B, O]`; of a vote, the logarithms of the classes' shares. For an image without a
-        patch they are 0 or -inf.
+            ties broken by the mean of the probabilities: the logarithms of the classes' shares.
     """
     if mask is None:
         mask = jnp.ones(logits.shape[:2], bool)
     number = jnp.maximum(mask.sum(1), 1)[:, None]
 
-    def mean(values: jax.Array) -> jax.Array:
+    def mean(values: Array) -> Array:
         return jnp.where(mask[..., None], values, 0).sum(1) / number
 
     if pooling == "mean":

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax import lax
+from jax import Array, lax
 
 from patchgd_jax.baselines.patch_logits import Pooling, patch_logits, patch_loss, pool_logits
 from patchgd_jax.core.forward import cut, encode, encode_all, score_logits
 from patchgd_jax.core.model import Params
+from patchgd_jax.core.optimizer import Optimizer
 from patchgd_jax.core.patch_ids import PatchIds, valid_ids, valid_mask
 from patchgd_jax.core.problem import Batch, Problem, Weights, named_key
 from patchgd_jax.core.sampling import sample_groups
@@ -31,18 +31,15 @@ def patchwise_gradient(
     weights: Weights,
     group: PatchIds,
     batch: Batch,
-    key: jax.Array,
+    key: Array,
     *,
     pooling: Pooling,
 ) -> Gradient:
-    """Takes the gradient through the patches `[B, k]` of a group, each with its image's label.
-
-    The gradient's logits are the image's, pooled over these patches.
-    """
+    """Takes the gradient through a group's patches `[B, k]`; its logits are pooled over them."""
     images = batch["image"]
     augment = problem.augmentation(key, "augment", images.shape[0])
 
-    def loss_fn(params: Params) -> tuple[jax.Array, Any]:
+    def loss_fn(params: Params) -> tuple[Array, Any]:
         latents, batch_stats = encode(
             problem,
             weights._replace(params=params),
@@ -67,8 +64,7 @@ def patchwise_step(pooling: Pooling = "mean") -> TrainStep:
     """Makes the train step: one pass over the patches of a batch, in PatchGD's groups, without Z.
 
     The groups, and when they update, are those of `core.step.train_step` in the modes `patchgd` and
-    `accumulate`, at the memory of an inner step. The training metric pools the logits of a group's
-    patches by `pooling`.
+    `accumulate`, at the memory of an inner step.
     """
     return outer_step(partial(_inner_steps, pooling))
 
@@ -76,10 +72,10 @@ def patchwise_step(pooling: Pooling = "mean") -> TrainStep:
 def _inner_steps(
     pooling: Pooling,
     problem: Problem,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     state: TrainState,
     batch: Batch,
-    key: jax.Array,
+    key: Array,
 ) -> tuple[TrainState, Metrics]:
     config, count = problem.config, problem.grid.num_patches
     steps, updates = config.num_inner_steps, config.updates_per_step

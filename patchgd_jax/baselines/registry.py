@@ -47,10 +47,7 @@ def resolve_method(config: TrainConfig) -> TrainConfig:
     """Sets the settings that the run's method decides; resolving again changes nothing.
 
     Where there are no inner steps, `patchgd.mode` becomes full; for `downscale`, the images' size
-    becomes that of the shrunk ones.
-
-    Raises:
-        ConfigError: for settings that the method cannot have.
+    becomes that of the shrunk ones. Raises `ConfigError` for settings that the method cannot have.
     """
     method, patchgd = config.method, config.patchgd
     _check_read(config)
@@ -107,7 +104,7 @@ def _check_read(config: TrainConfig) -> None:
 
 
 def _shrunk(config: TrainConfig) -> TrainConfig:
-    """The run with images whose longer side is `baseline.side`."""
+    """Returns the run with images whose longer side is `baseline.side`."""
     data, side = config.data, config.baseline.side or config.patchgd.patch
     longer = max(data.size)
     if data.generated:
@@ -132,24 +129,16 @@ def _shrunk(config: TrainConfig) -> TrainConfig:
 
 
 def method_model(method: MethodName, model: ModelConfig) -> ModelConfig:
-    """The settings of the model that a method trains: without Z, a dense layer is the head."""
+    """Returns the settings of a method's model: without Z, a dense layer is the head."""
     return dataclasses.replace(model, head="linear", dropout=None) if method in _NO_Z else model
 
 
 def frozen_entries(
     method: MethodName, model: ModelConfig, stages: int, *, patch: int, channels: int
 ) -> frozenset[str]:
-    """The encoder's top-level entries that are not trained: for method mil, all of them.
+    """Lists the encoder's top-level entries that are not trained: for method mil, all of them.
 
-    Args:
-        method: of the run.
-        model: its encoder.
-        stages: `optimizer.freeze_stages`.
-        patch: side p of its patches.
-        channels: C.
-
-    Raises:
-        ConfigError: if the encoder has fewer stages than are to be frozen.
+    `stages` is `optimizer.freeze_stages`, at most those that the encoder has, else a `ConfigError`.
     """
     encoder = build_encoder(model, patch)
     if method == "mil":

@@ -68,9 +68,11 @@ def check_command(arguments: Sequence[str]) -> None:
     from patchgd_jax.data.images.regions import open_regions
     from patchgd_jax.data.inspect.check import check_images
     from patchgd_jax.data.inspect.check_report import write_bad_list
-    from patchgd_jax.data.run_data import file_background, read_table
+    from patchgd_jax.data.run_data import file_background, read_files
 
-    table, splits = read_table(config)
+    files = read_files(config)
+    assert files is not None
+    table, splits = files.table, files.split
     report = check_images(
         table,
         splits,
@@ -84,8 +86,8 @@ def check_command(arguments: Sequence[str]) -> None:
     if report.problems:
         many = "problems" if len(report.problems) > 1 else "problem"
         raise DataError(
-            f"{len(report.problems)} {many} in {len(table.paths)} images, see above; mend these "
-            "files, or take them out"
+            f"{len(report.problems)} {many} in {len(table.paths)} images, see above; repair "
+            "these files, or remove them"
         )
 
 
@@ -97,9 +99,14 @@ def show_command(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{output} exists; choose another --output")
 
     from patchgd_jax.data.inspect.contact_sheet import contact_sheet
-    from patchgd_jax.runs.preview import preview
+    from patchgd_jax.runs.preview import IMPORTANCE_NOTE, preview
 
-    contact_sheet(preview(options.config, options.count, options.split), output)
+    importance = options.config.patchgd.importance != "none"
+    contact_sheet(
+        preview(options.config, options.count, options.split),
+        output,
+        note=IMPORTANCE_NOTE if importance else "",
+    )
     print(f"Written to {output}")
 
 
@@ -165,15 +172,15 @@ def make_command(arguments: Sequence[str]) -> None:
     if not config.data.generated:
         raise ConfigError("data make writes generated images; these settings name your own")
 
-    from patchgd_jax.runs.progress import ConsoleProgress
+    from patchgd_jax.runs.record.progress import ConsoleProgress
 
     console = ConsoleProgress()
-    told = time.monotonic()
+    shown = time.monotonic()
 
     def on_example(done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= _SECONDS_PER_LINE:
-            told = time.monotonic()
+        nonlocal shown
+        if time.monotonic() - shown >= _SECONDS_PER_LINE:
+            shown = time.monotonic()
             console.message(f"{done} of {total} images")
 
     make: Callable[..., Path]
@@ -217,7 +224,7 @@ def data_command(arguments: Sequence[str]) -> None:
 
 
 def _with_config(cls: type[T], command: str, arguments: Sequence[str]) -> T:
-    """Options that hold a whole run's settings, from a preset on."""
+    """Parses options that hold a whole run's settings, from a preset on."""
     preset, config, rest = preset_argument(arguments)
     required = [
         f.name

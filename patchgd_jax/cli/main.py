@@ -24,7 +24,7 @@ from patchgd_jax.config.presets import PRESETS, get_preset, preset_argument
 from patchgd_jax.errors import PatchGDError, unknown_name
 
 if TYPE_CHECKING:
-    from patchgd_jax.runs.progress import Progress
+    from patchgd_jax.runs.record.progress import Progress
 
 PROGRAM = "patchgd-jax"
 Device = Literal["auto", "cpu", "gpu", "tpu"]
@@ -55,7 +55,7 @@ class Peers:
         """Joins the other processes, if any; returns what shows this one's progress."""
         from patchgd_jax.engine.devices import select_device
         from patchgd_jax.engine.distributed import check_same, initialize, is_first
-        from patchgd_jax.runs.progress import ConsoleProgress, Progress
+        from patchgd_jax.runs.record.progress import ConsoleProgress, Progress
 
         if initialize(self.coordinator, self.processes, self.process):
             select_device(device, shared=True)
@@ -85,12 +85,12 @@ def train_command(arguments: Sequence[str]) -> None:
         dry_run(options.config, progress, budget=options.budget)
         return
 
-    from patchgd_jax.engine.distributed import from_first, is_first
+    from patchgd_jax.engine.distributed import broadcast_from_first, is_first
     from patchgd_jax.runs.folder import EXAMPLES
     from patchgd_jax.runs.train import train
 
     # Its name may be the time, which processes do not share.
-    run_dir = from_first(lambda: run_dir)
+    run_dir = broadcast_from_first(lambda: run_dir)
     config = dataclasses.replace(options.config, run_dir=run_dir)
     train(config, run_dir, progress=progress, budget=options.budget)
     if not is_first():
@@ -130,7 +130,7 @@ def cross_validate_command(arguments: Sequence[str]) -> None:
     )
 
     from patchgd_jax.runs.cross_validation import RESULT, cross_validate
-    from patchgd_jax.runs.progress import ConsoleProgress, describe
+    from patchgd_jax.runs.record.progress import ConsoleProgress, describe
 
     result = cross_validate(options.config, folder, progress=ConsoleProgress, budget=options.budget)
     print()
@@ -191,7 +191,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         if as_json:
             print(json.dumps(metrics))
             return
-        from patchgd_jax.runs.progress import describe
+        from patchgd_jax.runs.record.progress import describe
 
         print(f"step {metrics['step']}: {describe(metrics)}")
         recorded = metrics["recorded"]
@@ -251,9 +251,7 @@ def export_command(arguments: Sequence[str]) -> None:
     """Write a run's best model as a weight file for other programs."""
 
     def export_weights(
-        run: Positional[str],
-        to: Literal["safetensors"] = "safetensors",
-        output: str | None = None,
+        run: Positional[str], to: Literal["safetensors"] = "safetensors", output: str | None = None
     ) -> None:
         """Write a run's best model as model.safetensors and preprocess.json.
 
@@ -267,7 +265,7 @@ def export_command(arguments: Sequence[str]) -> None:
         """
         from patchgd_jax.engine.devices import select_device
         from patchgd_jax.runs.export import export_run
-        from patchgd_jax.runs.progress import StderrProgress
+        from patchgd_jax.runs.record.progress import StderrProgress
 
         select_device("cpu")
         print(f"Weights: {export_run(run, output, StderrProgress())}")
@@ -297,7 +295,7 @@ def _load(run: str, checkpoint: Literal["best", "last"], device: str) -> tuple[A
     from patchgd_jax.engine.compiling import use_compilation_cache
     from patchgd_jax.engine.devices import select_device
     from patchgd_jax.runs.predict import TrainedModel
-    from patchgd_jax.runs.progress import StderrProgress
+    from patchgd_jax.runs.record.progress import StderrProgress
 
     select_device(device)
     use_compilation_cache()
@@ -379,7 +377,7 @@ def run() -> None:
     """Entry point of the console script."""
     code = main()
     if code:
-        from patchgd_jax.engine.distributed import end_now
+        from patchgd_jax.engine.distributed import exit_now
 
-        end_now(code)
+        exit_now(code)
     sys.exit(code)

@@ -67,18 +67,13 @@ def plan_command(arguments: Sequence[str]) -> None:
 
 
 def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
-    """Makes a plan.
-
-    Args:
-        options: what to plan and how.
-        preset: where the settings started, for the command that is printed.
+    """Makes a plan; the preset is the one that the printed command starts from.
 
     Returns:
         `text`, and `json` with the same figures in bytes.
 
     Raises:
-        ConfigError: for an unknown size, method or quantity, and for settings that no method can
-            have.
+        ConfigError: for an unknown size, method or quantity, and settings that no method can have.
         DeviceError: if the device is not there.
         MemoryBudgetError: if the budget is below the parameters, or what is to be solved for does
             not fit at its smallest.
@@ -125,7 +120,7 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
     height, width, channels = request.image
     lines = [
         f"{request.model.encoder} + {request.model.head}, {request.model.dtype}, "
-        f"{request.optimizer.name}; images {height} x {width} x {channels}, batch "
+        f"{config.optimizer.name}; images {height} x {width} x {channels}, batch "
         f"{request.batch}" + _patches(request, config.method),
         f"Steps take {known.factor:.2f} times XLA's figure on {device.device_kind}"
         + (f" and up to {show_size(known.overhead + known.kept)}" if known.overhead else "")
@@ -135,7 +130,7 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         lines.append(f"Budget: {show_size(budget)} ({source}).")
     lines += ["", *method_lines(rows, refused, budget, known)]
     figures: dict[str, Any] = {
-        "request": dataclasses.asdict(request),
+        "request": {**dataclasses.asdict(request), "image": request.image},
         "budget": budget,
         "calibration": known._asdict(),
         "methods": [plan.as_dict(budget, known) for plan in rows],
@@ -181,16 +176,16 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
 def _resolved(options: PlanOptions) -> tuple[TrainConfig, Any]:
     """Resolves all settings of the run, and its device."""
     from patchgd_jax.baselines.registry import resolve_method
-    from patchgd_jax.data.sources.channels import with_channels
+    from patchgd_jax.data.sources.channels import resolve_channels
     from patchgd_jax.engine.compiling import use_compilation_cache
     from patchgd_jax.engine.devices import select_device
     from patchgd_jax.models.registry import head_entry
     from patchgd_jax.planner.auto_settings import is_resolved, resolve_auto
-    from patchgd_jax.runs.progress import StderrProgress
+    from patchgd_jax.runs.record.progress import StderrProgress
 
     # Methods without Z would not look it up.
     head_entry(options.config.model.head)
-    config = resolve_method(with_channels(options.config))
+    config = resolve_method(resolve_channels(options.config))
     device = select_device(config.device)
     use_compilation_cache()
     if not is_resolved(config):
@@ -202,7 +197,7 @@ def _resolved(options: PlanOptions) -> tuple[TrainConfig, Any]:
 def _rows(
     options: PlanOptions, estimator: Estimator, room: float | None, measured: dict[Method, int]
 ) -> tuple[list[PlanRow], dict[Method, str]]:
-    """Each method's figures, or the reason why it is not possible."""
+    """Returns each method's figures, or the reason why it is not possible."""
     from patchgd_jax import planner
     from patchgd_jax.errors import ConfigError
     from patchgd_jax.planner.report import PlanRow
@@ -236,10 +231,10 @@ def _patches(request: PlanRequest, method: str) -> str:
 
 def train_arguments(config: TrainConfig, request: Any, preset: str) -> str:
     """Writes the `train` command of a request, with the settings that differ from the preset."""
-    batch = {"batch_size": request.batch, "eval_batch_size": request.eval_batch}
+    batch = {"batch_size": request.batch, "eval_batch_size": request.config.eval_batch_size}
     data = config.data
     if data.fit == "resize":
-        height, width = (side * data.downscale for side in request.image[:2])
+        height, width = (side * data.downscale for side in request.size)
         data = dataclasses.replace(data, size=(height, width))
     wanted = dataclasses.replace(config, data=data, patchgd=request.patchgd, **batch)
     base, now = flatten(to_dict(get_preset(preset))), flatten(to_dict(wanted))

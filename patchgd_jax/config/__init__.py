@@ -16,10 +16,11 @@ from patchgd_jax.config.model import AugmentConfig, ModelConfig, TaskConfig
 from patchgd_jax.config.optimizer import OptimizerConfig
 from patchgd_jax.config.patchgd import PatchGDConfig
 from patchgd_jax.config.run import StreamConfig, TrainConfig
-from patchgd_jax.config.serialization import flatten, from_dict, to_dict
+from patchgd_jax.config.serialization import SCHEMA, flatten, from_dict, migrate, nest, to_dict
 
 __all__ = [
     "METHODS",
+    "SCHEMA",
     "AugmentConfig",
     "BackgroundConfig",
     "BaselineConfig",
@@ -36,5 +37,7 @@ __all__ = [
     "TrainConfig",
     "flatten",
     "from_dict",
+    "migrate",
+    "nest",
     "to_dict",
 ]

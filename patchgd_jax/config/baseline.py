@@ -35,6 +35,5 @@ class BaselineConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, f"baseline.{name} is {value}; at least 1")
         require(
-            0 < self.positions <= 1,
-            f"baseline.positions is {self.positions}; it must be in (0, 1]",
+            0 < self.positions <= 1, f"baseline.positions is {self.positions}; it must be in (0, 1]"
         )

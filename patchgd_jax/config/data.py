@@ -19,7 +19,7 @@ class ColumnsConfig:
     """Class name or number; several names with ; between them for task multi-label; a number for
     regression."""
     group: str | None = None
-    """What must not be torn apart by a split: a patient, a slide or a scanner."""
+    """Column of units that a split keeps together, such as patients, slides or scanners."""
     split: str | None = None
     """train, validation or test for each row, instead of folds."""
     weight: str | None = None
@@ -28,8 +28,8 @@ class ColumnsConfig:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How images without a split of their own are divided: folds of like label counts that keep
-    groups together.
+    """How images without a split of their own are divided: stratified folds that keep groups
+    together.
     """
 
     folds: int = 5
@@ -37,9 +37,9 @@ class SplitConfig:
     fold: int | None = None
     """Fold that is the validation set. None: the first that is not the test fold."""
     test_fold: int | None = None
-    """Fold that neither training nor the choice of the best model sees. None: there is none."""
+    """Fold that is used neither for training nor to select the best model. None: there is none."""
     seed: int = 0
-    """Seed of the folds; apart from the run's, so that runs of several seeds share them."""
+    """Seed of the folds; separate from the run's, so that runs of several seeds share them."""
 
     def __post_init__(self) -> None:
         require(self.folds >= 2, f"data.split.folds is {self.folds}; at least 2")
@@ -72,15 +72,15 @@ class SplitConfig:
 
 @dataclass(frozen=True)
 class BackgroundConfig:
-    """Which patches hold nothing: they are neither encoded nor seen by the head."""
+    """Which patches are background: they are neither encoded nor seen by the head."""
 
     method: Literal["none", "otsu", "threshold"] = "none"
-    """none: every patch counts. otsu: each image's own threshold. threshold: a fixed one."""
+    """none: every patch is used. otsu: each image's own threshold. threshold: a fixed one."""
     threshold: int = 220
-    """Grey value that parts tissue from background (method threshold): what is nearer to the
-    background than this is empty."""
+    """Grey value between tissue and background (method threshold); pixels nearer to the background
+    are empty."""
     share: float = 0.05
-    """Share of a patch that must be no background for the patch to count."""
+    """Smallest share of foreground in a patch that is used."""
 
     def __post_init__(self) -> None:
         require(
@@ -124,19 +124,19 @@ class DataConfig:
     empty: BackgroundConfig = field(default_factory=BackgroundConfig)
     panda_options: PandaConfig = field(default_factory=PandaConfig)
     fit: Literal["resize", "native"] = "resize"
-    """resize: shrink every image into size, keeping its shape and filling up with background.
-    native: take its pixels as they are; images of different sizes are padded to at most three, and
-    the padding is left out, unless method sees whole images."""
+    """resize: shrink every image into size, keeping its aspect ratio, and pad it with background.
+    native: keep its pixels; images of different sizes are bucketed into at most three padded sizes,
+    and the padding is left out, unless method sees whole images."""
     level: int = 0
     """Pyramid level that fit native reads; 0 is the full resolution."""
     background: int | None = None
     """Grey value outside an image and under transparent pixels. None: 255 for slides and PANDA, 0
     for the rest."""
     bad_images: Literal["raise", "substitute"] = "raise"
-    """What an unreadable image does. raise: end the run. substitute: another image takes its place;
+    """What an unreadable image does. raise: end the run. substitute: another image replaces it;
     bad_images.csv lists them."""
     bad_limit: int = 10
-    """Unreadable images that substitute bears before it ends the run after all."""
+    """Most unreadable images that substitute tolerates before it ends the run."""
     task: Literal["most-frequent", "digit-sum"] = "most-frequent"
     """most-frequent: the label is the digit that occurs most often. digit-sum: UltraMNIST, the
     label is the sum of three to five digits."""
@@ -242,7 +242,7 @@ class DataConfig:
         )
         require(
             self.digits != "mnist" or self.digits_dir is not None,
-            "data.digits is mnist; say where the files are with data.digits_dir",
+            "data.digits is mnist; name their folder with data.digits_dir",
         )
 
     @property
@@ -258,7 +258,7 @@ class DataConfig:
 
     @property
     def declared_channels(self) -> Literal[1, 3] | None:
-        """C as far as the settings alone say it; None: the files do."""
+        """C as far as the settings alone determine it; None: the files do."""
         if self.channels is not None:
             return self.channels
         if self.panda is not None:
@@ -267,11 +267,7 @@ class DataConfig:
 
     @property
     def num_channels(self) -> Literal[1, 3]:
-        """C of the images the model sees.
-
-        Raises:
-            ConfigError: if only the files say it; `data.channels.with_channels` looks at them.
-        """
+        """C of the images the model sees; raises `ConfigError` if only the files determine it."""
         channels = self.declared_channels
         if channels is None:
             raise ConfigError("data.channels must be 1 or 3 where the files are not looked at")

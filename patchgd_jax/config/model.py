@@ -42,8 +42,9 @@ class ModelConfig:
     activations, the cheap half; blocks: all but each block's input; everything: all of it."""
     weights: str | None = None
     """Pretrained weights to start from: a torchvision .pth, a timm .safetensors, what
-    `patchgd-jax export` wrote, a name such as resnet50-imagenet1k-v2, or URL#sha256=HASH. Images
-    are scaled as the weights need it."""
+    `patchgd-jax export` wrote, a name such as resnet50-imagenet1k-v2, a Hugging Face
+    repository such as hf:timm/resnet50.a1_in1k, or URL#sha256=HASH. Images are scaled as the
+    weights need it."""
     allow_partial: bool = False
     """Start with a new head where that of an export does not fit, such as for other classes.
     Published weights have neither head nor latent layer; both are always new."""
@@ -59,8 +60,7 @@ class ModelConfig:
             f"model.dropout is {self.dropout}; it must be in [0, 1)",
         )
         require(
-            0 <= self.drop_path < 1,
-            f"model.drop_path is {self.drop_path}; it must be in [0, 1)",
+            0 <= self.drop_path < 1, f"model.drop_path is {self.drop_path}; it must be in [0, 1)"
         )
         policies = ("none", "dots", "blocks", "everything")
         require(

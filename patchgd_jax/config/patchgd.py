@@ -78,8 +78,7 @@ class PatchGDConfig:
             )
         else:
             require(
-                0 < self.fraction <= 1,
-                f"patchgd.fraction is {self.fraction}; it must be in (0, 1]",
+                0 < self.fraction <= 1, f"patchgd.fraction is {self.fraction}; it must be in (0, 1]"
             )
         require(
             self.inner_steps is None or self.inner_steps >= 1,
@@ -121,11 +120,7 @@ class PatchGDConfig:
 
     @property
     def num_inner_steps(self) -> int:
-        """J, the number of inner steps of one outer step.
-
-        Raises:
-            ConfigError: if the fraction is still auto.
-        """
+        """J, the inner steps of one outer step; raises `ConfigError` while the fraction is auto."""
         if isinstance(self.fraction, str):
             raise ConfigError(UNRESOLVED.format("patchgd.fraction"))
         # 1 / (1 / 49) is 49.00000000000001 in floating point; the ceiling must be 49.

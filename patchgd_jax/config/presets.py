@@ -123,11 +123,7 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def get_preset(name: str) -> TrainConfig:
-    """Looks a preset up.
-
-    Raises:
-        ConfigError: if there is none of that name; it names the nearest.
-    """
+    """Looks a preset up; an unknown name is a `ConfigError` that names the nearest."""
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
     return PRESETS[name].config
@@ -137,14 +133,10 @@ _SHORT_NAMES = {"--batch": "--batch-size", "--fraction": "--patchgd.fraction"}
 
 
 def preset_argument(arguments: Sequence[str]) -> tuple[str, TrainConfig, list[str]]:
-    """Takes a preset's name off the front of a command's arguments.
+    """Takes a preset's name (`default` if there is none) off the front of a command's arguments.
 
-    Returns:
-        The name (`default` if there is none), its config, and the other arguments with the short
-        names of settings written out.
-
-    Raises:
-        ConfigError: if there is no preset of that name.
+    Returns the name, its config, and the other arguments with the short names of settings written
+    out.
     """
     name, rest = "default", list(arguments)
     if rest and not rest[0].startswith("-"):

@@ -204,11 +204,7 @@ class TrainConfig:
 
     @property
     def images_per_step(self) -> int:
-        """The batch size as a number.
-
-        Raises:
-            ConfigError: if it is still auto.
-        """
+        """The batch size as a number; raises `ConfigError` while it is auto."""
         if isinstance(self.batch_size, str):
             raise ConfigError(UNRESOLVED.format("batch_size"))
         return self.batch_size

@@ -1,1 +1,1 @@
-"""Params without a measured gain, or of one experiment; they may change without notice."""
+"""Parts without a measured gain, or of one experiment; they may change without notice."""

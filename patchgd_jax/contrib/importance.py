@@ -1,9 +1,5 @@
 """Importance sampling: inner steps that re-encode the patches that matter more, more often.
 
-A patch is drawn with a probability that grows with its score, and its part of the encoder's
-gradient is divided by its chance to be in the group, so that the expected gradient stays what
-uniform sampling has.
-
 Sources: Katharopoulos and Fleuret, Not All Samples Are Created Equal, arXiv 1803.00942 (a bound of
 the gradient's norm as the score, a share of uniform draws); Horvitz and Thompson, A Generalization
 of Sampling Without Replacement from a Finite Universe, JASA 1952 (weights of one over the inclusion
@@ -16,7 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from patchgd_jax.core.forward import head_loss, z_map
 from patchgd_jax.core.patch_ids import PatchIds, deduplicate, valid_ids, valid_mask
@@ -27,7 +23,7 @@ from patchgd_jax.errors import ConfigError
 
 
 def importance_groups(
-    problem: Problem, weights: Weights, z: jax.Array, batch: Batch, key: jax.Array
+    problem: Problem, weights: Weights, z: Array, batch: Batch, key: Array
 ) -> PatchIds:
     """Draws the groups of every inner step by `config.importance`; a `problem.Sampler`.
 
@@ -42,16 +38,10 @@ def importance_groups(
     scores of a position are summed over the images. The draws are with replacement, and a patch
     that is drawn twice in a group counts once.
 
-    Args:
-        problem: with an `importance` that is not none; for `attention` its head must have some.
-        weights: of encoder and head.
-        z: the filled Z, `[B, N, D]`.
-        batch: see `problem.Batch`.
-        key: the outer step's.
-
     Returns:
-        Groups `[J, B, k]` with weights: the probability to be in the group of a uniform draw over
-        that of this one, at most 1 / `importance_mix`.
+        Groups `[J, B, k]` with weights, which keep the expected gradient that of uniform sampling:
+        the probability to be in the group of a uniform draw over that of this one, at most 1 /
+        `importance_mix`.
 
     Raises:
         ConfigError: if the head has no attention to draw by, there are more inner steps than
@@ -80,9 +70,7 @@ def importance_groups(
         if shared:
             fixed = fixed.sum(0, keepdims=True)
 
-    def draw(
-        computed: jax.Array, step: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def draw(computed: Array, step: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         number, key = step
         scores = number - computed if fixed is None else fixed
         chance = probabilities(scores, counted, config.importance_mix)
@@ -99,16 +87,13 @@ def importance_groups(
     return PatchIds(jnp.broadcast_to(ids, shape), True, jnp.broadcast_to(factors, shape))
 
 
-def probabilities(scores: jax.Array, counted: jax.Array, mix: float) -> jax.Array:
-    """Computes the probability of each patch in one draw.
+def probabilities(scores: Array, counted: Array, mix: float) -> Array:
+    """Computes each patch's probability in one draw; rows without a patch are zero.
 
     Args:
         scores: `[B, N]`, not negative; all zero is as good as all equal.
         counted: `bool [B or 1, N]`, the patches to draw from.
         mix: the share of uniform draws, in (0, 1].
-
-    Returns:
-        `float [B, N]`, rows that sum to one (or are zero, for images without a patch).
     """
     scores = jnp.where(counted, scores, 0).astype(float)
     total = scores.sum(1, keepdims=True)
@@ -118,19 +103,19 @@ def probabilities(scores: jax.Array, counted: jax.Array, mix: float) -> jax.Arra
 
 
 def weighted_group(
-    drawn: jax.Array, chance: jax.Array, counted: jax.Array, draws: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    drawn: Array, chance: Array, counted: Array, draws: Array
+) -> tuple[Array, Array]:
     """Makes a group of some draws, with the weights that make its gradient unbiased.
 
     Args:
-        drawn: `int [B, k]`, patch numbers, drawn with replacement.
+        drawn: `int [B, k]`, drawn with replacement.
         chance: `float [B, N]`, from `probabilities`: what they were drawn with.
         counted: `bool [B or 1, N]`, the patches that could be drawn.
         draws: `int [B or 1]`, how many of an image's k draws count, at most k.
 
     Returns:
-        `int32 [B, k]`, each patch once and numbers of at least N in the other slots; and
-        `float [B, k]`, the weight of each.
+        `int32 [B, k]`, each patch once and numbers of at least N in the other slots; and the
+        weights `float [B, k]`.
     """
     num_patches, k = chance.shape[1], drawn.shape[1]
     # Rounding of the cumulative probabilities must not let in what cannot be drawn.
@@ -143,17 +128,15 @@ def weighted_group(
     return ids, jnp.take_along_axis(weights, jnp.minimum(ids, num_patches - 1), axis=1)
 
 
-def _inclusion(chance: jax.Array, draws: jax.Array) -> jax.Array:
+def _inclusion(chance: Array, draws: Array) -> Array:
     """Computes the probability to be drawn at least once, 1 - (1 - p)^k, exact for small p."""
     return -jnp.expm1(draws * jnp.log1p(-chance))
 
 
-def _scores(
-    problem: Problem, weights: Weights, z: jax.Array, batch: Batch, key: jax.Array
-) -> jax.Array:
+def _scores(problem: Problem, weights: Weights, z: Array, batch: Batch, key: Array) -> Array:
     """Computes the scores `float [B, N]` of the filled Z; 0 for padding examples."""
 
-    def local(weights: Weights, z: jax.Array, batch: Batch, key: jax.Array) -> jax.Array:
+    def local(weights: Weights, z: Array, batch: Batch, key: Array) -> Array:
         if problem.config.importance == "attention":
             return _attend(problem, weights, z, batch).reshape(z.shape[:2])
         # What this pass does to batch statistics is dropped.
@@ -162,12 +145,12 @@ def _scores(
         return jnp.sqrt((dz * dz).sum(-1))
 
     kinds = (Spec.WEIGHTS, Spec.IMAGES, Spec.BATCH, Spec.SAME)
-    scores: jax.Array = problem.layout.spread(local, kinds, Spec.IMAGES)(weights, z, batch, key)
+    scores: Array = problem.layout.spread(local, kinds, Spec.IMAGES)(weights, z, batch, key)
     weight = batch.get("weight")
     return scores if weight is None else jnp.where(weight[:, None] > 0, scores, 0)
 
 
-def _attend(problem: Problem, weights: Weights, z: jax.Array, batch: Batch) -> jax.Array:
+def _attend(problem: Problem, weights: Weights, z: Array, batch: Batch) -> Array:
     if problem.model.attend is None:
         raise ConfigError(
             "patchgd.importance attention needs a head with attention, but the model's `attend` is "

@@ -8,24 +8,16 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import jax
-from jax import lax
+from jax import Array, lax
 
 from patchgd_jax.core.model import Params, PatchModel
-from patchgd_jax.models.layers.conv import rows_divided
 
 
 def divide_rows(model: PatchModel, sharding: Any) -> PatchModel:
-    """Returns the model with its patches `[M, p, p, C]` divided along their rows.
+    """Returns a model (built with `rows_sharded`) whose patches `[M, p, p, C]` are sharded."""
 
-    Args:
-        model: the model.
-        sharding: of the patches, a `jax.sharding.NamedSharding` or `PartitionSpec`.
-    """
-
-    def encode(params: Params, state: Params, patches: jax.Array, **options: Any) -> Any:
+    def encode(params: Params, state: Params, patches: Array, **options: Any) -> Any:
         patches = lax.with_sharding_constraint(patches, sharding)
-        with rows_divided():
-            return model.encode(params, state, patches, **options)
+        return model.encode(params, state, patches, **options)
 
     return model._replace(encode=cast(Any, encode))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from patchgd_jax.core.grid import cut_windows, used_windows, windows
 from patchgd_jax.errors import ConfigError
@@ -18,13 +18,10 @@ class SeriesGrid:
     Patch `i` begins at step `i * stride`, and stands in row 0 and column `i` of Z. A series that
     the windows do not tile is continued with zeros, so every step is in at least one patch.
 
-    The grid is hashable and holds no arrays: it is a static argument of the jitted step.
-
     Args:
         length: steps of a series; with `patch` as long, its only patch is the whole series.
         patch: steps of a patch.
-        stride: steps between the beginnings of neighbouring patches, at most `patch`; 0, the
-            default, becomes `patch`.
+        stride: steps between neighbouring patches, at most `patch`; 0 becomes `patch`.
 
     Raises:
         ConfigError: if the patch is longer than the series, or the stride longer than the patch.
@@ -68,29 +65,14 @@ class SeriesGrid:
         """Steps of a patch."""
         return (self.patch,)
 
-    def mask(self, sizes: jax.Array) -> jax.Array:
-        """Which patches belong to the grid of a series that is shorter than this one's.
-
-        Args:
-            sizes: `int [B, 1]`, the true number of steps of each series inside the array.
-
-        Returns:
-            `bool [B, 1, N]`, True for the patches that the series would have alone.
-        """
+    def mask(self, sizes: Array) -> Array:
+        """Marks the patches `bool [B, 1, N]` of series of `sizes int [B, 1]` steps."""
         return used_windows(self.length, self.patch, self.stride, sizes)[:, None, :]
 
-    def take(self, images: jax.Array, ids: jax.Array) -> jax.Array:
-        """Cuts patches out of a batch of series.
+    def take(self, images: Array, ids: Array) -> Array:
+        """Cuts patches `ids int [B, k]` out of series `[B, length, C]`: `[B, k, patch, C]`.
 
-        Args:
-            images: the series, `[B, length, C]`, any dtype.
-            ids: `int [B, k]`, patch numbers; those outside `0..N-1` are clipped into it.
-
-        Returns:
-            `[B, k, patch, C]`, of the series' dtype.
-
-        Raises:
-            ConfigError: if the series are not of the grid's length, or not `[B, length, C]`.
+        Ids outside `0..N-1` are clipped into it.
         """
         if images.ndim != 3 or images.shape[1] != self.length:
             raise ConfigError(

@@ -7,11 +7,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from patchgd_jax.config import AugmentConfig
 from patchgd_jax.errors import ConfigError
 
-Augment = Callable[[jax.Array, jax.Array], jax.Array]
+Augment = Callable[[Array, Array], Array]
 """Patches `[B, k, p, p, C]` and their numbers `int [B, k]` to changed patches of that shape."""
 
 _GREY = (0.299, 0.587, 0.114)
@@ -19,40 +20,22 @@ _GREY = (0.299, 0.587, 0.114)
 
 
 def augmentation(
-    config: AugmentConfig | None, key: jax.Array, first_image: int | jax.Array = 0
+    config: AugmentConfig | None, key: Array, first_image: int | Array = 0
 ) -> Augment | None:
-    """Returns the changes of one outer step, or None.
-
-    A patch's changes depend on the key, the image's place in the batch and the patch id only.
-    `first_image` is the place of the first image.
-    """
+    """Returns `augment_patches` with an outer step's key, or None if nothing changes."""
     if config is None or not config.active:
         return None
     return partial(augment_patches, key=key, config=config, first_image=first_image)
 
 
 def augment_patches(
-    patches: jax.Array,
-    ids: jax.Array,
-    *,
-    key: jax.Array,
-    config: AugmentConfig,
-    first_image: int | jax.Array = 0,
-) -> jax.Array:
-    """Changes each patch by itself; its place in Z stays.
+    patches: Array, ids: Array, *, key: Array, config: AugmentConfig, first_image: int | Array = 0
+) -> Array:
+    """Changes each of the patches `[B, k, p, p, C]` (uint8, or float in [0, 1]) by itself.
 
-    Args:
-        patches: `[B, k, p, p, C]`, uint8 or float in [0, 1].
-        ids: `int [B, k]`, patch ids.
-        key: PRNG key of the outer step.
-        config: what changes and how much.
-        first_image: the first image's place in the batch.
-
-    Returns:
-        Patches of that shape: of that dtype for flips and turns alone, else float in [0, 1].
-
-    Raises:
-        ConfigError: if the patches are not of images.
+    A patch's changes depend on the outer step's key, its id and its image's place in the batch
+    only; `first_image` is the first image's. The result is of that shape, and float in [0, 1] if
+    colours change. Raises `ConfigError` if the patches are not of images.
     """
     if patches.ndim != 5:
         raise ConfigError(
@@ -60,7 +43,7 @@ def augment_patches(
             f"{list(patches.shape)}; leave it out"
         )
 
-    def one(patch: jax.Array, image: jax.Array, number: jax.Array) -> jax.Array:
+    def one(patch: Array, image: Array, number: Array) -> Array:
         place, colour = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, image), number))
         quarter, down, across = jax.random.randint(place, (3,), 0, jnp.array([4, 2, 2]))
         patch = turn_and_flip(
@@ -80,16 +63,14 @@ def augment_patches(
     return jax.vmap(jax.vmap(one))(patches, images, ids)
 
 
-def turn_and_flip(
-    patch: jax.Array, quarter: jax.Array, down: jax.Array, across: jax.Array
-) -> jax.Array:
+def turn_and_flip(patch: Array, quarter: Array, down: Array, across: Array) -> Array:
     """Turns a patch, then flips it.
 
     Args:
         patch: `[p, p, C]`.
         quarter: `int []`, quarter turns counter-clockwise, as `numpy.rot90`.
-        down: `bool []`, whether to turn it upside down after that.
-        across: `bool []`, whether to swap left and right after that.
+        down: `bool []`, whether to turn it upside down.
+        across: `bool []`, whether to swap left and right.
     """
     # A quarter turn is a transposition and a flip, so three choices make all eight results.
     patch = jnp.where(quarter % 2 == 1, patch.swapaxes(0, 1), patch)
@@ -99,21 +80,16 @@ def turn_and_flip(
     return jnp.where(across, patch[:, ::-1], patch)
 
 
-def jitter(patch: jax.Array, factors: jax.Array) -> jax.Array:
-    """Changes brightness, contrast and saturation, in this order.
+def jitter(patch: Array, factors: Array) -> Array:
+    """Changes brightness, contrast and saturation of a patch `[p, p, C]`, uint8 or float in [0, 1].
 
-    Args:
-        patch: `[p, p, C]`, uint8 or float in [0, 1].
-        factors: `float [3]`: on the values, on their distance from the patch's mean grey, and on
-            their distance from each pixel's grey (three channels only). 1 changes nothing.
-
-    Returns:
-        `float [p, p, C]` in [0, 1].
+    `factors` `float [3]` scale the values, their distance from the patch's mean grey, and that from
+    each pixel's grey (three channels only); 1 changes nothing. The result is float in [0, 1].
     """
     if jnp.issubdtype(patch.dtype, jnp.integer):
         patch = patch.astype(jnp.float32) / 255
 
-    def grey(patch: jax.Array) -> jax.Array:
+    def grey(patch: Array) -> Array:
         if patch.shape[-1] != 3:
             return patch.mean(-1, keepdims=True)
         return patch @ jnp.asarray(_GREY, patch.dtype)[:, None]

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from patchgd_jax.core.forward import cut, encode, fill, head_loss, read_latents
 from patchgd_jax.core.model import Params
@@ -17,11 +17,7 @@ from patchgd_jax.errors import ConfigError
 
 
 def check_exact(problem: Problem, batch_stats: Params) -> None:
-    """Checks that no batch statistics of the encoder would move in mode `exact`.
-
-    Raises:
-        ConfigError: if they would: those of a chunk are not those of the image.
-    """
+    """Raises `ConfigError` if batch statistics of the encoder would move in mode `exact`."""
     if problem.trains_encoder and jax.tree.leaves(batch_stats["encoder"]):
         raise ConfigError(
             "mode exact needs an encoder without batch statistics (norm group) or norm_policy "
@@ -29,14 +25,11 @@ def check_exact(problem: Problem, batch_stats: Params) -> None:
         )
 
 
-def exact_gradient(problem: Problem, weights: Weights, batch: Batch, key: jax.Array) -> Gradient:
-    """Computes the whole-image gradient at the memory of one chunk of patches.
+def exact_gradient(problem: Problem, weights: Weights, batch: Batch, key: Array) -> Gradient:
+    """Computes the whole-image gradient at the memory of one chunk of patches; see `check_exact`.
 
-    Z is filled without gradient, `dL/dZ` taken once through the head, and every chunk encoded
-    again to carry its slice of `dL/dZ` into the encoder (gradient caching, arXiv 2101.06983).
-
-    Raises:
-        ConfigError: if batch statistics of the encoder would move.
+    Z is filled without gradient, `dL/dZ` taken once through the head, and every chunk encoded again
+    to carry its slice of `dL/dZ` into the encoder (gradient caching, arXiv 2101.06983).
     """
     check_exact(problem, weights.batch_stats)
     config, images, fill_key = problem.config, batch["image"], named_key(key, "encoder")
@@ -47,7 +40,7 @@ def exact_gradient(problem: Problem, weights: Weights, batch: Batch, key: jax.Ar
     head_key = named_key(key, "head")
     gradient, dz = z_gradient(problem, weights, lax.stop_gradient(z), batch, head_key)
 
-    def add(total: Params, step: tuple[jax.Array, PatchIds]) -> tuple[Params, None]:
+    def add(total: Params, step: tuple[Array, PatchIds]) -> tuple[Params, None]:
         number, group = step
         group = problem.layout.own_slots(group)
         patches = cut(problem, images, group, augment)
@@ -62,11 +55,11 @@ def exact_gradient(problem: Problem, weights: Weights, batch: Batch, key: jax.Ar
 
 
 def z_gradient(
-    problem: Problem, weights: Weights, z: jax.Array, batch: Batch, key: jax.Array
-) -> tuple[Gradient, jax.Array]:
+    problem: Problem, weights: Weights, z: Array, batch: Batch, key: Array
+) -> tuple[Gradient, Array]:
     """Computes the head's gradient and `dL/dZ` `[B, N, D]`; `key` is for its dropout."""
 
-    def loss_fn(params: Params, z: jax.Array) -> tuple[jax.Array, Any]:
+    def loss_fn(params: Params, z: Array) -> tuple[Array, Any]:
         head_weights = weights._replace(params=params)
         return head_loss(problem, head_weights, z, batch, key)
 
@@ -79,18 +72,15 @@ def z_gradient(
 def chunk_gradient(
     problem: Problem,
     weights: Weights,
-    dz: jax.Array,
-    patches: jax.Array,
+    dz: Array,
+    patches: Array,
     group: PatchIds,
     batch: Batch,
-    key: jax.Array,
+    key: Array,
 ) -> Params:
-    """Carries `dL/dZ` `[B, N, D]` through a group's patches into the encoder's parameters.
+    """Carries `dL/dZ` `[B, N, D]` into the encoder, with the `key` of the patches' first pass."""
 
-    The patches are encoded again; `key` must be the one they were encoded with for Z.
-    """
-
-    def latents_of(params: Params) -> jax.Array:
+    def latents_of(params: Params) -> Array:
         chunk_weights = weights._replace(params=params)
         train = problem.trains_encoder
         return encode(problem, chunk_weights, patches, group, batch, key, train=train)[0]
@@ -100,14 +90,14 @@ def chunk_gradient(
     return grads
 
 
-def full_gradient(problem: Problem, weights: Weights, batch: Batch, key: jax.Array) -> Gradient:
+def full_gradient(problem: Problem, weights: Weights, batch: Batch, key: Array) -> Gradient:
     """Differentiates end to end through every patch; `config.remat` recomputes chunks."""
     grid, config = problem.grid, problem.config
     chunk = config.fill_chunk if config.remat else grid.num_patches
     groups = chunk_patch_ids(batch, grid, chunk, config.strata)
     augment = problem.augmentation(key, "augment", batch["image"].shape[0])
 
-    def loss_fn(params: Params) -> tuple[jax.Array, Any]:
+    def loss_fn(params: Params) -> tuple[Array, Any]:
         z, batch_stats = fill(
             problem,
             weights._replace(params=params),

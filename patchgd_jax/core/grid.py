@@ -7,16 +7,13 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from patchgd_jax.errors import ConfigError
 
 
 class Grid(Protocol):
-    """What a step needs to know of patches, in any number of dimensions.
-
-    A grid is hashable and holds no arrays: it is static in the jitted step.
-    """
+    """Patches in any number of dimensions; hashable, without arrays: static in the jitted step."""
 
     def __hash__(self) -> int: ...
 
@@ -40,11 +37,11 @@ class Grid(Protocol):
         """Shape of a patch without its channels."""
         ...
 
-    def mask(self, sizes: jax.Array) -> jax.Array:
+    def mask(self, sizes: Array) -> Array:
         """Marks the patches of examples of true sizes `int [B, dims]`: `bool [B, rows, cols]`."""
         ...
 
-    def take(self, images: jax.Array, ids: jax.Array) -> jax.Array:
+    def take(self, images: Array, ids: Array) -> Array:
         """Cuts the patches `ids int [B, k]` out of a batch: `[B, k, *patch_shape, C]`."""
         ...
 
@@ -59,7 +56,7 @@ def covered(length: int, patch: int, stride: int) -> int:
     return (windows(length, patch, stride) - 1) * stride + patch
 
 
-def used_windows(length: int, patch: int, stride: int, lengths: jax.Array) -> jax.Array:
+def used_windows(length: int, patch: int, stride: int, lengths: Array) -> Array:
     """Marks the windows of examples of lengths `int [B, 1]` along an axis: `bool [B, n]`."""
     number = jnp.arange(windows(length, patch, stride))
     # As many windows as a grid of that length alone has: the last one may be padded.
@@ -67,12 +64,9 @@ def used_windows(length: int, patch: int, stride: int, lengths: jax.Array) -> ja
 
 
 def _window(
-    array: jax.Array, starts: tuple[jax.Array, ...], patch: int, stride: int, outside: float
-) -> jax.Array:
-    """Cuts a window of side `patch` out of an array `[*lengths, C]`.
-
-    `starts` is the window's first element along each axis, `outside` the value beyond the array.
-    """
+    array: Array, starts: tuple[Array, ...], patch: int, stride: int, outside: float
+) -> Array:
+    """Cuts the window from `starts` on out of `[*lengths, C]`; beyond it stands `outside`."""
     lengths = array.shape[:-1]
     size = (*[patch] * len(lengths), array.shape[-1])
     window = lax.dynamic_slice(array, (*starts, jnp.zeros_like(starts[0])), size)
@@ -92,11 +86,11 @@ def _window(
 
 
 def cut_windows(
-    arrays: jax.Array, starts: tuple[jax.Array, ...], patch: int, stride: int, outside: float
-) -> jax.Array:
+    arrays: Array, starts: tuple[Array, ...], patch: int, stride: int, outside: float
+) -> Array:
     """Cuts windows out of a batch `[B, *lengths, C]`; `starts` are `int [B, k]` for each axis."""
 
-    def one(array: jax.Array, starts: tuple[jax.Array, ...]) -> jax.Array:
+    def one(array: Array, starts: tuple[Array, ...]) -> Array:
         return _window(array, starts, patch, stride, outside)
 
     return jax.vmap(jax.vmap(one, (None, 0)))(arrays, starts)
@@ -104,12 +98,7 @@ def cut_windows(
 
 @dataclass(frozen=True)
 class WholeImage:
-    """The grid of one patch, the whole image, as a plain network sees it.
-
-    Args:
-        height: image height in pixels.
-        width: image width in pixels.
-    """
+    """The grid of one patch, the whole image (sides in pixels), as a plain network sees it."""
 
     height: int
     width: int
@@ -134,11 +123,11 @@ class WholeImage:
         """Height and width in pixels."""
         return self.height, self.width
 
-    def mask(self, sizes: jax.Array) -> jax.Array:
+    def mask(self, sizes: Array) -> Array:
         """Marks the one patch of every image: `bool [B, 1, 1]`."""
         return jnp.ones((sizes.shape[0], 1, 1), bool)
 
-    def take(self, images: jax.Array, ids: jax.Array) -> jax.Array:
+    def take(self, images: Array, ids: Array) -> Array:
         """Returns the images `[B, H, W, C]` as `[B, k, H, W, C]` for `ids int [B, k]`."""
         return jnp.broadcast_to(images[:, None], (*ids.shape, *images.shape[1:]))
 
@@ -147,16 +136,15 @@ class WholeImage:
 class PatchGrid:
     """The grid of square windows over an image, numbered row by row.
 
-    Patch `i` stands at row `i // cols` and column `i % cols` of Z, and its top-left pixel is
-    `(row * stride, col * stride)`. An image that the windows do not tile is continued with
-    `background` to the right and below, so every pixel is in at least one patch.
+    Patch `i` stands at row `i // cols` and column `i % cols` of Z, and its top-left pixel is `(row
+    * stride, col * stride)`. An image that the windows do not tile is continued with `background`
+    to the right and below, so every pixel is in at least one patch.
 
     Args:
         height: image height in pixels.
         width: image width in pixels.
         patch: patch side in pixels.
-        stride: pixels between neighbouring patches, at most `patch`; 0, the default, becomes
-            `patch`.
+        stride: pixels between neighbouring patches, at most `patch`; 0 becomes `patch`.
         background: uint8 value of pixels outside the image; 1/255 of it in images of floats.
 
     Raises:
@@ -217,28 +205,16 @@ class PatchGrid:
         """Width that the windows cover, at least `width`."""
         return covered(self.width, self.patch, self.stride)
 
-    def mask(self, sizes: jax.Array) -> jax.Array:
-        """Marks the patches of images that are smaller than the grid's.
-
-        Args:
-            sizes: `int [B, 2]`, the true height and width of each image inside the array.
-
-        Returns:
-            `bool [B, rows, cols]`, True for the patches of a grid of the image's own size.
-        """
+    def mask(self, sizes: Array) -> Array:
+        """Marks the patches `bool [B, rows, cols]` of grids of the images' own `sizes`."""
         row_used = used_windows(self.height, self.patch, self.stride, sizes[:, :1])
         col_used = used_windows(self.width, self.patch, self.stride, sizes[:, 1:])
         return row_used[:, :, None] & col_used[:, None, :]
 
-    def take(self, images: jax.Array, ids: jax.Array) -> jax.Array:
-        """Cuts patches out of a batch of images.
+    def take(self, images: Array, ids: Array) -> Array:
+        """Cuts patches `ids int [B, k]` out of images: `[B, k, patch, patch, C]`, of their dtype.
 
-        Args:
-            images: `[B, height, width, C]`, any dtype.
-            ids: `int [B, k]`, patch numbers; those outside `0..N-1` are clipped into it.
-
-        Returns:
-            `[B, k, patch, patch, C]`, of the images' dtype.
+        Ids outside `0..N-1` are clipped into it.
         """
         if images.shape[1:3] != (self.height, self.width):
             raise ConfigError(

@@ -1,67 +1,14 @@
-"""What an evaluation reports, from per-example results gathered on the host."""
+"""Metrics of an evaluation, from the labels and predictions of all its examples on the host."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from patchgd_jax.core.tasks import Task
-
-
-@dataclass
-class Results:
-    """Per-example results of an evaluation, added up exactly: no mean of means."""
-
-    losses: list[np.ndarray] = field(default_factory=list)
-    labels: list[np.ndarray] = field(default_factory=list)
-    predictions: list[np.ndarray] = field(default_factory=list)
-    outputs: list[np.ndarray] = field(default_factory=list)
-
-    def add(
-        self,
-        *,
-        loss: np.ndarray,
-        label: np.ndarray,
-        prediction: np.ndarray,
-        outputs: np.ndarray,
-        weight: np.ndarray,
-    ) -> None:
-        """Adds a batch, `[B, ...]` each; examples of weight 0 are padding and left out."""
-        real = weight > 0
-        self.losses.append(np.asarray(loss, np.float64)[real])
-        self.labels.append(np.asarray(label)[real])
-        self.predictions.append(np.asarray(prediction)[real])
-        self.outputs.append(np.asarray(outputs)[real])
-
-    def summary(self, task: Task, classes: int) -> dict[str, Any]:
-        """The metrics.
-
-        Returns:
-            `loss` (the mean), those of the task, and `examples`.
-        """
-        loss = np.concatenate(self.losses)
-        return {
-            "loss": float(loss.sum() / len(loss)),
-            **task.summary(
-                labels=np.concatenate(self.labels),
-                predictions=np.concatenate(self.predictions),
-                outputs=np.concatenate(self.outputs),
-                classes=classes,
-            ),
-            "examples": len(loss),
-        }
-
 
 def classification(label: np.ndarray, prediction: np.ndarray, classes: int) -> dict[str, Any]:
-    """Metrics of one class per example.
-
-    Args:
-        label: `int [n]`.
-        prediction: `int [n]`.
-        classes: K.
+    """Computes metrics of one class per example; label and prediction are `int [n]`.
 
     Returns:
         `accuracy`, `balanced_accuracy` (mean recall of the classes that occur),
@@ -86,17 +33,12 @@ def classification(label: np.ndarray, prediction: np.ndarray, classes: int) -> d
 
 
 def multi_label(label: np.ndarray, prediction: np.ndarray, score: np.ndarray) -> dict[str, Any]:
-    """Metrics of several yes-or-no labels per example.
-
-    Args:
-        label: `bool [n, K]`.
-        prediction: `bool [n, K]`.
-        score: `float [n, K]`, higher for a likelier label.
+    """Computes metrics of K yes-or-no labels, `bool [n, K]`, with `score float [n, K]`.
 
     Returns:
         `accuracy` (share of right answers), `average_precision` and `f1` per label (None for a
-        label that no example has), and their means over the other labels,
-        `mean_average_precision` and `mean_f1` (None if there are none).
+        label that no example has), and their means over the other labels, `mean_average_precision`
+        and `mean_f1` (None if there are none).
     """
     from sklearn.metrics import average_precision_score
 

@@ -1,94 +1,91 @@
 """PatchModel: the contract between the PatchGD steps and a model library.
 
-Three pure functions, as Optax has two for an optimizer. `step.py` knows nothing else of a model.
+Three pure functions, as Optax has two for an optimizer; the steps use nothing else of a model.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-import jax
+from jax import Array
 
 PyTree = Any
 """A pytree of arrays."""
 Params = dict[str, PyTree]
-"""A pytree with one entry each for `encoder` (theta1) and `head` (theta2)."""
+"""A pytree with the entries `encoder` (theta1) and `head` (theta2)."""
 
 
 class Init(Protocol):
-    """Makes the parameters and the model state (batch statistics)."""
+    """Initialises the parameters and the batch statistics."""
 
-    def __call__(self, key: jax.Array) -> tuple[Params, Params]:
-        """Returns `(params, model_state)`, both with the entries `encoder` and `head`."""
+    def __call__(self, key: Array) -> tuple[Params, Params]:
+        """Returns `(params, batch_stats)`, both with the entries `encoder` and `head`."""
         ...
 
 
 class Encode(Protocol):
-    """theta1: patches to latents."""
+    """The encoder, theta1: patches to latents."""
 
     def __call__(
         self,
         params: Params,
-        model_state: Params,
-        patches: jax.Array,
+        batch_stats: Params,
+        patches: Array,
         *,
         train: bool,
-        rng: jax.Array,
-        mask: jax.Array | None = None,
-    ) -> tuple[jax.Array, Params]:
+        rng: Array,
+        mask: Array | None = None,
+    ) -> tuple[Array, Params]:
         """Encodes patches.
 
         Args:
-            params: of both parts.
-            model_state: of both parts.
-            patches: `[M, *grid.patch_shape, C]`, as the images come (uint8); normalised here.
-            train: whether dropout is on and batch statistics are taken from this batch.
+            params: encoder and head parameters.
+            batch_stats: encoder and head batch statistics.
+            patches: `[M, *grid.patch_shape, C]`, in the dtype of the images; normalised here.
+            train: whether to apply dropout and to use the statistics of this batch.
             rng: PRNG key for dropout.
-            mask: `bool [M]`, False for patches that batch statistics must leave out.
+            mask: `bool [M]`, False for patches to leave out of batch statistics; None to use all.
 
         Returns:
-            latents `float [M, D]` and the new model state.
+            latents `float [M, D]` and the new batch statistics.
         """
         ...
 
 
 class Classify(Protocol):
-    """theta2: the latent block to logits."""
+    """The head, theta2: the latent block to logits."""
 
     def __call__(
         self,
         params: Params,
-        model_state: Params,
-        z: jax.Array,
-        mask: jax.Array | None,
+        batch_stats: Params,
+        z: Array,
+        mask: Array | None,
         *,
         train: bool,
-        rng: jax.Array,
-    ) -> tuple[jax.Array, Params]:
-        """Classifies `z float [B, rows, cols, D]`.
+        rng: Array,
+    ) -> tuple[Array, Params]:
+        """Classifies `z float [B, rows, cols, D]`; other arguments as in `Encode`.
 
         Args:
-            params: of both parts.
-            model_state: of both parts.
+            params: encoder and head parameters.
+            batch_stats: encoder and head batch statistics.
             z: the latent block; `z[b, r, c]` is the patch at pixel `(r * stride, c * stride)`.
-            mask: `bool [B, rows, cols]`, False where a patch is nothing but padding; None if
-                every patch is real.
-            train: whether dropout is on and batch statistics are taken from this batch.
+            mask: `bool [B, rows, cols]`, False where a patch is only padding; None if none is.
+            train: whether to apply dropout and to use the statistics of this batch.
             rng: PRNG key for dropout.
 
         Returns:
-            logits `float [B, classes]` and the new model state.
+            logits `float [B, classes]` and the new batch statistics.
         """
         ...
 
 
 class Attend(Protocol):
-    """How much the head looks at each patch."""
+    """The head's attention to each patch."""
 
-    def __call__(
-        self, params: Params, model_state: Params, z: jax.Array, mask: jax.Array | None
-    ) -> jax.Array:
-        """Weights `float [B, rows, cols]` of a pass in eval mode; arguments as in `Classify`."""
+    def __call__(self, params: Params, batch_stats: Params, z: Array, mask: Array | None) -> Array:
+        """Returns weights `float [B, rows, cols]` in eval mode; arguments as in `Classify`."""
         ...
 
 
@@ -99,4 +96,4 @@ class PatchModel(NamedTuple):
     encode: Encode
     classify: Classify
     attend: Attend | None = None
-    """None where the head has no attention to show."""
+    """None if the model has no attention."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from patchgd_jax.config import OptimizerConfig
 from patchgd_jax.core.model import Params, PyTree
 from patchgd_jax.errors import ConfigError
 
-Schedule = Callable[[jax.Array], jax.Array]
+Optimizer: TypeAlias = optax.GradientTransformation
+Schedule = Callable[[Array], Array]
 
 
 def make_schedule(config: OptimizerConfig, *, total_steps: int, warmup_steps: int) -> Schedule:
@@ -47,23 +49,21 @@ def make_optimizer(
     steps_per_epoch: int,
     updates_per_step: int,
     depth: Mapping[str, int] | None = None,
-) -> optax.GradientTransformation:
+) -> Optimizer:
     """Builds the optimizer.
 
     Args:
-        config: update rule, schedule, decay, clipping, the encoder's rates and averaging.
+        config: update rule, schedule, decay, clipping, the encoder's rates and EMA.
         total_steps: outer steps of the run.
         steps_per_epoch: outer steps of an epoch.
         updates_per_step: updates of one outer step; the rate is the same for all of them.
-        depth: of each of the encoder's top-level entries, from `encoder_layers(...).depth`.
-
-    Raises:
-        ConfigError: if `layer_decay` is set without `depth`.
+        depth: of each of the encoder's top-level entries, from `encoder_layers(...).depth`; needed
+            for `layer_decay`.
     """
     warmup_steps = min(total_steps, round(config.warmup_epochs * steps_per_epoch))
     per_outer_step = make_schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
 
-    def rate(count: jax.Array) -> jax.Array:
+    def rate(count: Array) -> Array:
         return per_outer_step(count // updates_per_step)
 
     match config.name:
@@ -83,9 +83,7 @@ def make_optimizer(
     return with_ema(optimizer, config.ema_decay)
 
 
-def _scale_encoder(
-    ratio: float, decay: float, depth: Mapping[str, int] | None
-) -> optax.GradientTransformation:
+def _scale_encoder(ratio: float, decay: float, depth: Mapping[str, int] | None) -> Optimizer:
     """Multiplies the updates of the encoder by `ratio`, and by `decay` per block after them."""
     if decay != 1 and depth is None:
         raise ConfigError("optimizer.layer_decay needs the depth of the encoder's parameters")
@@ -110,24 +108,18 @@ def _scale_encoder(
 class EmaState(NamedTuple):
     """State of an optimizer with an EMA of the parameters."""
 
-    updates: jax.Array
+    updates: Array
     """`int32 []`, their number so far."""
     average: Params
     """EMA of the trainable parameters."""
     inner: PyTree
 
 
-def with_ema(
-    optimizer: optax.GradientTransformation, decay: float | None
-) -> optax.GradientTransformation:
-    """Adds an exponential moving average (EMA) of the parameters to an optimizer.
+def with_ema(optimizer: Optimizer, decay: float | None) -> Optimizer:
+    """Adds an exponential moving average (EMA) of the parameters to an optimizer; None adds none.
 
     With the parameters `p_0` before the first update and `p_i` after update `i`, the average is
     `a_0 = p_0`, `a_i = decay * a_(i - 1) + (1 - decay) * p_i`.
-
-    Args:
-        optimizer: any optax transformation.
-        decay: in [0, 1); None for the optimizer as it is.
     """
     if decay is None:
         return optimizer
@@ -143,7 +135,7 @@ def with_ema(
         updates, inner = optimizer.update(grads, state.inner, params)
         after = optax.apply_updates(params, updates)
 
-        def mean(average: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
+        def mean(average: Array, before: Array, after: Array) -> Array:
             # Parameters may have been replaced since `init`, such as by pretrained ones.
             average = jnp.where(state.updates == 0, before, average)
             return decay * average + (1 - decay) * after

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from patchgd_jax.core.grid import Grid
 from patchgd_jax.errors import ConfigError
@@ -27,16 +28,16 @@ class PatchIds:
     """`int32 [..., B, k]`, on the device or the host."""
     padded: bool = field(metadata={"static": True})
     """Whether there may be padding slots; without them the encoder gets no mask."""
-    weights: jax.Array | None = None
+    weights: Array | None = None
     """`float [..., B, k]`, factors on each patch's part of the encoder's gradient. None: 1."""
 
 
-def has_padding(ids: jax.Array, grid: Grid) -> bool:
+def has_padding(ids: Array, grid: Grid) -> bool:
     """Tells whether groups `[n, B, k]` that hold each patch once have padding slots."""
     return ids.shape[0] * ids.shape[2] != grid.num_patches
 
 
-def valid_ids(batch: Mapping[str, jax.Array], grid: Grid) -> jax.Array | None:
+def valid_ids(batch: Mapping[str, Array], grid: Grid) -> Array | None:
     """Lists the valid patches in order, padding last: `int32 [B, M]`, or None for all N."""
     if "patches" in batch:
         ids = jnp.sort(batch["patches"].astype(jnp.int32), axis=1)
@@ -49,7 +50,7 @@ def valid_ids(batch: Mapping[str, jax.Array], grid: Grid) -> jax.Array | None:
     return unique_padding_ids(ids, grid.num_patches)
 
 
-def valid_mask(batch: Mapping[str, jax.Array], grid: Grid) -> jax.Array | None:
+def valid_mask(batch: Mapping[str, Array], grid: Grid) -> Array | None:
     """Marks the valid patches for the head: `bool [B, rows, cols]`, or None for all."""
     if "patches" not in batch:
         return grid.mask(batch["size"]) if "size" in batch else None
@@ -59,7 +60,7 @@ def valid_mask(batch: Mapping[str, jax.Array], grid: Grid) -> jax.Array | None:
     return used.reshape(-1, grid.rows, grid.cols)
 
 
-def real_mask(batch: Mapping[str, jax.Array], grid: Grid) -> jax.Array | None:
+def real_mask(batch: Mapping[str, Array], grid: Grid) -> Array | None:
     """Marks the valid patches of real examples (weight above 0): `bool [B, N]`, or None for all."""
     real = valid_mask(batch, grid)
     if real is not None:
@@ -70,7 +71,7 @@ def real_mask(batch: Mapping[str, jax.Array], grid: Grid) -> jax.Array | None:
     return real
 
 
-def slot_mask(batch: Mapping[str, jax.Array], grid: Grid, group: PatchIds) -> jax.Array | None:
+def slot_mask(batch: Mapping[str, Array], grid: Grid, group: PatchIds) -> Array | None:
     """Marks a group's slots `[B, k]` that batch statistics count, or None for all of them."""
     mask = group.ids < grid.num_patches if group.padded else None
     real = real_mask(batch, grid)
@@ -81,18 +82,12 @@ def slot_mask(batch: Mapping[str, jax.Array], grid: Grid, group: PatchIds) -> ja
 
 
 def chunk_patch_ids(
-    batch: Mapping[str, jax.Array], grid: Grid, chunk: int, strata: int = 1
+    batch: Mapping[str, Array], grid: Grid, chunk: int, strata: int = 1
 ) -> PatchIds:
-    """Divides the valid patches into chunks, each patch in one.
+    """Divides the valid patches into chunks `int32 [n, B, chunk]`, each patch in one.
 
-    Args:
-        batch: any entry gives the number of images; a streamed batch has no `image`.
-        grid: the patch grid.
-        chunk: patches at a time.
-        strata: S; a chunk has an equal share of each stratum, and is rounded up to a multiple of S.
-
-    Returns:
-        Chunks `int32 [n, B, chunk]`.
+    With S `strata` a chunk has an equal share of each, and is rounded up to a multiple of S. Any
+    entry of the batch gives the number of images; a streamed batch has no `image`.
     """
     valid = valid_ids(batch, grid)
     images, count = next(iter(batch.values())).shape[0], grid.num_patches
@@ -105,7 +100,7 @@ def chunk_patch_ids(
     return PatchIds(ids, valid is not None or has_padding(ids, grid))
 
 
-def _chunk_list(patches: jax.Array, chunk: int, num_patches: int) -> jax.Array:
+def _chunk_list(patches: Array, chunk: int, num_patches: int) -> Array:
     """Divides lists `int [B, M]` into chunks `int32 [ceil(M / chunk), B, chunk]`."""
     batch, length = patches.shape
     chunk = min(chunk, length)
@@ -114,7 +109,7 @@ def _chunk_list(patches: jax.Array, chunk: int, num_patches: int) -> jax.Array:
     return jnp.swapaxes(jnp.concatenate([patches, rows], 1).reshape(batch, -1, chunk), 0, 1)
 
 
-def _chunk_strata(strata: jax.Array, chunk: int, num_patches: int) -> jax.Array:
+def _chunk_strata(strata: Array, chunk: int, num_patches: int) -> Array:
     """Divides strata `int [S, B, L]` into chunks, one stratum's share after the other's."""
     count, batch, length = strata.shape
     share = min(-(-chunk // count), length)
@@ -124,12 +119,14 @@ def _chunk_strata(strata: jax.Array, chunk: int, num_patches: int) -> jax.Array:
     return unique_padding_ids(ids, num_patches)
 
 
-def strata_ids(num_patches: int, strata: int, valid: jax.Array | None = None) -> jax.Array:
+def strata_ids(num_patches: int, strata: int, valid: Array | None = None) -> Array:
     """Lists the patches of each stratum: runs of consecutive ids, as equal as can be.
+
+    Stratum `s` has the ids from `s * N // S` up to `(s + 1) * N // S`.
 
     Args:
         num_patches: N.
-        strata: S; stratum `s` has the ids from `s * N // S` up to `(s + 1) * N // S`.
+        strata: S.
         valid: `int [B, M]`, from `valid_ids`. None: all N.
 
     Returns:
@@ -155,13 +152,13 @@ def strata_ids(num_patches: int, strata: int, valid: jax.Array | None = None) ->
     return kept[..., : min(longest, valid.shape[1])].astype(jnp.int32)
 
 
-def unique_padding_ids(ids: jax.Array, num_patches: int) -> jax.Array:
+def unique_padding_ids(ids: Array, num_patches: int) -> Array:
     """Gives padding slots (N and more) different ids along the last axis."""
     slots = num_patches + jnp.arange(ids.shape[-1], dtype=ids.dtype)
     return jnp.where(ids < num_patches, ids, slots)
 
 
-def deduplicate(ids: jax.Array, num_patches: int) -> jax.Array:
+def deduplicate(ids: Array, num_patches: int) -> Array:
     """Keeps each patch of groups `int [..., k]` once, in order; the other slots become padding."""
     ids = jnp.sort(ids, axis=-1)
     first = jnp.ones((*ids.shape[:-1], 1), bool)

@@ -1,7 +1,6 @@
 """`Problem`: everything static that a step is made of, and the device layout it runs on.
 
-What is static and the same in every function travels as one `Problem`; what is traced (weights, Z,
-patch ids, the batch, the key) stays an argument of its own.
+What is traced (weights, Z, patch ids, the batch, the key) stays an argument of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from enum import Enum, auto
 from typing import Any, NamedTuple
 
 import jax
+from jax import Array
 
 from patchgd_jax.config import AugmentConfig, PatchGDConfig
 from patchgd_jax.core.augment import Augment, augmentation
@@ -22,7 +22,7 @@ from patchgd_jax.core.patch_ids import PatchIds
 from patchgd_jax.core.tasks import SINGLE_LABEL, Task
 from patchgd_jax.errors import ConfigError
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Array]
 """`image` `[B, H, W, C]` (uint8, or float in [0, 1]) and `label` (`int [B]`, or the task's format);
 optionally `weight` `float [B]` (factor on the loss; 0 for padding examples), and the valid patches:
 `patches` `int [B, M]` (ids; N and more are padding), or `size` `int [B, 2]` (true height, width).
@@ -57,10 +57,9 @@ class Spec(Enum):
 
 
 class Layout:
-    """The layout on one device, where every part is the whole.
+    """The layout on one device, where every part is the whole; `MeshLayout` is the one for a mesh.
 
     A step is written once: where several devices share the work, it asks its layout.
-    `engine.sharding.placement.MeshLayout` is the one for a mesh.
     """
 
     patch_devices: int = 1
@@ -69,10 +68,8 @@ class Layout:
     def spread(self, function: Callable[..., Any], arguments: Any, results: Any) -> Any:
         """Turns a function of one device's parts into one of whole arrays, as `jax.shard_map` does.
 
-        Args:
-            function: only inside it may the other methods be called.
-            arguments: a `Spec` for each argument, or a tree of them.
-            results: a tree of `Spec`s.
+        `arguments` and `results` are trees of `Spec`s. The other methods may be called only inside
+        the function.
         """
         return function
 
@@ -80,7 +77,7 @@ class Layout:
         """Marks constant parameters for use beside those a spread function was given."""
         return params
 
-    def take(self, grid: Grid, images: jax.Array, ids: jax.Array) -> jax.Array:
+    def take(self, grid: Grid, images: Array, ids: Array) -> Array:
         """Cuts patches out of this device's part of the images; `ids` are from `own_slots`."""
         return grid.take(images, ids)
 
@@ -88,30 +85,30 @@ class Layout:
         """Takes this device's slots, along the last axis of each array."""
         return groups
 
-    def all_slots(self, latents: jax.Array) -> jax.Array:
+    def all_slots(self, latents: Array) -> Array:
         """Gathers the latents `[..., k, D]` of all devices."""
         return latents
 
-    def sum_images(self, value: jax.Array) -> jax.Array:
+    def sum_images(self, value: Array) -> Array:
         """Sums over all devices' images."""
         return value
 
-    def first_image(self, count: int) -> int | jax.Array:
+    def first_image(self, count: int) -> int | Array:
         """Returns the place in the batch of the first of this device's `count` images."""
         return 0
 
-    def patches_key(self, key: jax.Array) -> jax.Array:
+    def patches_key(self, key: Array) -> Array:
         """Derives the key of this device's patches."""
         return key
 
-    def images_key(self, key: jax.Array) -> jax.Array:
+    def images_key(self, key: Array) -> Array:
         """Derives the key of this device's images, apart from their patches."""
         return key
 
 
 ONE_DEVICE = Layout()
 
-Sampler = Callable[["Problem", Weights, jax.Array, Batch, jax.Array], PatchIds]
+Sampler = Callable[["Problem", Weights, Array, Batch, Array], PatchIds]
 """Draws the groups of the inner steps after the fill, from `(problem, weights, z, batch, key)`."""
 
 
@@ -127,11 +124,8 @@ class Problem:
         augment: random changes of the patches.
         layout: of images, patches and parameters over devices.
         frozen: the encoder's top-level entries that are not trained.
-        sampler: replaces `sampling.sample_groups` in the inner steps; needed for
-            `config.importance` (`contrib.importance.importance_groups`).
-
-    Raises:
-        ConfigError: if `config.importance` is set without a sampler.
+        sampler: replaces `sampling.sample_groups` in the inner steps; `config.importance` needs one
+            (`contrib.importance.importance_groups`).
     """
 
     model: PatchModel
@@ -155,11 +149,11 @@ class Problem:
         """Whether the encoder runs in train mode in inner steps."""
         return self.config.norm_policy != "frozen"
 
-    def augmentation(self, key: jax.Array, name: str, images: int) -> Augment | None:
+    def augmentation(self, key: Array, name: str, images: int) -> Augment | None:
         """Returns the changes of this device's `images` patches, or None."""
         return augmentation(self.augment, named_key(key, name), self.layout.first_image(images))
 
 
-def named_key(key: jax.Array, name: str) -> jax.Array:
+def named_key(key: Array, name: str) -> Array:
     """Derives a key for one named use of randomness, independent of every other name's."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from patchgd_jax.config import PatchGDConfig
 from patchgd_jax.core.patch_ids import deduplicate, strata_ids, unique_padding_ids
@@ -14,11 +15,7 @@ from patchgd_jax.errors import ConfigError
 
 
 def group_size(num_patches: int, inner_steps: int) -> int:
-    """Computes the width of a group, k = ceil(N / J).
-
-    Raises:
-        ConfigError: if there are more groups than patches, since some would then be empty.
-    """
+    """Computes the width of a group, k = ceil(N / J); raises `ConfigError` if J > N."""
     if inner_steps > num_patches:
         raise ConfigError(
             f"{inner_steps} inner steps for a grid of {num_patches} patches: some would have no "
@@ -31,10 +28,8 @@ def inclusion_probability(config: PatchGDConfig, num_patches: int) -> float:
     """Computes the probability that a given patch is in a given inner step's group.
 
     The mean over the inner steps of the encoder's gradient is this share of the whole-image
-    gradient, in expectation (exactly, for a partition and unchanged parameters).
-
-    Raises:
-        ConfigError: if it is not the same for all patches, since strata differ in size.
+    gradient, in expectation (exactly, for a partition and unchanged parameters). Raises
+    `ConfigError` if patches differ in it, because strata differ in size.
     """
     if config.sampling == "partition":
         return 1 / config.num_inner_steps
@@ -48,11 +43,10 @@ def inclusion_probability(config: PatchGDConfig, num_patches: int) -> float:
     return 1 - (1 - 1 / num_patches) ** group_size(num_patches, config.num_inner_steps)
 
 
-def encoder_scale(config: PatchGDConfig, num_patches: int, batch: Mapping[str, jax.Array]) -> float:
+def encoder_scale(config: PatchGDConfig, num_patches: int, batch: Mapping[str, Array]) -> float:
     """Returns the factor on the encoder's gradient in the modes with inner steps.
 
-    Raises:
-        ConfigError: if `unbiased` has no one value for all images.
+    Raises `ConfigError` if `unbiased` has no one value for all images.
     """
     if config.encoder_grad_scale != "unbiased":
         return config.encoder_grad_scale
@@ -65,24 +59,16 @@ def encoder_scale(config: PatchGDConfig, num_patches: int, batch: Mapping[str, j
 
 
 def partition_groups(
-    key: jax.Array,
-    config: PatchGDConfig,
-    num_patches: int,
-    batch: int,
-    valid: jax.Array | None = None,
-) -> jax.Array:
+    key: Array, config: PatchGDConfig, num_patches: int, batch: int, valid: Array | None = None
+) -> Array:
     """Draws groups as `sample_groups`, as a partition even if the config's sampling is uniform."""
     config = dataclasses.replace(config, sampling="partition", importance="none")
     return sample_groups(key, config, num_patches, batch, valid)
 
 
 def sample_groups(
-    key: jax.Array,
-    config: PatchGDConfig,
-    num_patches: int,
-    batch: int,
-    valid: jax.Array | None = None,
-) -> jax.Array:
+    key: Array, config: PatchGDConfig, num_patches: int, batch: int, valid: Array | None = None
+) -> Array:
     """Draws the groups of an outer step's inner steps.
 
     `config.sampling` partition shuffles all N patches and deals them out: each is in exactly one of
@@ -120,13 +106,13 @@ def sample_groups(
         deal = _deal_list if config.sampling == "partition" else _draw_list
         return deal(key, valid, num_patches, steps, k, shared=shared)
 
-    def partition(key: jax.Array) -> jax.Array:
+    def partition(key: Array) -> Array:
         order = jax.random.permutation(key, num_patches).astype(jnp.int32)
         padding = jnp.arange(num_patches, steps * k, dtype=jnp.int32)
         # Dealt out like cards, so that the padding slots fall on different groups.
         return jnp.concatenate([order, padding]).reshape(k, steps).T
 
-    def uniform(key: jax.Array) -> jax.Array:
+    def uniform(key: Array) -> Array:
         drawn = jnp.sort(jax.random.randint(key, (steps, k), 0, num_patches), axis=-1)
         again = jnp.pad(drawn[:, 1:] == drawn[:, :-1], ((0, 0), (1, 0)))
         return jnp.where(again, num_patches + jnp.arange(k), drawn).astype(jnp.int32)
@@ -138,16 +124,14 @@ def sample_groups(
     return jnp.swapaxes(groups, 0, 1)
 
 
-def _stratified(
-    key: jax.Array, config: PatchGDConfig, lists: jax.Array, num_patches: int
-) -> jax.Array:
+def _stratified(key: Array, config: PatchGDConfig, lists: Array, num_patches: int) -> Array:
     """Draws groups `int32 [J, B, S * k]` from the lists `[S, B, L]` of strata."""
     strata, batch, length = lists.shape
     steps, shared = config.num_inner_steps, config.sample_per == "batch"
     k = -(-length // steps)
     deal = _deal_list if config.sampling == "partition" else _draw_list
 
-    def groups(number: jax.Array, patches: jax.Array) -> jax.Array:
+    def groups(number: Array, patches: Array) -> Array:
         stratum_key = jax.random.fold_in(key, number)
         return deal(stratum_key, patches, num_patches, steps, k, shared=shared)
 
@@ -164,8 +148,8 @@ def _stratified(
 
 
 def _deal_list(
-    key: jax.Array, patches: jax.Array, num_patches: int, inner_steps: int, k: int, *, shared: bool
-) -> jax.Array:
+    key: Array, patches: Array, num_patches: int, inner_steps: int, k: int, *, shared: bool
+) -> Array:
     """Shuffles each image's patches and deals them out to J groups, `int32 [J, B, k]`."""
     batch, length = patches.shape
     order = jax.random.uniform(key, (1 if shared else batch, length))
@@ -179,8 +163,8 @@ def _deal_list(
 
 
 def _draw_list(
-    key: jax.Array, patches: jax.Array, num_patches: int, inner_steps: int, k: int, *, shared: bool
-) -> jax.Array:
+    key: Array, patches: Array, num_patches: int, inner_steps: int, k: int, *, shared: bool
+) -> Array:
     """Draws from each image's patches with replacement, `int32 [J, B, k]`."""
     batch = patches.shape[0]
     count = (patches < num_patches).sum(1)

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from patchgd_jax.core.forward import read_latents
 
 
-def init_last_encoded(batch: int, num_patches: int) -> jax.Array:
-    """Starts the record of the inner step that computed each entry of Z: -1, the fill.
-
-    Returns:
-        `int32 [B, N]`.
-    """
+def init_last_encoded(batch: int, num_patches: int) -> Array:
+    """Starts the record of the inner step that computed each entry of Z: -1, the fill."""
     return jnp.full((batch, num_patches), -1, jnp.int32)
 
 
-def mark_encoded(computed: jax.Array, ids: jax.Array, number: jax.Array) -> jax.Array:
-    """Records the entries that an inner step computes.
-
-    Args:
-        computed: `int32 [B, N]`, from `init_last_encoded` or here.
-        ids: `int [B, k]`, the inner step's group; those of at least N are dropped.
-        number: `int []`, of the inner step.
-
-    Returns:
-        `int32 [B, N]`.
-    """
+def mark_encoded(computed: Array, ids: Array, number: Array) -> Array:
+    """Records in `computed [B, N]` that an inner step encodes `ids [B, k]`."""
     row = jnp.arange(ids.shape[0])[:, None]
     return computed.at[row, ids].set(number.astype(computed.dtype), mode="drop")
 
 
-def mean_age(ids: jax.Array, num_patches: int, real: jax.Array | None = None) -> jax.Array:
+def mean_age(ids: Array, num_patches: int, real: Array | None = None) -> Array:
     """Averages the age of the entries of Z that the head reads, over patches and inner steps.
 
     An entry's age is the number of inner steps since the one that computed it: 0 where it is
@@ -44,14 +30,11 @@ def mean_age(ids: jax.Array, num_patches: int, real: jax.Array | None = None) ->
         ids: `int [J, B, k]`, the groups of an outer step; those of at least N are dropped.
         num_patches: N.
         real: `bool [B, N]`, the patches that count. None: all.
-
-    Returns:
-        `float []`, in inner steps.
     """
     inner_steps, batch, _ = ids.shape
     count = jnp.maximum(batch * num_patches if real is None else real.sum(), 1)
 
-    def read(computed: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def read(computed: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
         number, group = step
         computed = mark_encoded(computed, group, number)
         # Not a sum of integers, which many patches and steps could overflow.
@@ -62,19 +45,17 @@ def mean_age(ids: jax.Array, num_patches: int, real: jax.Array | None = None) ->
     return lax.scan(read, init_last_encoded(batch, num_patches), steps)[1].mean()
 
 
-def squared_change(
-    old: jax.Array, new: jax.Array, ids: jax.Array, weight: jax.Array | None = None
-) -> jax.Array:
-    """Sums the squared change of the entries that were encoded anew.
+def squared_change(old: Array, new: Array, ids: Array, weight: Array | None = None) -> Array:
+    """Sums the squared change of the entries of Z `[B, N, D]` that were encoded anew.
 
     Args:
-        old: Z before, `[B, N, D]`.
-        new: Z after, `[B, N, D]`.
+        old: Z before.
+        new: Z after.
         ids: `int [B, k]`, which they are; those of at least N do not count.
-        weight: `float [B]`, of the examples; those of weight 0 are padding. None: all count.
+        weight: `float [B]`; examples of weight 0 are padding. None: all count.
 
     Returns:
-        `float [2]`: the sums of squares of the change and of the old entries. Those of several
+        `float [2]`: the sums of squares of the change and of the old entries; those of several
         parts of a batch add up.
     """
     dtype = jnp.promote_types(old.dtype, jnp.float32)
@@ -86,18 +67,14 @@ def squared_change(
     return jnp.stack([jnp.vdot(change, change), jnp.vdot(before, before)])
 
 
-def drift(changes: jax.Array) -> jax.Array:
+def drift(changes: Array) -> Array:
     """Averages the relative change `|new - old| / |old|` of entries since they were last computed.
 
     Besides updates of the encoder it includes dropout, augmentation drawn anew (`augment.same_draw`
     False), and the difference between a group's batch statistics and the moving ones of the fill
     (unless `norm_policy` is paper or frozen): then a drift of 1 says nothing about the updates.
-
-    Args:
-        changes: `float [J, 2]`, from `squared_change`.
-
-    Returns:
-        `float []`, the mean over the inner steps; one whose old entries are all zero counts 0.
+    `changes` `float [J, 2]` are from `squared_change`; a step whose old entries are all zero counts
+    0.
     """
     change, size = changes[:, 0], changes[:, 1]
     return jnp.where(size > 0, jnp.sqrt(change / jnp.where(size > 0, size, 1)), 0).mean()

@@ -1,8 +1,8 @@
 """One outer step of Patch Gradient Descent on a batch of images.
 
-Source: arXiv 2301.13817, Algorithm 1 (and its TMLR 2024 version, openreview 6dS1jhdemD). Read from
-top to bottom: `train_step` is the algorithm, each function below it one part of it. Nothing is
-jitted here; the caller adds jit, donation and shardings once.
+Source: arXiv 2301.13817, Algorithm 1 (and its TMLR 2024 version, openreview 6dS1jhdemD).
+`train_step` is the algorithm, each function below it one part of it. Nothing is jitted here; the
+caller adds jit, donation and shardings once.
 """
 
 from __future__ import annotations
@@ -12,26 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax import lax
+from jax import Array, lax
 
-from patchgd_jax.core.forward import (
-    cut,
-    encode,
-    fill,
-    head_loss,
-    scale_gradient,
-    write_latents,
-)
+from patchgd_jax.core.forward import cut, encode, fill, head_loss, scale_gradient, write_latents
 from patchgd_jax.core.gradients import exact_gradient, full_gradient
 from patchgd_jax.core.model import Params
-from patchgd_jax.core.patch_ids import (
-    PatchIds,
-    chunk_patch_ids,
-    has_padding,
-    real_mask,
-    valid_ids,
-)
+from patchgd_jax.core.optimizer import Optimizer
+from patchgd_jax.core.patch_ids import PatchIds, chunk_patch_ids, has_padding, real_mask, valid_ids
 from patchgd_jax.core.problem import Batch, Problem, Spec, Weights, named_key
 from patchgd_jax.core.sampling import encoder_scale, partition_groups, sample_groups
 from patchgd_jax.core.staleness import drift, mean_age, squared_change
@@ -48,16 +35,12 @@ from patchgd_jax.core.update import (
 
 @outer_step
 def train_step(
-    problem: Problem,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    batch: Batch,
-    key: jax.Array,
+    problem: Problem, optimizer: Optimizer, state: TrainState, batch: Batch, key: Array
 ) -> tuple[TrainState, Metrics]:
     """Trains on one batch of images: fills Z, then makes J inner steps.
 
     Args:
-        problem: what is static: model, grid, settings, task, layout.
+        problem: the static part.
         optimizer: any optax transformation; called `config.updates_per_step` times.
         state: from `init_state` or an earlier step.
         batch: see `problem.Batch`.
@@ -101,7 +84,7 @@ def train_step(
         (GRADIENT_SPEC, Spec.IMAGES, Spec.SUM),
     )
 
-    def update(carry: tuple[TrainState, jax.Array], inner: Any) -> Any:
+    def update(carry: tuple[TrainState, Array], inner: Any) -> Any:
         state, z = carry
         gradient, z, moved = gradient_of(state.weights, z, batch, inner, key)
         state, metrics = apply_gradient(problem, optimizer, state, gradient, batch, scale)
@@ -121,16 +104,10 @@ def train_step(
     }
 
 
-def draw(problem: Problem, batch: Batch, key: jax.Array) -> tuple[PatchIds, PatchIds]:
-    """Draws the patches of each chunk of the fill, and of each inner step.
+def draw(problem: Problem, batch: Batch, key: Array) -> tuple[PatchIds, PatchIds]:
+    """Draws the fill's chunks `int32 [n, B, chunk]` and the inner steps' groups `[J, B, k]`.
 
-    Args:
-        problem: with the grid and the sampling.
-        batch: tells which patches are valid; any entry gives the number of images.
-        key: the outer step's, with the step number folded in.
-
-    Returns:
-        Chunks `int32 [n, B, chunk]` and groups `int32 [J, B, k]`.
+    The batch tells which patches are valid; `key` has the step number folded in.
     """
     config, grid = problem.config, problem.grid
     images, valid = next(iter(batch.values())).shape[0], valid_ids(batch, grid)
@@ -146,8 +123,8 @@ def draw(problem: Problem, batch: Batch, key: jax.Array) -> tuple[PatchIds, Patc
 
 
 def first_fill(
-    problem: Problem, weights: Weights, batch: Batch, chunks: PatchIds, key: jax.Array
-) -> tuple[jax.Array, Params]:
+    problem: Problem, weights: Weights, batch: Batch, chunks: PatchIds, key: Array
+) -> tuple[Array, Params]:
     """Fills Z `[B, N, D]` before the inner steps; batch statistics move under `paper` only."""
     augment = problem.augmentation(key, "augment", batch["image"].shape[0])
     train = problem.config.norm_policy == "paper"
@@ -159,28 +136,21 @@ def first_fill(
 def mean_gradient(
     problem: Problem,
     weights: Weights,
-    z: jax.Array,
+    z: Array,
     batch: Batch,
-    inner: tuple[jax.Array, PatchIds],
-    key: jax.Array,
-) -> tuple[Gradient, jax.Array, jax.Array]:
+    inner: tuple[Array, PatchIds],
+    key: Array,
+) -> tuple[Gradient, Array, Array]:
     """Averages the gradients of the inner steps between two updates.
 
-    Args:
-        problem: the static part.
-        weights: of encoder and head, the same in all of these steps.
-        z: `[B, N, D]`.
-        batch: with `image`.
-        inner: numbers `int [epsilon]` and groups `[epsilon, B, k]` of the steps.
-        key: the outer step's.
-
-    Returns:
-        The mean gradient (logits of the last step), the new Z, and `squared_change` of each step.
+    `inner` has their numbers `int [epsilon]` and groups `[epsilon, B, k]`; `key` is the outer
+    step's. Returns the mean gradient (logits of the last step), the new Z `[B, N, D]`, and
+    `squared_change` of each step.
     """
     images, (numbers, _) = batch["image"], inner
     augment = problem.augmentation(key, inner_stream(problem), images.shape[0])
 
-    def accumulate(carry: Any, step: tuple[jax.Array, PatchIds]) -> Any:
+    def accumulate(carry: Any, step: tuple[Array, PatchIds]) -> Any:
         total, batch_stats, z = carry
         number, group = step
         patches = cut(problem, images, problem.layout.own_slots(group), augment)
@@ -212,12 +182,12 @@ def inner_stream(problem: Problem) -> str:
 def inner_gradient(
     problem: Problem,
     weights: Weights,
-    z: jax.Array,
-    patches: jax.Array,
+    z: Array,
+    patches: Array,
     group: PatchIds,
     batch: Batch,
-    key: jax.Array,
-) -> tuple[Gradient, jax.Array]:
+    key: Array,
+) -> tuple[Gradient, Array]:
     """Takes the gradient of one inner step (Algorithm 1, lines 8 to 12).
 
     A group is encoded anew and written into Z, the rest of which is a constant; the head reads all
@@ -238,7 +208,7 @@ def inner_gradient(
     """
     layout = problem.layout
 
-    def loss_fn(params: Params) -> tuple[jax.Array, Any]:
+    def loss_fn(params: Params) -> tuple[Array, Any]:
         latents, batch_stats = encode(
             problem,
             weights._replace(params=params),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from patchgd_jax.config import TaskConfig
 from patchgd_jax.core import metrics
@@ -26,17 +27,15 @@ _LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse"})
 class Task(ABC):
     """A label format with its loss and metrics. Hashable: static in the jitted step.
 
-    K is the number of classes of the data; O is `num_outputs(K)`.
+    K is the number of classes of the data; O is `num_outputs(K)`. Raises `ConfigError` for a value
+    that the task cannot have.
 
     Args:
         label_smoothing: share of a target that is spread evenly over all classes.
         class_weights: K factors on the loss; see each task. None: 1. A batch's mean is over its
             examples, not over their weights, so that an example counts alike in every batch.
-        selection: metric of `summary`, or `loss`, by which the best checkpoint is chosen. None:
+        selection: metric of `summary`, or `loss`, that chooses the best checkpoint. None:
             `best_metric`.
-
-    Raises:
-        ConfigError: for a value that the task cannot have.
     """
 
     label_smoothing: float = 0.0
@@ -74,11 +73,7 @@ class Task(ABC):
         return dataclasses.replace(self, label_smoothing=0.0, class_weights=None)
 
     def check_classes(self, classes: int) -> None:
-        """Checks the class weights against the data.
-
-        Raises:
-            ConfigError: if there are not as many class weights as classes.
-        """
+        """Raises `ConfigError` if there are not as many class weights as classes."""
         if self.class_weights is not None and len(self.class_weights) != classes:
             raise ConfigError(
                 f"task.class_weights has {len(self.class_weights)} values, but the data have "
@@ -94,35 +89,23 @@ class Task(ABC):
         """Returns shape and dtype of the labels of a batch of B."""
 
     @abstractmethod
-    def loss(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        """Computes the loss of each example.
+    def loss(self, outputs: Array, labels: Array) -> Array:
+        """Computes the loss `float [B]` of each example from `outputs float [B, O]`.
 
-        Args:
-            outputs: `float [B, O]`.
-            labels: as in `label_spec`.
-
-        Returns:
-            `float [B]`.
-
-        Raises:
-            ConfigError: if the labels have another shape or kind, or the class weights another
-                number.
+        Raises `ConfigError` if the labels are not as in `label_spec`, or class weights differ in
+        number.
         """
 
     @abstractmethod
-    def predict(self, outputs: jax.Array) -> jax.Array:
+    def predict(self, outputs: Array) -> Array:
         """Predicts labels from `outputs float [B, O]`."""
 
     @abstractmethod
-    def score(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    def score(self, outputs: Array, labels: Array) -> Array:
         """Computes the training metric of each example, `bool` or `float [B]`."""
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray:
-        """Computes class probabilities `float64 [B, K]` of `outputs float [B, O]`, on the host.
-
-        Raises:
-            ConfigError: if the task has no classes.
-        """
+        """Computes class probabilities `float64 [B, K]` on the host, if the task has classes."""
         raise ConfigError(f"the task {self.name} gives no probabilities")
 
     @abstractmethod
@@ -139,7 +122,7 @@ class Task(ABC):
             return -math.inf
         return float(-value if metric in _LOWER_IS_BETTER else value)
 
-    def _check(self, outputs: jax.Array, labels: jax.Array, wide: bool, kinds: str) -> None:
+    def _check(self, outputs: Array, labels: Array, wide: bool, kinds: str) -> None:
         """Raises `ConfigError` for labels of another shape, or not of NumPy's `kinds`."""
         wanted = outputs.shape if wide else outputs.shape[:1]
         if labels.shape == wanted and np.dtype(labels.dtype).kind in kinds:
@@ -170,7 +153,7 @@ class SingleLabel(Task):
         """`int32 [B]`."""
         return jax.ShapeDtypeStruct((batch,), np.int32)
 
-    def loss(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    def loss(self, outputs: Array, labels: Array) -> Array:
         """Cross-entropy `float [B]`."""
         self._check(outputs, labels, False, "iu")
         self.check_classes(outputs.shape[1])
@@ -183,11 +166,11 @@ class SingleLabel(Task):
             target *= jnp.asarray(self.class_weights, outputs.dtype)
         return -(target * jax.nn.log_softmax(outputs)).sum(-1)
 
-    def predict(self, outputs: jax.Array) -> jax.Array:
+    def predict(self, outputs: Array) -> Array:
         """Most probable class, `int [B]`."""
         return outputs.argmax(-1)
 
-    def score(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    def score(self, outputs: Array, labels: Array) -> Array:
         """Correctness of the class, `bool [B]`."""
         return self.predict(outputs) == labels
 
@@ -230,7 +213,7 @@ class Ordinal(Task):
         """`int32 [B]`."""
         return jax.ShapeDtypeStruct((batch,), np.int32)
 
-    def loss(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    def loss(self, outputs: Array, labels: Array) -> Array:
         """Negative log-likelihood `float [B]`."""
         self._check(outputs, labels, False, "iu")
         self.check_classes(outputs.shape[1] + 1)
@@ -243,12 +226,12 @@ class Ordinal(Task):
             return total
         return total * jnp.asarray(self.class_weights, outputs.dtype)[labels]
 
-    def predict(self, outputs: jax.Array) -> jax.Array:
+    def predict(self, outputs: Array) -> Array:
         """Number of thresholds passed with probability above 0.5, `int [B]`."""
         above = jnp.cumsum(jax.nn.log_sigmoid(outputs), axis=-1)
         return (above > math.log(0.5)).sum(-1)
 
-    def score(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    def score(self, outputs: Array, labels: Array) -> Array:
         """Correctness of the class, `bool [B]`."""
         return self.predict(outputs) == labels
 
@@ -286,7 +269,7 @@ class MultiLabel(Task):
         """`float32 [B, K]`."""
         return jax.ShapeDtypeStruct((batch, classes), np.float32)
 
-    def loss(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    def loss(self, outputs: Array, labels: Array) -> Array:
         """Binary cross-entropy, the mean over the labels, `float [B]`."""
         self._check(outputs, labels, True, "biuf")
         self.check_classes(outputs.shape[1])
@@ -295,11 +278,11 @@ class MultiLabel(Task):
             factors = jnp.asarray(self.class_weights, outputs.dtype)
         return _binary_cross_entropy(outputs, labels, self.label_smoothing, factors).mean(-1)
 
-    def predict(self, outputs: jax.Array) -> jax.Array:
+    def predict(self, outputs: Array) -> Array:
         """Labels with probability above 0.5, `bool [B, K]`."""
         return outputs > 0
 
-    def score(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    def score(self, outputs: Array, labels: Array) -> Array:
         """Share of correct labels, `float [B]`."""
         return (self.predict(outputs) == (labels > 0.5)).mean(-1)
 
@@ -339,16 +322,16 @@ class Regression(Task):
         """`float32 [B]`."""
         return jax.ShapeDtypeStruct((batch,), np.float32)
 
-    def loss(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    def loss(self, outputs: Array, labels: Array) -> Array:
         """Squared error `float [B]`."""
         self._check(outputs, labels, False, "f")
         return jnp.square(self.predict(outputs) - labels)
 
-    def predict(self, outputs: jax.Array) -> jax.Array:
+    def predict(self, outputs: Array) -> Array:
         """Predicted number, `float [B]`."""
         return outputs[:, 0]
 
-    def score(self, outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    def score(self, outputs: Array, labels: Array) -> Array:
         """Absolute error, `float [B]`."""
         return jnp.abs(self.predict(outputs) - labels)
 
@@ -368,11 +351,7 @@ TASKS: Mapping[str, type[Task]] = {
 
 
 def make_task(config: TaskConfig, classes: int) -> Task:
-    """Makes the task of a config, for data of K classes.
-
-    Raises:
-        ConfigError: for an unknown name, or settings that the task or the data cannot have.
-    """
+    """Makes the task of a config for data of K classes; ConfigError if the two do not fit."""
     if config.name not in TASKS:
         raise unknown_name("task", config.name, TASKS)
     task = TASKS[config.name](config.label_smoothing, config.class_weights, config.best_metric)
@@ -382,8 +361,8 @@ def make_task(config: TaskConfig, classes: int) -> Task:
 
 
 def _binary_cross_entropy(
-    logits: jax.Array, targets: jax.Array, smoothing: float, factors: jax.Array | None = None
-) -> jax.Array:
+    logits: Array, targets: Array, smoothing: float, factors: Array | None = None
+) -> Array:
     """Computes it elementwise, in nats; `factors` scale the positive part."""
     targets = targets.astype(logits.dtype) * (1 - smoothing) + smoothing / 2
     positive = targets * jax.nn.log_sigmoid(logits)

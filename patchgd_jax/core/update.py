@@ -11,17 +11,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from patchgd_jax.core.freezing import close_over_frozen, combine_frozen, partition_frozen
 from patchgd_jax.core.model import Params, PyTree
-from patchgd_jax.core.optimizer import EmaState
+from patchgd_jax.core.optimizer import EmaState, Optimizer
 from patchgd_jax.core.problem import Batch, Problem, Spec, Weights
 
 
 class TrainState(NamedTuple):
     """All that an outer step changes."""
 
-    step: jax.Array
+    step: Array
     """`int32 []`, outer steps done."""
     params: Params
     batch_stats: Params
@@ -33,11 +34,8 @@ class TrainState(NamedTuple):
         return Weights(self.params, self.batch_stats)
 
 
-Metrics = dict[str, jax.Array]
-TrainStep = Callable[
-    [Problem, optax.GradientTransformation, TrainState, Batch, jax.Array],
-    tuple[TrainState, Metrics],
-]
+Metrics = dict[str, Array]
+TrainStep = Callable[[Problem, Optimizer, TrainState, Batch, Array], tuple[TrainState, Metrics]]
 """`(problem, optimizer, state, batch, key)` to the new state and metrics, each `float []`."""
 
 
@@ -46,21 +44,19 @@ class Gradient(NamedTuple):
 
     grads: Params
     batch_stats: Params
-    loss: jax.Array
+    loss: Array
     """`float []`, mean over the batch."""
-    logits: jax.Array
+    logits: Array
     """`float [B, O]`, as the task has them."""
 
 
 GRADIENT_SPEC = Gradient(Spec.GRADIENT, Spec.SAME, Spec.SUM, Spec.IMAGES)  # type: ignore[arg-type]
 
-GradientFn = Callable[[Problem, Weights, Batch, jax.Array], Gradient]
+GradientFn = Callable[[Problem, Weights, Batch, Array], Gradient]
 """`(problem, weights, batch, key)` to the gradient of a method with one update per outer step."""
 
 
-def init_state(
-    problem: Problem, optimizer: optax.GradientTransformation, key: jax.Array
-) -> TrainState:
+def init_state(problem: Problem, optimizer: Optimizer, key: Array) -> TrainState:
     """Makes the state before the first outer step; frozen parameters get no optimizer state."""
     params, batch_stats = problem.model.init(key)
     trained = partition_frozen(params, problem.frozen)[0] if problem.frozen else params
@@ -86,11 +82,7 @@ def outer_step(step: TrainStep) -> TrainStep:
 
     @functools.wraps(step)
     def wrapped(
-        problem: Problem,
-        optimizer: optax.GradientTransformation,
-        state: TrainState,
-        batch: Batch,
-        key: jax.Array,
+        problem: Problem, optimizer: Optimizer, state: TrainState, batch: Batch, key: Array
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         if problem.frozen:
@@ -114,10 +106,10 @@ def outer_step(step: TrainStep) -> TrainStep:
 def one_update(
     gradient_fn: GradientFn,
     problem: Problem,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     state: TrainState,
     batch: Batch,
-    key: jax.Array,
+    key: Array,
 ) -> tuple[TrainState, Metrics]:
     """Makes one update with a gradient in which every patch has its part."""
     gradient_of = problem.layout.spread(
@@ -137,21 +129,13 @@ def make_train_step(gradient_fn: GradientFn) -> TrainStep:
 
 def apply_gradient(
     problem: Problem,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     state: TrainState,
     gradient: Gradient,
     batch: Batch,
     encoder_scale: float,
 ) -> tuple[TrainState, Metrics]:
-    """Makes one optimizer update.
-
-    Args:
-        problem: with the task.
-        optimizer: any optax transformation.
-        state: with the trainable parameters that the gradient is of.
-        gradient: of the mean loss.
-        batch: `label` and `weight` are read.
-        encoder_scale: factor on the encoder's gradient.
+    """Makes one optimizer update; reads `label` and `weight` of the batch.
 
     Returns:
         The new state with `step` as it was; `loss`, `grad_norm` and the task's training metric, the
@@ -174,11 +158,8 @@ def apply_gradient(
     return TrainState(state.step, params, gradient.batch_stats, opt_state), metrics
 
 
-def global_norm(tree: PyTree) -> jax.Array:
-    """Computes the global L2 norm, in few operations: XLA:CPU makes several kernels of each sum.
-
-    A product per matrix is one kernel, and the many short vectors are one vector.
-    """
+def global_norm(tree: PyTree) -> Array:
+    """Computes the global L2 norm, in few operations: XLA:CPU makes several kernels of each sum."""
     leaves = [x.reshape(-1) if x.ndim < 2 else x for x in jax.tree.leaves(tree)]
     vectors = [x for x in leaves if x.ndim == 1]
     arrays = [x for x in leaves if x.ndim > 1] + ([jnp.concatenate(vectors)] if vectors else [])

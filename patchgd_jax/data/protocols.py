@@ -7,16 +7,11 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 if TYPE_CHECKING:
-    from patchgd_jax.data.images.regions import RegionSource
+    from patchgd_jax.data.images.region_base import RegionSource
 
 
 class ExampleSource(Protocol):
-    """Random access to examples; stateless, picklable, and safe to read from several threads."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of labels."""
-        ...
+    """Random access to examples; stateless, and safe to read from several threads."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -95,11 +90,6 @@ class ReadOtherwise:
         return len(self.source)
 
     @property
-    def num_classes(self) -> int:
-        """Number of labels."""
-        return self.source.num_classes
-
-    @property
     def class_names(self) -> tuple[str, ...]:
         """Name of each label."""
         return self.source.class_names
@@ -120,7 +110,7 @@ class ReadOtherwise:
 
 
 class Unread(ReadOtherwise):
-    """The examples of a source without their pixels; as stateless and picklable as the source.
+    """The examples of a source without their pixels.
 
     Args:
         source: the examples.

@@ -1,17 +1,24 @@
-"""The data of a run: which source the settings name, divided into splits."""
+"""The data of a run: the source that the settings name, divided into splits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 
 from patchgd_jax.config import DataConfig, TrainConfig
 from patchgd_jax.core.grid import Grid
 from patchgd_jax.data.protocols import ExampleSource
-from patchgd_jax.data.sources.file_images import FileImages, FileReader, plan_layout
-from patchgd_jax.data.synthetic.shortcuts import majority_scores, shortcut_scores
+from patchgd_jax.data.sources.file_images import (
+    FileImages,
+    FileReader,
+    Header,
+    plan_layout,
+    read_headers,
+)
+from patchgd_jax.data.synthetic.trivial_baselines import label_baselines, plan_baselines
 from patchgd_jax.data.synthetic.ultramnist import UltraMnist
 from patchgd_jax.data.tables.class_folders import read_class_folders
 from patchgd_jax.data.tables.csv_table import read_csv
@@ -20,60 +27,87 @@ from patchgd_jax.data.tables.table import ImageTable
 from patchgd_jax.errors import ConfigError, DataError
 
 WHITE_SUFFIXES = frozenset({".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm"})
-"""Files of slide scanners, whose background is white."""
+"""Suffixes of slide scanners' files, whose background is white."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """The examples of a run, and what all of them have in common."""
+    """The examples of a run and their common properties."""
 
     train: ExampleSource
     validation: ExampleSource
     test: ExampleSource | None
-    """What neither training nor the choice of the best model sees."""
+    """Used neither for training nor to select the best model."""
     background: int
     shapes: tuple[tuple[int, int], ...]
     """Padded heights and widths; each has a program for training and one for evaluation."""
     slots: tuple[int | None, ...]
     """By shape the most patches that an image has; None: all of the grid's."""
-    shortcuts: dict[str, float]
-    """Validation accuracy of guesses that need no training, `chance` among them; or nothing."""
+    score_baselines: Callable[[], dict[str, float]] = dict
+    """Computes `trivial_baselines`, which can take seconds."""
     mean_slots: float | None = None
-    """Patches of an image that count, on average; None: all."""
+    """Mean number of valid patches of an image; None: all."""
     weighted: bool = False
     """Whether training examples have weights."""
     regions_level: int | None = None
-    """The level of the examples' images at which regions of them are pixels of theirs; None: they
-    can only be read whole."""
+    """The pyramid level whose pixels are the examples'; None: images can only be read whole."""
     notes: tuple[str, ...] = ()
-    """What the user should know, a line each."""
+    """Remarks for the user, a line each."""
     generated: bool = False
+
+    @cached_property
+    def trivial_baselines(self) -> dict[str, float]:
+        """Validation accuracy of guesses that need no training, `chance` among them; or empty."""
+        return self.score_baselines()
 
     @property
     def num_classes(self) -> int:
         """Number of labels."""
-        return self.train.num_classes
+        return len(self.train.class_names)
 
     def mean_patches(self, grids: Sequence[Grid]) -> float:
-        """Patches of an image that are encoded, on average."""
+        """Mean number of encoded patches of an image."""
         return self.mean_slots or grids[0].num_patches
 
 
-def make_data(config: TrainConfig) -> RunData:
+class ImageFiles:
+    """The labelled image files that a run's settings name.
+
+    Args:
+        table: paths and labels.
+        split: rows of the table in each split.
+    """
+
+    def __init__(self, table: ImageTable, split: Split) -> None:
+        self.table = table
+        self.split = split
+
+    @cached_property
+    def headers(self) -> tuple[Header | DataError, ...]:
+        """Each file's header, or why it cannot be read; every file is opened once."""
+        return read_headers(self.table.paths)
+
+
+def make_data(config: TrainConfig, files: ImageFiles | None = None) -> RunData:
     """Finds the images and labels that the settings name, and checks them.
+
+    Args:
+        config: of the run, its channels resolved.
+        files: what `read_files(config)` gave. None: read them, if they are needed.
 
     Raises:
         ConfigError: for settings that do not fit together.
         DataError: for labels or files that cannot be used; it names their rows.
     """
-    if config.data.generated:
-        return _generated(config)
-    data = _tfds(config) if config.data.tfds is not None else _files(config)
-    batch = config.images_per_step
-    if len(data.train) < batch:
+    files = files or read_files(config)
+    if files is not None:
+        data = _files(config, files)
+    else:
+        data = _generated(config) if config.data.generated else _tfds(config)
+    if len(data.train) < config.images_per_step:
         raise ConfigError(
-            f"batch_size {batch} is more than the {len(data.train)} training images; "
-            "set --batch-size lower"
+            f"batch_size {config.images_per_step} is more than the {len(data.train)} training "
+            f"images; set {'--data.train-size' if data.generated else '--batch-size lower'}"
         )
     return data
 
@@ -81,12 +115,6 @@ def make_data(config: TrainConfig) -> RunData:
 def _generated(config: TrainConfig) -> RunData:
     train = UltraMnist(config.data, "train", config.seed)
     validation = UltraMnist(config.data, "validation", config.seed)
-    batch = config.images_per_step
-    if len(train) < batch:
-        raise ConfigError(
-            f"batch_size {batch} is more than the {len(train)} training images; set "
-            "--data.train-size"
-        )
     return RunData(
         train,
         validation,
@@ -94,7 +122,7 @@ def _generated(config: TrainConfig) -> RunData:
         background=0,
         shapes=(config.data.image_shape[:2],),
         slots=(None,),
-        shortcuts=shortcut_scores(train, validation),
+        score_baselines=partial(plan_baselines, train, validation),
         regions_level=0,
         generated=True,
     )
@@ -120,6 +148,7 @@ def _tfds(config: TrainConfig) -> RunData:
     instead = {"validation": None, "test": "its split test"}.get(
         parts["validation"], "the last fifth of its split train"
     )
+    note = f"The set has no split validation; {instead} is used to select the best model."
     return RunData(
         sources["train"],
         sources["validation"],
@@ -127,32 +156,31 @@ def _tfds(config: TrainConfig) -> RunData:
         background=background,
         shapes=(data.size,),
         slots=(None,),
-        shortcuts={"chance": 1 / sources["train"].num_classes},
-        notes=()
-        if instead is None
-        else (f"The set has no split validation; {instead} is, and chooses the best model.",),
+        score_baselines=lambda: {"chance": 1 / len(sources["train"].class_names)},
+        notes=() if instead is None else (note,),
     )
 
 
-def read_table(config: TrainConfig) -> tuple[ImageTable, Split]:
-    """The labels of the user's files, and the rows of each split.
+def read_files(config: TrainConfig) -> ImageFiles | None:
+    """Reads the labels of the user's files, and divides them into splits; None without files.
 
     Raises:
         ConfigError: if a fold and a column of splits are named.
         DataError: for labels that cannot be used; it names their rows.
     """
     data = config.data
+    if data.generated or data.tfds is not None:
+        return None
     if data.columns.split is not None and (data.split.fold, data.split.test_fold) != (None, None):
         raise ConfigError(
             "data.split.fold and data.split.test_fold (and cross-validate) are about folds, but "
             "data.columns.split names the split of each image; leave one of them out"
         )
     if data.panda is not None:
-        from patchgd_jax.data.sources.panda import panda_strata, read_panda
+        from patchgd_jax.data.sources.panda import read_panda
 
-        slides = read_panda(data.panda, data.panda_options)
-        return slides, split_table(slides, data.split, strata=panda_strata(slides))
-    if data.csv is not None:
+        table = read_panda(data.panda, data.panda_options)
+    elif data.csv is not None:
         table = read_csv(
             data.csv, data.root, data.columns, config.task.name, class_names=data.class_names
         )
@@ -161,37 +189,50 @@ def read_table(config: TrainConfig) -> tuple[ImageTable, Split]:
     else:
         assert data.root is not None
         table = read_class_folders(data.root)
-    return table, split_table(table, data.split)
+    return ImageFiles(table, split_table(table, data.split))
+
+
+def file_reader(config: DataConfig, background: int) -> FileReader:
+    """Makes the reader of image files of the kind that the settings name."""
+    if config.panda is None:
+        return FileReader(config, background)
+    from patchgd_jax.data.sources.panda import panda_reader
+
+    return panda_reader(config, background)
 
 
 def file_background(config: DataConfig, table: ImageTable) -> int:
-    """The grey value outside an image: what the settings say, or what files of that kind have.
+    """The grey value outside an image: from the settings, or usual for files of that kind.
 
     Raises:
         ConfigError: if empty patches are to be left out of files that may have either background.
     """
     if config.background is not None:
         return config.background
-    slides = all(path.suffix.lower() in WHITE_SUFFIXES for path in table.paths)
-    if slides or config.panda is not None:
+    if table.background is not None:
+        return table.background
+    if all(path.suffix.lower() in WHITE_SUFFIXES for path in table.paths):
         return 255
     if config.empty.method != "none":
         raise ConfigError(
-            "data.empty must know what is background in these files; set --data.background 255 "
+            "data.empty must know the background of these files; set --data.background 255 "
             "(white, as slides have) or 0 (black)"
         )
     return 0
 
 
-def _files(config: TrainConfig) -> RunData:
-    table, rows = read_table(config)
+def _files(config: TrainConfig, files: ImageFiles) -> RunData:
+    table = files.table
     background = file_background(config.data, table)
-    reader = FileReader(config.data, background)
-    layout = plan_layout(table, reader, config.patchgd)
+    reader = file_reader(config.data, background)
+    layout = plan_layout(table, files.headers, reader, config.patchgd)
     sources = {
-        split: FileImages(table, of, layout, reader) for split, of in rows.items() if len(of)
+        name: FileImages(table, rows, layout, reader)
+        for name, rows in files.split.items()
+        if len(rows)
     }
-    classes = table.labels.dtype.kind == "i"
+    labels, classes = table.labels, len(table.class_names)
+    train, validation = (labels[files.split[name]] for name in ("train", "validation"))
     return RunData(
         sources["train"],
         sources["validation"],
@@ -199,15 +240,13 @@ def _files(config: TrainConfig) -> RunData:
         background=background,
         shapes=layout.shapes,
         slots=layout.slots,
-        shortcuts=majority_scores(
-            sources["train"].labels, sources["validation"].labels, len(table.class_names)
-        )
-        if classes
-        else {},
+        score_baselines=partial(label_baselines, train, validation, classes)
+        if labels.dtype.kind == "i"
+        else dict,
         mean_slots=None
         if layout.patches is None
         else float(np.mean([len(patches) for patches in layout.patches])),
         weighted=table.weights is not None,
         regions_level=config.data.level if config.data.fit == "native" else None,
-        notes=(*absent_labels(table, rows), *layout.notes),
+        notes=(*absent_labels(table, files.split), *layout.notes),
     )

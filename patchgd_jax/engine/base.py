@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
+from jax import Array
 
 from patchgd_jax.baselines.registry import Algorithm
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.core.grid import PatchGrid
+from patchgd_jax.core.optimizer import Optimizer
 from patchgd_jax.core.problem import Problem, Weights
 from patchgd_jax.core.tasks import Task
 from patchgd_jax.core.update import Metrics, TrainState
@@ -34,8 +35,8 @@ class Setup(NamedTuple):
     """The method's steps; on a mesh and streamed it is always PatchGD's."""
     problems: tuple[Problem, ...]
     """The static part of a step for each padded size, as `data.shapes`."""
-    optimizer: optax.GradientTransformation
-    key: jax.Array
+    optimizer: Optimizer
+    key: Array
     """The run's."""
 
     @property
@@ -51,13 +52,7 @@ class Setup(NamedTuple):
         return grids
 
     def batch_spec(self, number: int, size: int, *, weight: bool) -> dict[str, Any]:
-        """Returns shapes and dtypes of the arrays that a step takes of a batch.
-
-        Args:
-            number: of the padded size.
-            size: B.
-            weight: whether examples have weights.
-        """
+        """Returns shapes and dtypes of a step's batch of padded size `number`."""
         shape = (size, *self.data.shapes[number], self.config.data.num_channels)
         arrays = {
             "image": jax.ShapeDtypeStruct(shape, np.uint8),
@@ -72,11 +67,7 @@ class Setup(NamedTuple):
 
 
 class Executor(abc.ABC):
-    """Executes the steps of a run.
-
-    Args:
-        setup: of the run.
-    """
+    """Executes the steps of a run."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -136,14 +127,7 @@ class Executor(abc.ABC):
 
     @abc.abstractmethod
     def compile(self, state: TrainState) -> str:
-        """Compiles what it can before a batch needs it.
-
-        Args:
-            state: of arrays or `jax.ShapeDtypeStruct`.
-
-        Returns:
-            What was done, a line for the user.
-        """
+        """Compiles what it can ahead; returns what was done, a line for the user."""
 
     def compiled_bytes(self) -> int | None:
         """Returns the device memory of the largest program by XLA; None before any is compiled."""
@@ -151,27 +135,19 @@ class Executor(abc.ABC):
 
     @abc.abstractmethod
     def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
-        """Makes an outer step, see `core.step.train_step`; it may consume (donate) `state`.
-
-        Returns before the device has finished.
-        """
+        """Makes an outer step without waiting for it; it may consume (donate) `state`."""
 
     @abc.abstractmethod
     def evaluate(self, source: ExampleSource, weights: Weights, batch: HostBatch) -> Metrics:
         """Evaluates a batch of a source.
 
-        Returns:
-            The results of `forward.eval_step`, with `label` and `weight`; of the whole batch, also
-            where this process read some of it. Padding rows may be left out.
+        Returns the results of `forward.eval_step`, with `label` and `weight`; of the whole batch,
+        also where this process read some of it. Padding rows may be left out.
         """
 
 
 def check_budget(setup: Setup, budget: int) -> None:
-    """Checks that a store of `budget` bytes holds the latents of any image.
-
-    Raises:
-        ConfigError: if not.
-    """
+    """Raises `ConfigError` unless a store of `budget` bytes holds the latents of any image."""
     entry = 8 + 4 * setup.config.model.latent_dim
     largest = max(problem.grid.num_patches for problem in setup.problems) * entry
     if largest > budget:

@@ -1,17 +1,17 @@
 """Building a run's executor from its config and data, and what is checked on the way."""
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from patchgd_jax.baselines.registry import method_model
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.core.grid import PatchGrid
+from patchgd_jax.core.optimizer import Optimizer
 from patchgd_jax.core.sampling import group_size
 from patchgd_jax.data.preprocess import Preprocess
 from patchgd_jax.data.run_data import RunData
 from patchgd_jax.engine.base import Executor
-from patchgd_jax.engine.distributed import several
+from patchgd_jax.engine.distributed import is_multiprocess
 from patchgd_jax.engine.features import FeatureExecutor
 from patchgd_jax.engine.mesh import MeshExecutor
 from patchgd_jax.engine.resident import ResidentExecutor
@@ -30,10 +30,7 @@ from patchgd_jax.models.registry import build_encoder, encoder_norm, head_entry
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Checks a run's settings as far as that needs no look at its data.
-
-    Args:
-        config: of the run, with its method resolved.
+    """Checks a run's settings, with its method resolved, as far as that needs no look at its data.
 
     Raises:
         ConfigError: for an unknown name, a patch larger than the images, more inner steps than
@@ -60,14 +57,10 @@ def check_settings(config: TrainConfig) -> None:
 
 
 def check_run(config: TrainConfig, data: RunData) -> None:
-    """Checks a run's settings against its data, before any image is read.
-
-    Raises:
-        ConfigError: for settings that do not fit the data or each other, or these devices.
-    """
+    """Checks a run's settings against its data and these devices, before any image is read."""
     grids = training_grids(config, data)
     make_run_task(config, data.num_classes)
-    if config.stream.enabled and several():
+    if config.stream.enabled and is_multiprocess():
         raise ConfigError("stream.enabled is for one process; start one, or leave it out")
     mesh = _mesh(config)
     if mesh is None:
@@ -89,28 +82,18 @@ def check_run(config: TrainConfig, data: RunData) -> None:
 
 
 def build(
-    config: TrainConfig,
-    data: RunData,
-    preprocess: Preprocess,
-    optimizer: optax.GradientTransformation | None = None,
+    config: TrainConfig, data: RunData, preprocess: Preprocess, optimizer: Optimizer | None = None
 ) -> Executor:
-    """Builds a run: its problems, optimizer and executor, each made once.
+    """Builds a run that `check_run` has passed: problems, optimizer and executor, each once.
 
-    Args:
-        config: of the run, resolved, which `check_run` has passed.
-        data: of `make_data`.
-        preprocess: statistics that its images are normalised with.
-        optimizer: replaces the config's, of which freezing and the EMA stay.
-
-    Raises:
-        ConfigError: for settings that do not fit the model.
+    `optimizer` replaces the config's, of which freezing and the EMA stay.
     """
-    setup = make_setup(config, data, preprocess, optimizer)
+    mesh = _mesh(config)
+    setup = make_setup(config, data, preprocess, optimizer, mesh)
     if config.stream.enabled:
         return StreamedExecutor(setup)
     if config.method == "mil":
         return FeatureExecutor(setup)
-    mesh = _mesh(config)
     if mesh is None:
         return ResidentExecutor(setup)
     return MeshExecutor(setup, mesh, parse_rules(config.param_rules))
@@ -126,7 +109,7 @@ def _check_shared_images(config: TrainConfig) -> None:
 
 def _mesh(config: TrainConfig) -> Mesh | None:
     """Returns the mesh of the run's devices; None for one device."""
-    if config.mesh is None and not several():
+    if config.mesh is None and not is_multiprocess():
         return None
     return make_mesh(
         config.mesh or "auto",

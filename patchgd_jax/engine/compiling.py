@@ -12,7 +12,7 @@ import jax
 
 
 def compiler_options() -> dict[str, bool | int | str | float]:
-    """Options for `jax.jit(..., compiler_options=)`, for the current backend.
+    """Returns options for `jax.jit(..., compiler_options=)`, for the current backend.
 
     On the CPU, jax 0.10 undoes `jax.checkpoint`: it drops the barriers around what is to be
     computed again, and then finds it to be there already. Without that pass a remat policy saves
@@ -56,10 +56,7 @@ def allotted(compiled: Any, resident: int = 0) -> Compiled:
 
 
 def release_memory() -> None:
-    """Gives memory that compilation has freed back to the system, where the allocator keeps it.
-
-    On Linux the C library keeps several hundred MB after a large program was compiled.
-    """
+    """Gives memory that compilation freed back to the system; glibc keeps several hundred MB."""
     if sys.platform == "linux":
         # Other C libraries than glibc keep nothing and have no such function.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -70,10 +67,8 @@ def release_memory() -> None:
 def use_compilation_cache() -> str:
     """Keeps compiled programs between processes, in a folder only this user can write.
 
-    A folder that the environment or the caller has set stays.
-
-    Returns:
-        Where they are kept, or why they are not, to show to the user.
+    A folder that the environment or the caller has set stays. Returns where they are kept, or why
+    they are not, to show to the user.
     """
     chosen = getattr(jax.config, "jax_compilation_cache_dir", None)
     if chosen is not None:

@@ -10,16 +10,10 @@ from patchgd_jax.errors import DeviceError
 
 
 def select_device(name: str, *, shared: bool = False) -> jax.Device:
-    """Makes a platform JAX's only one, and returns this process's first device.
+    """Makes a platform (auto, cpu, gpu or tpu) JAX's only one; returns this process's first device.
 
-    Must run before anything else touches JAX.
-
-    Args:
-        name: auto, cpu, gpu or tpu.
-        shared: whether several devices share the work.
-
-    Raises:
-        DeviceError: if the platform is not there.
+    Must run before anything else touches JAX. `shared`: several devices share the work. Raises
+    `DeviceError` if the platform is not there.
     """
     if name != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}[name])

@@ -23,12 +23,7 @@ _KEPT = "kept"
 
 
 class _Features:
-    """Z of the train images of one padded size that were visited last; thread-safe.
-
-    Args:
-        store: keeps Z.
-        latents: shape `[N, D]` and dtype of an image's Z.
-    """
+    """Z of the train images of one padded size that were visited last; thread-safe."""
 
     def __init__(self, store: LatentStore, latents: jax.ShapeDtypeStruct) -> None:
         self.latents = latents
@@ -48,12 +43,7 @@ class _Features:
 
 
 class _Visited(ReadOtherwise):
-    """Train examples, without reading pixels of those whose Z is stored.
-
-    Args:
-        source: the examples.
-        features: by the images' sizes.
-    """
+    """Train examples, without reading pixels of those whose Z is stored."""
 
     def __init__(self, source: ExampleSource, features: dict[tuple[int, ...], _Features]) -> None:
         super().__init__(source)
@@ -79,11 +69,7 @@ class FeatureExecutor(ResidentExecutor):
     """Encodes a train image at its first visit, and stores its Z on the host.
 
     Z of the images visited last is stored, within `stream.store_mib` of memory or on the disk of
-    `stream.store_dir`; the others are read and encoded again. Worker processes do not see the store
-    and read every image. Validation images are always encoded.
-
-    Args:
-        setup: of the run.
+    `stream.store_dir`; the others are read and encoded again. Validation images are always encoded.
     """
 
     def __init__(self, setup: Setup) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
 from patchgd_jax.core.problem import Problem, Weights
@@ -32,13 +33,8 @@ from patchgd_jax.engine.sharding.params import Rules, check_rules, param_shardin
 class MeshExecutor(ResidentExecutor):
     """Executes steps on images and patches that are laid over a mesh.
 
-    Args:
-        setup: of the run.
-        mesh: from `make_mesh`, which the batch, the evaluation batch and the strata fit.
-        rules: how parameters are divided.
-
-    Raises:
-        ConfigError: if the mesh does not fit a grid, or for a rule that fits no parameter.
+    The mesh is from `make_mesh`; the batch, the evaluation batch and the strata fit it. Raises
+    `ConfigError` if it does not fit a grid, or for a rule that fits no parameter.
     """
 
     def __init__(self, setup: Setup, mesh: Mesh, rules: Rules) -> None:
@@ -82,7 +78,7 @@ class MeshExecutor(ResidentExecutor):
         return placed
 
     def _examples(self, source: ExampleSource) -> ExampleSource:
-        """The source, or this process's bands of its images, where they can be read by regions."""
+        """Returns this process's bands of the images, where they can be read by regions."""
         level = self.setup.data.regions_level
         if self._rows is None or level is None:
             return source
@@ -101,11 +97,7 @@ class MeshExecutor(ResidentExecutor):
 
     def _train_step(self, problem: Problem) -> jax.stages.Wrapped:
         step = partial(
-            sharded_train_step,
-            problem,
-            self.setup.optimizer,
-            mesh=self._mesh,
-            rules=self._rules,
+            sharded_train_step, problem, self.setup.optimizer, mesh=self._mesh, rules=self._rules
         )
         return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
@@ -129,7 +121,7 @@ class MeshExecutor(ResidentExecutor):
             for name, spec in batch.items()
         }
 
-    def _put(self, arrays: HostBatch, number: int, size: int) -> dict[str, jax.Array]:
+    def _put(self, arrays: HostBatch, number: int, size: int) -> dict[str, Array]:
         first = self.local_rows(size).start
         rows = None if self._rows is None else self._rows[number]
         grid = self.setup.patch_grids[number]

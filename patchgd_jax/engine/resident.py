@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 
 from patchgd_jax.core.problem import Problem, Weights
 from patchgd_jax.core.update import Metrics, TrainState
@@ -78,9 +79,9 @@ class ResidentExecutor(Executor):
         """Returns the shapes of a batch of one padded size as they are on the devices."""
         return batch
 
-    def _put(self, arrays: HostBatch, number: int, size: int) -> dict[str, jax.Array]:
+    def _put(self, arrays: HostBatch, number: int, size: int) -> dict[str, Array]:
         """Sends the arrays of a batch of `size` examples to the devices."""
-        on_device: dict[str, jax.Array] = jax.device_put(dict(arrays))
+        on_device: dict[str, Array] = jax.device_put(dict(arrays))
         return on_device
 
     def _number(self, batch: HostBatch) -> int:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import optax
+from jax.sharding import Mesh
 
 from patchgd_jax.baselines.ips import require_attention
 from patchgd_jax.baselines.registry import WHOLE_IMAGE, frozen_entries, make_algorithm, method_model
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.contrib.importance import importance_groups
-from patchgd_jax.core.freezing import partition_frozen
 from patchgd_jax.core.grid import Grid, PatchGrid, WholeImage
-from patchgd_jax.core.model import Params, PatchModel, PyTree
-from patchgd_jax.core.optimizer import make_optimizer, with_ema
+from patchgd_jax.core.model import PatchModel
+from patchgd_jax.core.optimizer import Optimizer, make_optimizer, with_ema
 from patchgd_jax.core.problem import Problem
 from patchgd_jax.core.sampling import group_size
 from patchgd_jax.core.tasks import Task, make_task
 from patchgd_jax.data.preprocess import Preprocess
 from patchgd_jax.data.run_data import RunData
 from patchgd_jax.engine.base import Setup
+from patchgd_jax.engine.sharding.layout import model_options
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.models.depth import Layers, encoder_layers
 from patchgd_jax.models.registry import (
@@ -30,24 +30,15 @@ from patchgd_jax.models.registry import (
     head_entry,
     map_side,
 )
-from patchgd_jax.runs.checkpoint import Checkpoints
 
 
 def make_grid(config: TrainConfig, height: int, width: int, background: int = 0) -> PatchGrid:
-    """Makes the patch grid for images of one size.
-
-    Raises:
-        ConfigError: if the patch is larger than the image.
-    """
+    """Makes the patch grid for images of one size."""
     return PatchGrid(height, width, config.patchgd.patch, config.patchgd.stride or 0, background)
 
 
 def method_grid(config: TrainConfig, height: int, width: int, background: int = 0) -> Grid:
-    """Makes the grid of the run's method for images of one size.
-
-    Raises:
-        ConfigError: if the patch is larger than the image, or the method cannot take its shape.
-    """
+    """Makes the grid of the run's method for images of one size."""
     if config.method not in WHOLE_IMAGE:
         return make_grid(config, height, width, background)
     if config.augment.turns and height != width:
@@ -95,12 +86,10 @@ def training_grids(config: TrainConfig, data: RunData) -> tuple[Grid, ...]:
     return grids
 
 
-def make_model(config: TrainConfig, grid: Grid, preprocess: Preprocess) -> PatchModel:
-    """Makes the model for one grid.
-
-    Raises:
-        ConfigError: for an unknown encoder or head, or one that the method cannot train.
-    """
+def make_model(
+    config: TrainConfig, grid: Grid, preprocess: Preprocess, mesh: Mesh | None = None
+) -> PatchModel:
+    """Makes the model for one grid; ConfigError for a name or head that the method cannot train."""
     model = build_model(
         method_model(config.method, config.model),
         grid=grid,
@@ -113,6 +102,7 @@ def make_model(config: TrainConfig, grid: Grid, preprocess: Preprocess) -> Patch
         window=map_side(config.model, config.patchgd.patch, config.data.num_channels)
         if config.method == "fully-conv"
         else None,
+        **({} if mesh is None else model_options(mesh)),
     )
     if config.method == "ips":
         require_attention(model, grid, config.model.latent_dim)
@@ -120,11 +110,7 @@ def make_model(config: TrainConfig, grid: Grid, preprocess: Preprocess) -> Patch
 
 
 def make_run_task(config: TrainConfig, classes: int) -> Task:
-    """Makes the task, and checks it against the number of classes of the data.
-
-    Raises:
-        ConfigError: for settings that do not fit the task or the number of classes.
-    """
+    """Makes the task, and checks it against the number of classes of the data."""
     task = config.task
     if config.data.panda is not None and task.name == "single-label" and task.best_metric is None:
         # The challenge's own measure.
@@ -151,7 +137,7 @@ def run_frozen(config: TrainConfig) -> frozenset[str]:
     )
 
 
-def make_run_optimizer(config: TrainConfig, examples: int) -> optax.GradientTransformation:
+def make_run_optimizer(config: TrainConfig, examples: int) -> Optimizer:
     """Makes the optimizer for a run over `examples` training images."""
     return make_optimizer(
         config.optimizer,
@@ -162,14 +148,12 @@ def make_run_optimizer(config: TrainConfig, examples: int) -> optax.GradientTran
     )
 
 
-def make_problem(config: TrainConfig, grid: Grid, preprocess: Preprocess, task: Task) -> Problem:
-    """Makes the static part of a run's steps for one grid.
-
-    Raises:
-        ConfigError: as `make_model`.
-    """
+def make_problem(
+    config: TrainConfig, grid: Grid, preprocess: Preprocess, task: Task, mesh: Mesh | None = None
+) -> Problem:
+    """Makes the static part of a run's steps for one grid; raises as `make_model`."""
     return Problem(
-        make_model(config, grid, preprocess),
+        make_model(config, grid, preprocess, mesh),
         grid,
         config.patchgd,
         task,
@@ -183,18 +167,12 @@ def make_setup(
     config: TrainConfig,
     data: RunData,
     preprocess: Preprocess,
-    optimizer: optax.GradientTransformation | None = None,
+    optimizer: Optimizer | None = None,
+    mesh: Mesh | None = None,
 ) -> Setup:
-    """Makes the problems, steps and optimizer of a run.
+    """Makes the problems, steps and optimizer of a run; raises `ConfigError` if they do not fit.
 
-    Args:
-        config: of the run.
-        data: of `make_data`.
-        preprocess: statistics that its images are normalised with.
-        optimizer: replaces the config's, of which freezing and the EMA stay.
-
-    Raises:
-        ConfigError: for settings that do not fit together, or the data.
+    `optimizer` replaces the config's, of which freezing and the EMA stay.
     """
     grids = training_grids(config, data)
     if config.method in WHOLE_IMAGE:
@@ -205,32 +183,9 @@ def make_setup(
         config=config,
         data=data,
         algorithm=make_algorithm(config.method, config.baseline, config.patchgd),
-        problems=tuple(make_problem(config, grid, preprocess, task) for grid in grids),
+        problems=tuple(make_problem(config, grid, preprocess, task, mesh) for grid in grids),
         optimizer=make_run_optimizer(config, len(data.train))
         if optimizer is None
         else with_ema(optimizer, config.optimizer.ema_decay),
         key=jax.random.key(config.seed),
     )
-
-
-def restore_params(
-    checkpoints: Checkpoints, step: int, config: TrainConfig, like: Params, part: str
-) -> PyTree:
-    """A part's parameters as a run evaluated them: their moving average if it keeps one.
-
-    Args:
-        checkpoints: of the run.
-        step: from `newest_intact` or `best`.
-        config: of the run.
-        like: parameters of both parts, of the same shapes and dtypes.
-        part: `encoder` or `head`.
-
-    Raises:
-        CheckpointError: if they are another model's.
-    """
-    params = checkpoints.restore_part(step, f"params/{part}", like[part])
-    if config.optimizer.ema_decay is None:
-        return params
-    trained, _ = partition_frozen(like, run_frozen(config))
-    # What is frozen has no average.
-    return {**params, **checkpoints.restore_part(step, f"opt_state/average/{part}", trained[part])}

@@ -10,7 +10,7 @@ import numpy as np
 
 from patchgd_jax.core.problem import Weights
 from patchgd_jax.core.update import Metrics, TrainState
-from patchgd_jax.data.images.regions import RegionSource
+from patchgd_jax.data.images.region_base import RegionSource
 from patchgd_jax.data.protocols import ExampleSource, RegionExamples, Unread, as_regions
 from patchgd_jax.engine.base import Executor, HostBatch, Setup, check_budget
 from patchgd_jax.engine.streaming.latent_store import LatentStore
@@ -18,11 +18,7 @@ from patchgd_jax.engine.streaming.step import StreamedStep
 
 
 class StreamedExecutor(Executor):
-    """Executes steps with no more than some chunks of patches in memory.
-
-    Raises:
-        ConfigError: for settings that streaming cannot have.
-    """
+    """Executes steps with no more than some chunks of patches in memory."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)

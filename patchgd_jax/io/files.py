@@ -48,10 +48,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Replaces a file by the one that the body writes to the yielded path, beside it.
 
     If the body raises, the new file is removed and the old one stays. A killed process leaves
-    `.NAME.PID.tmp`.
-
-    Raises:
-        DiskError: if it cannot be written.
+    `.NAME.PID.tmp`. Raises `DiskError` if it cannot be written.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -76,14 +73,9 @@ def write_json(path: str | Path, value: Any) -> None:
 def atomic_folder(final: str | Path) -> Iterator[Path]:
     """Makes a folder of what the body writes to the yielded one, which has the same name.
 
-    If the body raises, nothing is left. A killed process leaves its `unfinished_folders`.
-
-    Args:
-        final: the folder to make; it may exist if it is empty.
-
-    Raises:
-        ConfigError: if `final` is not empty, also if it became so meanwhile.
-        DiskError: if it cannot be written.
+    If the body raises, nothing is left. A killed process leaves its `unfinished_folders`. Raises
+    `ConfigError` if `final` is not empty, also if it became so meanwhile, and `DiskError` if it
+    cannot be written.
     """
     final = Path(final)
     work = None

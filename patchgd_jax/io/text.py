@@ -29,5 +29,5 @@ def csv_cell(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 300 characters; its type if it has none."""
+    """Returns the first line of an error's message (300 characters at most), or else its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
+from jax import Array
 
 from patchgd_jax.core.grid import Grid
 from patchgd_jax.core.model import Attend, Init, Params, PatchModel
@@ -50,40 +52,34 @@ def from_linen(
     """
     modules = {"encoder": encoder, "head": head}
 
-    def init(key: jax.Array) -> tuple[Params, Params]:
+    def init(key: Array) -> tuple[Params, Params]:
         encoder_key, head_key = jax.random.split(key)
         patches = jnp.zeros((1, *grid.patch_shape, channels), dtype)
         latents, encoder_vars = encoder.init_with_output(encoder_key, patches, train=False)
         z = jnp.zeros((1, grid.rows, grid.cols, latents.shape[-1]), latents.dtype)
         head_vars = head.init(head_key, z, None, train=False)
-        params, state = {}, {}
-        for part, variables in (("encoder", encoder_vars), ("head", head_vars)):
-            variables = dict(variables)
-            params[part] = variables.pop("params", {})
-            state[part] = variables
-        return params, state
+        state = {"encoder": dict(encoder_vars), "head": dict(head_vars)}
+        return {part: variables.pop("params", {}) for part, variables in state.items()}, state
 
     def apply(
-        part: str, params: Params, model_state: Params, x: jax.Array, mask: Any, **mode: Any
-    ) -> tuple[jax.Array, Params]:
-        variables = {"params": params[part], **model_state[part]}
+        part: str, params: Params, batch_stats: Params, x: Array, mask: Any, **mode: Any
+    ) -> tuple[Array, Params]:
+        variables = {"params": params[part], **batch_stats[part]}
         train, rng = mode["train"], mode["rng"]
         arguments: tuple[Any, ...] = (x, mask)
         options: dict[str, Any] = {}
         if part == "encoder":
-            keeps_statistics = bool(model_state[part].get("batch_stats"))
+            keeps_statistics = bool(batch_stats[part].get("batch_stats"))
             arguments, options = (x,), _mask_argument(encoder, mask, train and keeps_statistics)
         # Listing the collections that may change keeps an eval pass from touching the state.
-        mutable = list(model_state[part]) if train else []
+        mutable = list(batch_stats[part]) if train else []
         out, changed = modules[part].apply(
             variables, *arguments, train=train, rngs={"dropout": rng}, mutable=mutable, **options
         )
-        return out, {**model_state, part: {**model_state[part], **changed}}
+        return out, {**batch_stats, part: {**batch_stats[part], **changed}}
 
-    def attend(
-        params: Params, model_state: Params, z: jax.Array, mask: jax.Array | None
-    ) -> jax.Array:
-        variables = {"params": params["head"], **model_state["head"]}
+    def attend(params: Params, batch_stats: Params, z: Array, mask: Array | None) -> Array:
+        variables = {"params": params["head"], **batch_stats["head"]}
         _, sown = head.apply(variables, z, mask, train=False, mutable=["intermediates"])
         try:
             return sown["intermediates"]["attention"][0]
@@ -93,7 +89,7 @@ def from_linen(
                 'attention or transformer, or sow("intermediates", "attention", ...) in your own'
             ) from error
 
-    return _patch_model(init, apply, _normalizer(mean, std, dtype), attend)
+    return _patch_model(init, apply, partial(_normalized, mean=mean, std=std, dtype=dtype), attend)
 
 
 def from_nnx(
@@ -124,95 +120,69 @@ def from_nnx(
     makers: dict[str, Callable[[nnx.Rngs], Any]] = {"encoder": make_encoder, "head": make_head}
     statistics = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
 
-    def init(key: jax.Array) -> tuple[Params, Params]:
-        params, model_state = {}, {}
-        for part, part_key in zip(makers, jax.random.split(key), strict=True):
-            module = makers[part](nnx.Rngs(part_key))
-            params[part] = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-            model_state[part] = nnx.to_pure_dict(nnx.state(module, statistics))
-        return params, model_state
+    def init(key: Array) -> tuple[Params, Params]:
+        keys = dict(zip(makers, jax.random.split(key), strict=True))
+        modules = {part: make(nnx.Rngs(keys[part])) for part, make in makers.items()}
+        params, state = (
+            {part: nnx.to_pure_dict(nnx.state(module, kind)) for part, module in modules.items()}
+            for kind in (nnx.Param, statistics)
+        )
+        return params, state
 
     def apply(
-        part: str, params: Params, model_state: Params, x: jax.Array, mask: Any, **mode: Any
-    ) -> tuple[jax.Array, Params]:
+        part: str, params: Params, batch_stats: Params, x: Array, mask: Any, **mode: Any
+    ) -> tuple[Array, Params]:
         # Making the module anew seeds its random streams; its initial values are replaced, and the
         # compiler drops them.
         module, train = makers[part](nnx.Rngs(mode["rng"])), mode["train"]
-        for kind, values in ((nnx.Param, params[part]), (statistics, model_state[part])):
+        for kind, values in ((nnx.Param, params[part]), (statistics, batch_stats[part])):
             state = nnx.state(module, kind)
             nnx.replace_by_pure_dict(state, values)
             nnx.update(module, state)
-        if train:
-            module.train()
-        else:
-            module.eval()
+        (module.train if train else module.eval)()
         if part == "encoder":
             keeps_statistics = bool(nnx.state(module, nnx.BatchStat))
             out = module(x, **_mask_argument(module, mask, train and keeps_statistics))
         else:
             out = module(x, mask)
         changed = nnx.to_pure_dict(nnx.state(module, statistics))
-        return out, {**model_state, part: changed if train else model_state[part]}
+        return out, {**batch_stats, part: changed if train else batch_stats[part]}
 
-    return _patch_model(init, apply, _normalizer(mean, std, dtype))
+    return _patch_model(init, apply, partial(_normalized, mean=mean, std=std, dtype=dtype))
 
 
 def rematerialised(model: PatchModel) -> PatchModel:
     """Wraps the encoder in `jax.checkpoint`: only its input is kept for the backward pass."""
 
     def encode(
-        params: Params,
-        model_state: Params,
-        patches: jax.Array,
-        *,
-        train: bool,
-        rng: jax.Array,
-        mask: jax.Array | None = None,
-    ) -> tuple[jax.Array, Params]:
+        params: Params, batch_stats: Params, patches: Array, *, mask: Any = None, **mode: Any
+    ) -> tuple[Array, Params]:
         @jax.checkpoint
-        def again(params: Params, model_state: Params, patches: jax.Array, mask: Any) -> Any:
-            return model.encode(params, model_state, patches, train=train, rng=rng, mask=mask)
+        def again(params: Params, batch_stats: Params, patches: Array, mask: Any) -> Any:
+            return model.encode(params, batch_stats, patches, mask=mask, **mode)
 
-        return again(params, model_state, patches, mask)
+        return again(params, batch_stats, patches, mask)
 
     return model._replace(encode=encode)
 
 
 def _patch_model(
     init: Init,
-    apply: Callable[..., tuple[jax.Array, Params]],
-    normalize: Callable[[jax.Array], jax.Array],
+    apply: Callable[..., tuple[Array, Params]],
+    normalize: Callable[[Array], Array],
     attend: Attend | None = None,
 ) -> PatchModel:
     """The pure functions of a model whose parts are run by `apply(part, params, ...)`."""
 
     def encode(
-        params: Params,
-        model_state: Params,
-        patches: jax.Array,
-        *,
-        train: bool,
-        rng: jax.Array,
-        mask: jax.Array | None = None,
-    ) -> tuple[jax.Array, Params]:
-        x = normalize(patches)
-        return apply("encoder", params, model_state, x, mask, train=train, rng=rng)
+        params: Params, batch_stats: Params, patches: Array, *, mask: Any = None, **mode: Any
+    ) -> tuple[Array, Params]:
+        return apply("encoder", params, batch_stats, normalize(patches), mask, **mode)
 
-    def classify(
-        params: Params,
-        model_state: Params,
-        z: jax.Array,
-        mask: jax.Array | None,
-        *,
-        train: bool,
-        rng: jax.Array,
-    ) -> tuple[jax.Array, Params]:
-        return apply("head", params, model_state, z, mask, train=train, rng=rng)
-
-    return PatchModel(init, encode, classify, attend)
+    return PatchModel(init, encode, partial(apply, "head"), attend)
 
 
-def _mask_argument(encoder: Any, mask: jax.Array | None, moves_statistics: bool) -> dict[str, Any]:
+def _mask_argument(encoder: Any, mask: Array | None, moves_statistics: bool) -> dict[str, Any]:
     """The mask as a keyword argument, if the encoder takes one.
 
     Raises:
@@ -229,11 +199,8 @@ def _mask_argument(encoder: Any, mask: jax.Array | None, moves_statistics: bool)
     return {}
 
 
-def _normalizer(mean: Channels, std: Channels, dtype: Any) -> Callable[[jax.Array], jax.Array]:
-    def normalize(patches: jax.Array) -> jax.Array:
-        center, spread = jnp.asarray(mean, dtype), jnp.asarray(std, dtype)
-        if jnp.issubdtype(patches.dtype, jnp.integer):
-            patches = patches.astype(dtype) / 255
-        return (patches.astype(dtype) - center) / spread
-
-    return normalize
+def _normalized(patches: Array, mean: Channels, std: Channels, dtype: Any) -> Array:
+    center, spread = jnp.asarray(mean, dtype), jnp.asarray(std, dtype)
+    if jnp.issubdtype(patches.dtype, jnp.integer):
+        patches = patches.astype(dtype) / 255
+    return (patches.astype(dtype) - center) / spread

@@ -1,4 +1,4 @@
-"""How deep in an encoder its parameters stand: what freezing and layer-wise rates go by."""
+"""The depth and stage of an encoder's parameters, for freezing and layer-wise rates."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import Array
 
 from patchgd_jax.errors import ConfigError
 
@@ -17,16 +18,16 @@ class Layers(NamedTuple):
     """An encoder's top-level parameters, by name."""
 
     depth: dict[str, int]
-    """0 for the stem, `i + 1` for block `i` of `n`, and `n + 1` for what comes after them."""
+    """0 for the stem, `i + 1` for block `i` of `n`, and `n + 1` for later layers."""
     stage: dict[str, int]
-    """0 for the stem, `s + 1` for stage `s` of `m`, and `m + 1` for what comes after them."""
+    """0 for the stem, `s + 1` for stage `s` of `m`, and `m + 1` for later layers."""
 
     def depth_of(self, path: Sequence[str]) -> int:
-        """The depth of the parameter at a Flax path, `("BasicBlock_3", "Conv_0", "kernel")` say."""
+        """The depth of a parameter by its Flax path, `("BasicBlock_3", "Conv_0", "kernel")`."""
         return self.depth[path[0]]
 
     def until(self, stages: int) -> frozenset[str]:
-        """What belongs to the first stages and the stem; nothing for 0.
+        """Lists the entries of the stem and the first stages; none for 0.
 
         Raises:
             ConfigError: if the encoder has fewer.
@@ -40,12 +41,11 @@ class Layers(NamedTuple):
 
 
 def encoder_layers(encoder: nn.Module, *, patch: int, channels: int) -> Layers:
-    """Finds the blocks of an encoder. Nothing is computed.
+    """Finds the blocks of an encoder, without computing anything.
 
-    They are its entries `<Name>_0` to `<Name>_<n - 1>`, where `n` is the sum of its field `blocks`,
-    the number of blocks in each stage. Everything else goes by the order in which the encoder uses
-    it: what comes before the first block is the stem, what lies between two blocks goes with the
-    later one (a down-sampling layer with the stage it leads to).
+    Blocks are the entries `<Name>_0` to `<Name>_<n - 1>`, where `n` is the sum of the encoder's
+    field `blocks`, the number of blocks in each stage. Other layers are placed by order of use:
+    before the first block is the stem; a layer between two blocks belongs to the later one.
 
     Args:
         encoder: called as `encoder(patches, train=...)`.
@@ -53,11 +53,11 @@ def encoder_layers(encoder: nn.Module, *, patch: int, channels: int) -> Layers:
         channels: C of its patches.
 
     Raises:
-        ConfigError: if the blocks cannot be told.
+        ConfigError: if the blocks cannot be identified.
     """
     names: list[str] = []
 
-    def record(key: jax.Array) -> None:
+    def record(key: Array) -> None:
         patches = jnp.zeros((1, patch, patch, channels))
         # Flax keeps the order of use; what leaves a JAX transformation is sorted by name.
         names.extend(encoder.init(key, patches, train=False)["params"])
@@ -74,7 +74,7 @@ def encoder_layers(encoder: nn.Module, *, patch: int, channels: int) -> Layers:
     ]
     if len(wanted) != 1:
         raise ConfigError(
-            f"the blocks of the encoder {type(encoder).__name__} cannot be told: its field "
+            f"the blocks of the encoder {type(encoder).__name__} cannot be identified: its field "
             f"`blocks` gives {count}, its parameters are {', '.join(names)}; stages and "
             "layer-wise rates need blocks named <Name>_0, <Name>_1, ..."
         )

@@ -1,10 +1,12 @@
-"""The encoders and heads by name: the shipped ones, and those that a user registers."""
+"""The encoders and heads by name: the shipped ones, and those that users add."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import entry_points
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +17,10 @@ from patchgd_jax.config import ModelConfig
 from patchgd_jax.core.grid import Grid
 from patchgd_jax.core.model import PatchModel
 from patchgd_jax.errors import ConfigError, unknown_name
-from patchgd_jax.models.adapters import from_linen, rematerialised
+from patchgd_jax.models.adapters import Channels, from_linen, rematerialised
 from patchgd_jax.models.encoders.convnext_v2 import ConvNeXtV2
-from patchgd_jax.models.encoders.efficientnet import EfficientNet
-from patchgd_jax.models.encoders.mobilenet_v2 import MobileNetV2
-from patchgd_jax.models.encoders.resnet import BasicBlock, Bottleneck, ResNet
+from patchgd_jax.models.encoders.inverted_residual import EfficientNet, MobileNetV2
+from patchgd_jax.models.encoders.resnet import BasicBlock, Bottleneck, ResidualBlock, ResNet
 from patchgd_jax.models.encoders.small_cnn import SmallCNN
 from patchgd_jax.models.encoders.vit import TOKEN_SIDE, ViT
 from patchgd_jax.models.heads.adaptive import AdaptiveCNNHead
@@ -28,31 +29,31 @@ from patchgd_jax.models.heads.transformer import TransformerHead
 
 
 class EncoderEntry(NamedTuple):
-    """An encoder's constructor and what can be known before it runs."""
+    """An encoder's constructor and the properties known before it runs."""
 
     build: Callable[..., nn.Module]
     norms: tuple[str, ...] = ()
-    """What its `norm` can be, its own first; empty if it takes none."""
+    """Allowed values of its `norm`, the default first; empty if it takes none."""
     features: int | None = None
-    """Width of the features that its last layer makes the latent vector of, where known."""
+    """Width of the features before its last layer, where known."""
     smallest_side: int = 1
-    """Smallest patch side in pixels that it can take."""
+    """Smallest allowed patch side in pixels."""
     side_multiple: int = 1
     """Pixels that the patch side must be a multiple of."""
 
 
 class HeadEntry(NamedTuple):
-    """A head's constructor and what a user of it must know."""
+    """A head's constructor and its restriction."""
 
     build: Callable[..., nn.Module]
-    fixed_grid: bool
+    fixed_grid: bool = False
     """Whether a model trained on one grid works on that grid only."""
 
 
 _CNN = partial(EncoderEntry, norms=("batch", "group"), smallest_side=4)
 
 
-def _resnet(blocks: tuple[int, ...], block: type[BasicBlock] | type[Bottleneck]) -> EncoderEntry:
+def _resnet(blocks: tuple[int, ...], block: type[ResidualBlock]) -> EncoderEntry:
     build = partial(ResNet, blocks=blocks, block=block)
     return _CNN(build, features=512 * block.expansion)
 
@@ -67,7 +68,7 @@ def _vit(width: int, heads: int) -> EncoderEntry:
     return EncoderEntry(build, ("layer",), width, TOKEN_SIDE, TOKEN_SIDE)
 
 
-ENCODERS: dict[str, EncoderEntry] = {
+_ENCODERS: dict[str, EncoderEntry] = {
     "small-cnn": _CNN(SmallCNN, features=256),
     "resnet18": _resnet((2, 2, 2, 2), BasicBlock),
     "resnet34": _resnet((3, 4, 6, 3), BasicBlock),
@@ -89,18 +90,23 @@ ENCODERS: dict[str, EncoderEntry] = {
     },
 }
 
-HEADS: dict[str, HeadEntry] = {
-    "attention": HeadEntry(AttentionHead, fixed_grid=False),
-    "linear": HeadEntry(LinearHead, fixed_grid=False),
-    "conv": HeadEntry(ConvHead, fixed_grid=False),
-    "transformer": HeadEntry(TransformerHead, fixed_grid=False),
-    "adaptive-cnn": HeadEntry(AdaptiveCNNHead, fixed_grid=False),
+_HEADS: dict[str, HeadEntry] = {
+    "attention": HeadEntry(AttentionHead),
+    "linear": HeadEntry(LinearHead),
+    "conv": HeadEntry(ConvHead),
+    "transformer": HeadEntry(TransformerHead),
+    "adaptive-cnn": HeadEntry(AdaptiveCNNHead),
     "cnn-original": HeadEntry(CNNHead, fixed_grid=True),
     "cnn-smaller": HeadEntry(partial(CNNHead, same_size_blocks=0), fixed_grid=True),
     "cnn-larger": HeadEntry(partial(CNNHead, stride_2_blocks=4), fixed_grid=True),
     "cnn-smaller-feat": HeadEntry(partial(CNNHead, features=128), fixed_grid=True),
     "cnn-larger-feat": HeadEntry(partial(CNNHead, features=512), fixed_grid=True),
 }
+
+ENCODERS: Mapping[str, EncoderEntry] = MappingProxyType(_ENCODERS)
+"""Encoders by name, read-only; `register_encoder` adds to them."""
+HEADS: Mapping[str, HeadEntry] = MappingProxyType(_HEADS)
+"""Heads by name, read-only; `register_head` adds to them."""
 
 
 def register_encoder(
@@ -112,54 +118,84 @@ def register_encoder(
     smallest_side: int = 1,
     side_multiple: int = 1,
 ) -> None:
-    """Makes an encoder known by name, as the shipped ones are.
+    """Adds an encoder to those known by name, in this process.
 
     Args:
         name: for `ModelConfig.encoder`; must be new.
         constructor: of a Flax Linen module `[M, p, p, C] -> [M, latent_dim]`. It is called with
-            `latent_dim`, and with those of `norm`, `dtype`, `remat`, `drop_path`, `stem_stride` and
-            `window` (see `build_encoder`) that it takes.
-        norms: what its `norm` can be, of group, batch and layer, the default first.
-        features: width of the features that the latent vector is made of.
-        smallest_side: the smallest patch side in pixels that it can take.
+            `latent_dim`, and with those of `norm`, `dtype`, `remat`, `drop_path`, `stem_stride`,
+            `window`, `axis_name` and `rows_sharded` (see `build_encoder`) that it takes.
+        norms: allowed values of its `norm`, among group, batch and layer; the default first.
+        features: width of the features before its last layer.
+        smallest_side: the smallest allowed patch side in pixels.
         side_multiple: what the patch side must be a multiple of, in pixels.
 
     Raises:
         ConfigError: if the name is taken.
     """
-    if name in ENCODERS:
+    if name in _ENCODERS:
         raise ConfigError(f"there is an encoder {name!r} already; register yours by another name")
-    ENCODERS[name] = EncoderEntry(constructor, tuple(norms), features, smallest_side, side_multiple)
+    _ENCODERS[name] = EncoderEntry(
+        constructor, tuple(norms), features, smallest_side, side_multiple
+    )
 
 
 def register_head(
     name: str, constructor: Callable[..., nn.Module], *, fixed_grid: bool = False
 ) -> None:
-    """Makes a head known by name, as the shipped ones are.
+    """Adds a head to those known by name, in this process.
 
     Args:
         name: for `ModelConfig.head`; must be new.
         constructor: of a Flax Linen module `([B, rows, cols, D], mask) -> [B, classes]`. It is
-            called with `classes`, and with `dropout` where the config sets one.
+            called with `classes`, with `dropout` where the config sets one, and with `axis_name`
+            (see `build_model`) if it takes it.
         fixed_grid: whether a model trained on one grid works on that grid only.
 
     Raises:
         ConfigError: if the name is taken.
     """
-    if name in HEADS:
+    if name in _HEADS:
         raise ConfigError(f"there is a head {name!r} already; register yours by another name")
-    HEADS[name] = HeadEntry(constructor, fixed_grid)
+    _HEADS[name] = HeadEntry(constructor, fixed_grid)
 
 
 def encoder_entry(name: str) -> EncoderEntry:
-    """Looks an encoder up.
+    """Looks up an encoder; if unknown, in the entry points `patchgd_jax.encoders`.
 
     Raises:
-        ConfigError: if there is none of that name; it names the nearest.
+        ConfigError: if there is none of that name, with the nearest name; or it cannot be loaded.
     """
-    if name not in ENCODERS:
-        raise unknown_name("encoder", name, ENCODERS)
-    return ENCODERS[name]
+    return _lookup("encoder", name, _ENCODERS, EncoderEntry)
+
+
+def head_entry(name: str) -> HeadEntry:
+    """Looks up a head; if unknown, in the entry points `patchgd_jax.heads`.
+
+    Raises:
+        ConfigError: if there is none of that name, with the nearest name; or it cannot be loaded.
+    """
+    return _lookup("head", name, _HEADS, HeadEntry)
+
+
+def _lookup(kind: str, name: str, known: dict[str, Any], entry_type: type) -> Any:
+    """Finds an entry among the known ones or those of installed packages.
+
+    An entry point gives an entry, or a constructor.
+    """
+    if name not in known:
+        installed = entry_points(group=f"patchgd_jax.{kind}s")
+        if name not in installed.names:
+            raise unknown_name(kind, name, [*known, *sorted(installed.names)])
+        try:
+            found = installed[name].load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"the {kind} {name!r} cannot be loaded from {installed[name].value}: {error}; "
+                "install its package anew"
+            ) from error
+        known[name] = found if isinstance(found, entry_type) else entry_type(found)
+    return known[name]
 
 
 def encoder_norm(config: ModelConfig) -> str | None:
@@ -179,18 +215,26 @@ def encoder_norm(config: ModelConfig) -> str | None:
     return config.norm
 
 
-def build_encoder(config: ModelConfig, patch: int, window: int | None = None) -> nn.Module:
+def build_encoder(
+    config: ModelConfig,
+    patch: int,
+    window: int | None = None,
+    axis_name: tuple[str, ...] = (),
+    rows_sharded: bool = False,
+) -> nn.Module:
     """Builds an encoder for one patch side.
 
     Args:
         config: names and sizes.
         patch: side of a patch in pixels.
-        window: pool windows of so many entries of the last map, at every position, instead of the
-            whole map: `[M, H, W, C]` then becomes `[M, h, w, latent_dim]`.
+        window: pools windows of this side at every position of the last map instead of the whole
+            map: `[M, H, W, C]` then becomes `[M, h, w, latent_dim]`.
+        axis_name: mesh axes over which batch statistics are taken in training.
+        rows_sharded: whether the rows of patches are sharded over devices.
 
     Raises:
-        ConfigError: for an unknown name, a norm, stochastic depth, stride of the stem or window
-            that the encoder cannot have, or a patch side that it cannot take.
+        ConfigError: for an unknown name; a norm, stochastic depth, stride of the stem or window
+            that the encoder does not have; or a patch side that it does not take.
     """
     name, entry = config.encoder, encoder_entry(config.encoder)
     norm = encoder_norm(config)
@@ -205,31 +249,42 @@ def build_encoder(config: ModelConfig, patch: int, window: int | None = None) ->
             f"patch side {patch} is not possible in {name}; it needs a multiple of "
             f"{entry.side_multiple} px: {below} or {below + entry.side_multiple}"
         )
-    taken = inspect.signature(entry.build).parameters
-    options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "remat": config.remat}
-    options = {key: value for key, value in options.items() if key in taken}
+    options = _accepted(
+        entry.build,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        axis_name=axis_name,
+        rows_sharded=rows_sharded,
+    )
     if norm is not None:
         options["norm"] = norm
-    if config.drop_path:
-        if "drop_path" not in taken:
-            raise ConfigError(f"{name} has no stochastic depth; leave model.drop_path at 0")
-        options["drop_path"] = config.drop_path
-    if config.stem_stride is not None:
-        if "stem_stride" not in taken:
-            raise ConfigError(f"{name} has no stem with a stride; leave model.stem_stride out")
-        options["stem_stride"] = config.stem_stride
-    if window is not None:
-        if "window" not in taken:
-            raise ConfigError(
-                f"{name} is not convolutional: it gives no map of an image of another size; take a "
-                "convolutional encoder, resnet18 say, or --method patchwise"
-            )
-        options["window"] = window
+    drop_path, stem_stride = config.drop_path or None, config.stem_stride
+    optional = (
+        ("drop_path", drop_path, "has no stochastic depth: leave model.drop_path at 0"),
+        ("stem_stride", stem_stride, "has no stem with a stride: leave model.stem_stride out"),
+        (
+            "window",
+            window,
+            "is not convolutional: it gives no map of an image of another size; take a "
+            "convolutional encoder such as resnet18, or --method patchwise",
+        ),
+    )
+    for option, value, refusal in optional:
+        if value is not None:
+            if not _accepted(entry.build, **{option: value}):
+                raise ConfigError(f"{name} {refusal}")
+            options[option] = value
     return entry.build(latent_dim=config.latent_dim, **options)
 
 
+def _accepted(build: Callable[..., nn.Module], **options: Any) -> dict[str, Any]:
+    """Those of the options that a constructor takes."""
+    taken = inspect.signature(build).parameters
+    return {name: value for name, value in options.items() if name in taken}
+
+
 def map_side(config: ModelConfig, patch: int, channels: int) -> int:
-    """The side of the last map that the encoder has of a patch: the `window` of its mean.
+    """The side of the encoder's last map of one patch: its `window` in a fully convolutional model.
 
     Raises:
         ConfigError: if the encoder is not convolutional, or as `build_encoder`.
@@ -241,26 +296,17 @@ def map_side(config: ModelConfig, patch: int, channels: int) -> int:
     return int(latents.shape[1])
 
 
-def head_entry(name: str) -> HeadEntry:
-    """Looks a head up.
-
-    Raises:
-        ConfigError: if there is none of that name; it names the nearest.
-    """
-    if name not in HEADS:
-        raise unknown_name("head", name, HEADS)
-    return HEADS[name]
-
-
 def build_model(
     config: ModelConfig,
     *,
     grid: Grid,
     channels: int,
     classes: int,
-    mean: float | tuple[float, ...],
-    std: float | tuple[float, ...],
+    mean: Channels,
+    std: Channels,
     window: int | None = None,
+    axis_name: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+    rows_sharded: bool = False,
 ) -> PatchModel:
     """Builds a model for one grid.
 
@@ -269,24 +315,27 @@ def build_model(
         grid: the patch grid of the images.
         channels: channels of the images.
         classes: number of logits: `Task.num_outputs`.
-        mean: per-channel mean that is taken from pixels in [0, 1].
-        std: per-channel standard deviation that they are divided by.
+        mean: per-channel mean of pixels in [0, 1].
+        std: per-channel standard deviation of pixels in [0, 1].
         window: see `build_encoder`.
+        axis_name: by `encoder` and `head`, the mesh axes over which batch statistics are taken in
+            training. The model then trains inside a `shard_map` over these axes only.
+        rows_sharded: see `build_encoder`.
 
     Raises:
-        ConfigError: for an unknown name, or what `build_encoder` refuses.
+        ConfigError: for an unknown name, or as `build_encoder`.
     """
-    # Every side of a patch must be one that the encoder can take.
-    encoder, *_ = (build_encoder(config, side, window) for side in grid.patch_shape)
-    head = head_entry(config.head)
-    # Only an explicit rate overrides the dropout that a published head comes with.
-    dropout = {"dropout": config.dropout} if config.dropout is not None else {}
+    # Both sides of a patch must be allowed.
+    encoder, *_ = (
+        build_encoder(config, side, window, axis_name.get("encoder", ()), rows_sharded)
+        for side in grid.patch_shape
+    )
+    head = head_entry(config.head).build
+    options = _accepted(head, axis_name=axis_name.get("head", ()))
+    if config.dropout is not None:
+        # Only an explicit rate overrides the dropout that a published head comes with.
+        options["dropout"] = config.dropout
     model = from_linen(
-        encoder,
-        head.build(classes=classes, **dropout),
-        grid=grid,
-        channels=channels,
-        mean=mean,
-        std=std,
+        encoder, head(classes=classes, **options), grid=grid, channels=channels, mean=mean, std=std
     )
     return rematerialised(model) if config.remat == "everything" else model

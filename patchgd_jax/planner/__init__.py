@@ -7,7 +7,7 @@ the largest setting for a budget.
 
 from patchgd_jax.planner.compiled import Line, compile_program, compiled_total
 from patchgd_jax.planner.errors import MeasureError, MemoryBudgetError
-from patchgd_jax.planner.estimate import Estimator, method_table
+from patchgd_jax.planner.estimate import Estimator
 from patchgd_jax.planner.explain import explain
 from patchgd_jax.planner.layers import encoder_table
 from patchgd_jax.planner.measure import (
@@ -28,5 +28,5 @@ __all__ = [
     "METHODS", "Calibration", "Estimator", "Line", "MeasureError", "Measured", "MemoryBudgetError",
     "Method", "PeakMeter", "PlanRequest", "Quantity", "calibrate", "calibration",
     "compile_program", "compiled_total", "device_limit", "encoder_table", "explain", "free_memory",
-    "keep_calibration", "measure", "method_table", "parse_size", "show_size", "solve", "step_of",
+    "keep_calibration", "measure", "parse_size", "show_size", "solve", "step_of",
 ]  # fmt: skip

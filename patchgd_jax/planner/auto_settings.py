@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 
 from patchgd_jax.config import PatchGDConfig, TrainConfig
+from patchgd_jax.data.run_data import ImageFiles
 from patchgd_jax.engine.compiling import release_memory, use_compilation_cache
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.planner.request import with_inner_steps
@@ -25,6 +26,7 @@ def resolve_auto(
     config: TrainConfig,
     budget: str | None = None,
     on_message: Callable[[str], None] = lambda text: None,
+    files: ImageFiles | None = None,
 ) -> TrainConfig:
     """Resolves `auto` batch size and sampling fraction to the largest values that fit in memory.
 
@@ -37,6 +39,7 @@ def resolve_auto(
         budget: memory that training may take, such as 8GiB. None: what is free on the device, on
             the CPU less the buffer of read images (`reader_mib`).
         on_message: called with what was chosen and why.
+        files: the config's image files, if they are read already.
 
     Returns:
         The config without auto.
@@ -59,7 +62,7 @@ def resolve_auto(
             "numbers"
         )
     both = config.batch_size == "auto" and config.patchgd.fraction == "auto"
-    plan = plan_of(_smallest(config))
+    plan = plan_of(_smallest(config), files)
     use_compilation_cache()
     source = "given"
     if size is None:
@@ -78,14 +81,14 @@ def resolve_auto(
             on_message(_explanation(plan, answer, size, source))
     if config.batch_size == "auto":
         # The evaluation batch is the configured one, unless the training batch is smaller.
-        request = dataclasses.replace(request, eval_batch=config.eval_batch_size)
+        request = request.changed(eval_batch_size=config.eval_batch_size)
         answer = plan.largest(request, "batch", size, plan.compiled)
         request = answer.request
         on_message(_explanation(plan, answer, size, source))
         config = dataclasses.replace(
             config,
             batch_size=min(request.batch, plan.examples),
-            eval_batch_size=request.eval_batch,
+            eval_batch_size=request.config.eval_batch_size,
         )
     # Gives what compilation has freed back for training.
     release_memory()
@@ -116,7 +119,7 @@ def _explanation(plan: RunPlan, answer: Answer, budget: int, source: str) -> str
         text = f"batch_size auto: {min(request.batch, plan.examples)}"
         if request.batch > plan.examples:
             text += " (all training images)"
-        text += f", eval_batch_size {request.eval_batch}"
+        text += f", eval_batch_size {request.config.eval_batch_size}"
     else:
         text = (
             f"patchgd.fraction auto: {answer.value:.4g} ({request.sampled} of {request.patches} "

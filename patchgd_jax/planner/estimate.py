@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -21,23 +21,21 @@ import jax
 import jax.numpy as jnp
 
 from patchgd_jax.baselines.ips import require_attention
-from patchgd_jax.baselines.registry import frozen_entries
+from patchgd_jax.baselines.registry import method_model
 from patchgd_jax.config import ModelConfig
 from patchgd_jax.core.freezing import partition_frozen
 from patchgd_jax.core.grid import WholeImage
-from patchgd_jax.errors import ConfigError
-from patchgd_jax.models.registry import encoder_entry, head_entry
+from patchgd_jax.engine.setup import make_run_optimizer, run_frozen
+from patchgd_jax.models.registry import build_model, encoder_entry, head_entry
 from patchgd_jax.planner.layers import LayerTable, encoder_table, residuals
 from patchgd_jax.planner.methods import (
-    METHODS,
+    EXAMPLES,
     PATCHGD,
     WITH_Z,
     Method,
     downscaled_size,
     encoder_inputs,
     encoder_shapes,
-    model_of,
-    optimizer_of,
     require_supported,
     trained_as,
     z_bytes,
@@ -84,7 +82,7 @@ class Estimator:
 
     def __init__(self, request: PlanRequest, traces: Traces | None = None) -> None:
         self.request = request
-        self._whole = request.image[:2]
+        self._whole = request.size
         self._traces = traces or Traces()
 
     def resized(self, height: int, width: int) -> Estimator:
@@ -93,8 +91,7 @@ class Estimator:
         Residuals of whole images are scaled by pixels, which attention over tokens outgrows.
         """
         other = copy.copy(self)
-        image = (height, width, self.request.image[2])
-        resized = dataclasses.replace(self.request, image=image, slots=None)
+        resized = dataclasses.replace(self.request, size=(height, width), slots=None)
         other.request = with_sampled(resized, self.request.sampled)
         return other
 
@@ -111,10 +108,11 @@ class Estimator:
         """
         request = self.request
         require_supported(request, method)
-        name, config, patchgd = trained_as(request, method)
+        run = trained_as(request, method)
+        config, patchgd = method_model(run.method, run.model), run.patchgd
         count, size = encoder_inputs(request, method)
         if method == "downscale":
-            size = downscaled_size(request.image, side or patchgd.patch)
+            size = downscaled_size(request.size, side or patchgd.patch)
         grid = request.grid if method in WITH_Z else WholeImage(*size)
         channels = request.image[2]
         head, head_kept = self._traces.head(config, grid.rows, grid.cols, request.classes)
@@ -123,18 +121,18 @@ class Estimator:
         plain = dataclasses.replace(config, remat="none", head="linear", dropout=None)
         encoder = self._traces.encoder(plain, patchgd.patch if single else min(size), channels)
         if method == "ips":
-            require_attention(model_of(config, grid, channels), grid, config.latent_dim)
+            model = build_model(
+                config, grid=grid, channels=channels, classes=request.classes, mean=0.0, std=1.0
+            )
+            require_attention(model, grid, config.latent_dim)
 
         variables = {"encoder": encoder, "head": head}
         params = {part: tree.get("params", {}) for part, tree in variables.items()}
-        stages = request.optimizer.freeze_stages
-        frozen = frozenset(params["encoder"])
-        if method != "mil":
-            frozen = frozen_entries(name, config, stages, patch=patchgd.patch, channels=channels)
+        frozen = frozenset(params["encoder"]) if method == "mil" else run_frozen(run)
         trained, _ = partition_frozen(params, frozen)
         gradients = tree_bytes(trained)
         parameters = tree_bytes(variables)
-        optimizer = tree_bytes(jax.eval_shape(optimizer_of(request).init, trained))
+        optimizer = tree_bytes(jax.eval_shape(make_run_optimizer(run, EXAMPLES).init, trained))
         images, z = request.batch * math.prod(request.image), z_bytes(request, method)
         given = images if method in (*WITH_Z, "patchwise") else count * math.prod(size) * channels
 
@@ -164,7 +162,7 @@ class Estimator:
         Returns:
             A multiple of what the encoder takes, from the patch's side to the image's own.
         """
-        patch, longest = self.request.patchgd.patch, max(self.request.image[:2])
+        patch, longest = self.request.patchgd.patch, max(self.request.size)
         if budget is None:
             return patch
         unit = max(1, encoder_entry(self.request.model.encoder).side_multiple)
@@ -218,21 +216,3 @@ def _head(config: ModelConfig, rows: int, cols: int, classes: int) -> tuple[Any,
 
     kept = jax.eval_shape(partial(residuals, read), (variables.get("params", {}), z), stats, key)
     return variables, tree_bytes([x for x in kept if x.size % _TRACED == 0]) // _TRACED
-
-
-def method_table(
-    request: PlanRequest, methods: Sequence[Method] = METHODS
-) -> tuple[list[Row], dict[Method, str]]:
-    """Estimates several methods.
-
-    Returns:
-        The rows of those that the encoder supports, and the reason for each of the others.
-    """
-    estimator = Estimator(request)
-    rows, refused = [], {}
-    for method in methods:
-        try:
-            rows.append(estimator.row(method))
-        except ConfigError as error:
-            refused[method] = str(error)
-    return rows, refused

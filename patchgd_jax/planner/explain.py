@@ -68,7 +68,7 @@ def explain(
     height, width, channels = request.image
     parameters = table.total("parameters")
     activations = table.total("output_bytes") // FLOAT
-    copies, optimizer = parameter_copies(request.optimizer), request.optimizer.name
+    copies, optimizer = parameter_copies(request.config.optimizer), request.config.optimizer.name
     data = request.batch * image_bytes(height, width, channels)
     largest = max(table.layers, key=lambda layer: layer.output_bytes)
     # The first few layers with weights and the last: the rest follow the same sum.

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from patchgd_jax.config import ModelConfig
 from patchgd_jax.core.grid import WholeImage
-from patchgd_jax.planner.methods import model_of
+from patchgd_jax.models.registry import build_model
 from patchgd_jax.planner.request import leaf_bytes, tree_bytes
 
 Path = tuple[str, ...]
@@ -177,7 +177,14 @@ def encoder_table(
     # The parameters of a convolution are the same for every size; a table of positions is made for
     # square inputs.
     square = WholeImage(min(size), min(size))
-    model = model_of(dataclasses.replace(config, head="linear", dropout=None), square, channels)
+    model = build_model(
+        dataclasses.replace(config, head="linear", dropout=None),
+        grid=square,
+        channels=channels,
+        classes=1,
+        mean=0.0,
+        std=1.0,
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, stats = jax.eval_shape(model.init, key)
     images = jax.ShapeDtypeStruct((inputs, *size, channels), np.uint8)

@@ -7,7 +7,6 @@ of device and version of jaxlib. It is kept in the user's cache folder.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -154,9 +153,9 @@ def other_size(
         The second size, or None if there is none.
     """
     if known.expected(2 * compiled) <= free:
-        return dataclasses.replace(request, batch=2 * request.batch)
+        return request.changed(batch_size=2 * request.batch)
     if request.batch > 1:
-        return dataclasses.replace(request, batch=request.batch // 2)
+        return request.changed(batch_size=request.batch // 2)
     if request.sampled > 1:
         return with_sampled(request, request.sampled // 2)
     return None

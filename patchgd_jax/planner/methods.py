@@ -10,26 +10,21 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from patchgd_jax.baselines.ips import require_attention, selected
-from patchgd_jax.baselines.registry import WHOLE_IMAGE, frozen_entries, make_algorithm, method_model
-from patchgd_jax.config import MethodName, ModelConfig, PatchGDConfig
-from patchgd_jax.contrib.importance import importance_groups
-from patchgd_jax.core.grid import Grid, WholeImage
-from patchgd_jax.core.model import Params, PatchModel
-from patchgd_jax.core.optimizer import make_optimizer
-from patchgd_jax.core.problem import Problem
+from patchgd_jax.baselines.ips import selected
+from patchgd_jax.baselines.registry import WHOLE_IMAGE, make_algorithm
+from patchgd_jax.config import MethodName, ModelConfig, TrainConfig
+from patchgd_jax.core.model import Params
 from patchgd_jax.core.update import TrainState, init_state
-from patchgd_jax.errors import ConfigError, unknown_name
-from patchgd_jax.models.depth import encoder_layers
-from patchgd_jax.models.registry import (
-    build_encoder,
-    build_model,
-    encoder_entry,
-    encoder_norm,
-    map_side,
+from patchgd_jax.data.preprocess import Preprocess
+from patchgd_jax.engine.setup import (
+    make_problem,
+    make_run_optimizer,
+    make_run_task,
+    method_grid,
 )
+from patchgd_jax.errors import ConfigError, unknown_name
+from patchgd_jax.models.registry import build_encoder, encoder_entry, encoder_norm
 from patchgd_jax.planner.request import PlanRequest, tree_bytes
 
 Method = Literal[
@@ -51,6 +46,9 @@ PATCHGD: tuple[Method, ...] = ("patchgd", "accumulate", "exact", "full")
 """Modes of `patchgd_jax train`."""
 WITH_Z: tuple[Method, ...] = ("mil", "ips", *PATCHGD)
 """Methods that fill a latent block."""
+
+EXAMPLES = 10**6
+"""Training images, for the schedule; the memory is the same for any number."""
 
 ABOUT: dict[Method, str] = {
     "gd": "the reference: the gradient of the whole image",
@@ -102,31 +100,23 @@ def step_of(request: PlanRequest, method: Method, side: int | None = None) -> St
             settings.
     """
     require_supported(request, method)
-    image = request.image
+    size = request.size
     if method == "downscale":
-        image = (*downscaled_size(image, side or request.patchgd.patch), image[2])
-        request = dataclasses.replace(request, image=image)
-    name, config, patchgd = trained_as(request, method)
-    request = dataclasses.replace(request, patchgd=patchgd)
-    channels, patch = image[2], patchgd.patch
-    grid = WholeImage(*image[:2]) if name in WHOLE_IMAGE else request.grid
-    window = map_side(config, patch, channels) if method == "fully-conv" else None
-    model = model_of(config, grid, channels, request.classes, window)
-    if name == "ips":
-        require_attention(model, grid, config.latent_dim)
-    optimizer = optimizer_of(request)
-    stages = request.optimizer.freeze_stages
-    frozen = frozen_entries(name, config, stages, patch=patch, channels=channels)
-    sampler = None if patchgd.importance == "none" else importance_groups
-    problem = Problem(model, grid, patchgd, augment=request.augment, frozen=frozen, sampler=sampler)
+        size = downscaled_size(size, side or request.patchgd.patch)
+    config, channels = trained_as(request, method), request.image[2]
+    grid = method_grid(config, *size)
+    names = tuple(map(str, range(request.classes)))
+    plain = Preprocess((0.0,) * channels, (1.0,) * channels, 0, names, (size,))
+    problem = make_problem(config, grid, plain, make_run_task(config, request.classes))
+    optimizer = make_run_optimizer(config, EXAMPLES)
     state: TrainState = jax.eval_shape(partial(init_state, problem, optimizer), _key())
-    steps = make_algorithm(name, request.baseline, patchgd)
+    steps = make_algorithm(config.method, config.baseline, config.patchgd)
     train = partial(steps.train_step, problem, optimizer)
     evaluate = partial(steps.eval_step, problem)
-    images = jax.ShapeDtypeStruct((request.batch, *image), np.uint8)
+    images = jax.ShapeDtypeStruct((request.batch, *size, channels), np.uint8)
     batch = _batch(images)
-    scored = _batch(jax.ShapeDtypeStruct((request.eval_batch, *image), np.uint8))
-    if request.slots is not None and name not in WHOLE_IMAGE:
+    scored = _batch(jax.ShapeDtypeStruct((config.eval_batch_size, *images.shape[1:]), np.uint8))
+    if request.slots is not None and config.method not in WHOLE_IMAGE:
         for arrays in (batch, scored):
             shape = (arrays["label"].shape[0], request.slots)
             arrays["patches"] = jax.ShapeDtypeStruct(shape, np.int32)
@@ -142,28 +132,24 @@ def step_of(request: PlanRequest, method: Method, side: int | None = None) -> St
     )
 
 
-def trained_as(
-    request: PlanRequest, method: Method
-) -> tuple[MethodName, ModelConfig, PatchGDConfig]:
-    """Translates a method to `train`'s name, model settings and PatchGD settings."""
-    patchgd = request.patchgd
+def trained_as(request: PlanRequest, method: Method) -> TrainConfig:
+    """Translates a method to the settings that `train` has for it."""
+    config, mode = request.config, request.patchgd.mode
+    name: str = method
     if method in PATCHGD:
-        return "patchgd", request.model, _in_mode(patchgd, method)
+        name, mode = "patchgd", cast(Any, method)
+    elif method != "patchwise":
+        mode = "full"
+    elif mode not in ("patchgd", "accumulate"):
+        mode = "accumulate"
     if method == "gd-remat":
-        model = dataclasses.replace(method_model("gd", request.model), remat="blocks")
-        return "gd", model, _in_mode(patchgd, "full")
-    name = cast(MethodName, method)
-    if name == "patchwise":
-        mode = patchgd.mode if patchgd.mode in ("patchgd", "accumulate") else "accumulate"
-        return name, method_model(name, request.model), _in_mode(patchgd, mode)
-    return name, method_model(name, request.model), _in_mode(patchgd, "full")
-
-
-def _in_mode(patchgd: PatchGDConfig, mode: str) -> PatchGDConfig:
-    if mode == patchgd.mode:
-        return patchgd
-    importance = patchgd.importance if mode in ("patchgd", "accumulate") else "none"
-    return dataclasses.replace(patchgd, mode=cast(Any, mode), importance=importance)
+        name = "gd"
+        model = dataclasses.replace(config.model, remat="blocks")
+        config = dataclasses.replace(config, model=model)
+    draws = name == "patchgd" and mode in ("patchgd", "accumulate")
+    importance = request.patchgd.importance if draws else "none"
+    patchgd = dataclasses.replace(request.patchgd, mode=mode, importance=importance)
+    return dataclasses.replace(config, method=cast(MethodName, name), patchgd=patchgd)
 
 
 def encoder_inputs(request: PlanRequest, method: Method) -> tuple[int, tuple[int, int]]:
@@ -178,7 +164,7 @@ def encoder_inputs(request: PlanRequest, method: Method) -> tuple[int, tuple[int
     """
     patchgd, grid = request.patchgd, request.grid
     if method in ("gd", "gd-extended", "gd-remat", "fully-conv"):
-        return request.batch, request.image[:2]
+        return request.batch, request.size
     if method == "downscale":
         return request.batch, (patchgd.patch, patchgd.patch)
     chunk = min(patchgd.fill_chunk, request.patches)
@@ -187,7 +173,7 @@ def encoder_inputs(request: PlanRequest, method: Method) -> tuple[int, tuple[int
     elif method == "full":
         per_image = request.patches
     elif method == "ips":
-        top = request.baseline.top_patches
+        top = request.config.baseline.top_patches
         per_image = selected(grid, top=top, inner_steps=patchgd.num_inner_steps)
     else:
         per_image = request.sampled
@@ -209,16 +195,6 @@ def encoder_shapes(model: ModelConfig, side: int, channels: int) -> Params:
     return dict(jax.eval_shape(partial(encoder.init, train=False), _key(), patches))
 
 
-def model_of(
-    config: ModelConfig, grid: Grid, channels: int, classes: int = 1, window: int | None = None
-) -> PatchModel:
-    """Builds a model of images with mean 0 and standard deviation 1."""
-    mean, std = (0.0,) * channels, (1.0,) * channels
-    return build_model(
-        config, grid=grid, channels=channels, classes=classes, mean=mean, std=std, window=window
-    )
-
-
 def require_supported(request: PlanRequest, method: Method) -> None:
     """Raises `ConfigError` for an unknown method, or one that the encoder does not support."""
     if method not in METHODS:
@@ -231,7 +207,7 @@ def require_supported(request: PlanRequest, method: Method) -> None:
                 "mode exact needs model.norm group, or patchgd.norm_policy frozen: batch "
                 "statistics taken chunk by chunk are not those of the whole image"
             )
-    height, width, _ = request.image
+    height, width = request.size
     tables = encoder_entry(model.encoder).side_multiple > 1
     if method in ("gd", "gd-extended", "gd-remat") and tables and height != width:
         raise ConfigError(
@@ -240,35 +216,13 @@ def require_supported(request: PlanRequest, method: Method) -> None:
         )
     if method == "fully-conv":
         build_encoder(model, request.patchgd.patch, window=1)
-    if method == "mil" and request.augment.active:
-        raise ConfigError("method mil keeps the features of each image; leave augment.* out")
 
 
-def downscaled_size(image: tuple[int, int, int], side: int) -> tuple[int, int]:
+def downscaled_size(size: tuple[int, int], side: int) -> tuple[int, int]:
     """Height and width, at least 1 px, of an image shrunk to a longer side of `side`."""
-    height, width, _ = image
+    height, width = size
     longer = max(height, width)
     return max(1, round(height * side / longer)), max(1, round(width * side / longer))
-
-
-def optimizer_of(request: PlanRequest) -> optax.GradientTransformation:
-    """Builds the optimizer, for a run of any length: its memory is the same.
-
-    Raises:
-        ConfigError: for layer-wise rates of an encoder without known blocks.
-    """
-    depth = None
-    if request.optimizer.layer_decay != 1:
-        patch = request.patchgd.patch
-        encoder = build_encoder(request.model, patch)
-        depth = encoder_layers(encoder, patch=patch, channels=request.image[2]).depth
-    return make_optimizer(
-        request.optimizer,
-        total_steps=1000,
-        steps_per_epoch=100,
-        updates_per_step=request.patchgd.updates_per_step,
-        depth=depth,
-    )
 
 
 def _key() -> Any:

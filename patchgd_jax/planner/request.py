@@ -1,23 +1,16 @@
-"""What is planned: the settings that decide how much memory a step takes, and a step's shapes."""
+"""What is planned: a run's settings, with the size of its images."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from patchgd_jax.config import (
-    AugmentConfig,
-    BaselineConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PatchGDConfig,
-    TrainConfig,
-)
+from patchgd_jax.config import ModelConfig, PatchGDConfig, StreamConfig, TaskConfig, TrainConfig
 from patchgd_jax.core.grid import PatchGrid
 from patchgd_jax.core.sampling import group_size
 from patchgd_jax.errors import ConfigError
@@ -25,57 +18,59 @@ from patchgd_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """The settings of a run that memory depends on.
+    """A run on one device, with the images that the model sees.
 
     Raises:
         ConfigError: for sizes that are not positive.
     """
 
-    image: tuple[int, int, int]
-    """Height, width and channels of the images the model sees."""
-    batch: int = 16
-    """Images per outer step."""
-    eval_batch: int = 16
-    """Images per evaluation step."""
+    config: TrainConfig
+    """Nothing of it may be auto."""
+    size: tuple[int, int]
+    """Height and width of the images."""
     classes: int = 10
     """Number of logits."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    patchgd: PatchGDConfig = field(default_factory=PatchGDConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     slots: int | None = None
-    """The most patches of an image that count; None: all of the grid's."""
+    """The most valid patches of an image; None: all of the grid's."""
 
     def __post_init__(self) -> None:
-        if len(self.image) != 3 or min(self.image) < 1:
+        if min(*self.size, self.classes) < 1:
             raise ConfigError(
-                f"the image to plan for is {self.image}; it must be height, width and channels, "
-                "all positive"
+                f"images of {self.size} px in {self.classes} classes cannot be planned for; all "
+                "must be positive"
             )
-        for name in ("batch", "eval_batch", "classes", "slots"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"the {name} to plan for is {value}; at least 1")
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> PlanRequest:
-        """What `train` would do with a config's generated images, whose size is known from it.
+        """Plans for a config's generated images, whose size is known without drawing any."""
+        # The memory of the loss is negligible, so any task will do.
+        plain = {"mesh": None, "stream": StreamConfig(), "task": TaskConfig()}
+        config = dataclasses.replace(config, **plain)  # type: ignore[arg-type]
+        return cls(config, config.data.image_shape[:2], config.data.classes)
 
-        Raises:
-            ConfigError: for a batch size that is still auto.
-        """
-        return cls(
-            image=config.data.image_shape,
-            batch=config.images_per_step,
-            eval_batch=config.eval_batch_size,
-            classes=config.data.classes,
-            model=config.model,
-            patchgd=config.patchgd,
-            optimizer=config.optimizer,
-            augment=config.augment,
-            baseline=config.baseline,
-        )
+    def changed(self, **settings: Any) -> PlanRequest:
+        """The request with other settings of the run."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **settings))
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images."""
+        return (*self.size, self.config.data.num_channels)
+
+    @property
+    def batch(self) -> int:
+        """Images per outer step."""
+        return self.config.images_per_step
+
+    @property
+    def model(self) -> ModelConfig:
+        """The run's."""
+        return self.config.model
+
+    @property
+    def patchgd(self) -> PatchGDConfig:
+        """The run's."""
+        return self.config.patchgd
 
     @property
     def grid(self) -> PatchGrid:
@@ -84,8 +79,7 @@ class PlanRequest:
         Raises:
             ConfigError: if the patch is larger than the image.
         """
-        height, width, _ = self.image
-        return PatchGrid(height, width, self.patchgd.patch, self.patchgd.stride or 0)
+        return PatchGrid(*self.size, self.patchgd.patch, self.patchgd.stride or 0)
 
     @property
     def patches(self) -> int:
@@ -103,15 +97,15 @@ class PlanRequest:
 
 
 def with_inner_steps(request: PlanRequest, inner: int) -> PlanRequest:
-    """The request with so many inner steps, by its sampling fraction."""
+    """Changes the sampling fraction to that of so many inner steps."""
     patchgd = request.patchgd
     epsilon = patchgd.epsilon if inner % patchgd.epsilon == 0 else 1
     patchgd = dataclasses.replace(patchgd, fraction=1 / inner, inner_steps=None, epsilon=epsilon)
-    return dataclasses.replace(request, patchgd=patchgd)
+    return request.changed(patchgd=patchgd)
 
 
 def with_sampled(request: PlanRequest, sampled: int) -> PlanRequest:
-    """The request with at most that many patches in an inner step."""
+    """Changes the sampling fraction to at most so many patches in an inner step."""
     return with_inner_steps(request, max(1, math.ceil(request.patches / sampled)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import jax
 
 from patchgd_jax.baselines.registry import WHOLE_IMAGE
 from patchgd_jax.config import TrainConfig
-from patchgd_jax.data.run_data import make_data
+from patchgd_jax.data.run_data import ImageFiles, make_data
 from patchgd_jax.engine.devices import select_device
 from patchgd_jax.engine.setup import make_run_task, training_grids
 from patchgd_jax.errors import ConfigError
@@ -75,16 +76,15 @@ class RunPlan(NamedTuple):
         return solve(request, self.method, quantity, budget, total=total, most_inner_steps=most)
 
     def _sizes(self, request: PlanRequest) -> list[PlanRequest]:
-        return [
-            dataclasses.replace(request, image=of.image, slots=of.slots) for of in self.requests
-        ]
+        return [dataclasses.replace(request, size=of.size, slots=of.slots) for of in self.requests]
 
 
-def plan_of(config: TrainConfig) -> RunPlan:
+def plan_of(config: TrainConfig, files: ImageFiles | None = None) -> RunPlan:
     """The plan of a run on the images that its settings name.
 
     Args:
         config: the run; no setting of it may be auto.
+        files: its image files, if they are read already.
 
     Raises:
         ConfigError: for images that are streamed or on a mesh.
@@ -96,21 +96,18 @@ def plan_of(config: TrainConfig) -> RunPlan:
             "stream.enabled and mesh out"
         )
     device = select_device(config.device)
-    data = make_data(config)
+    data = make_data(config, files)
     grids = training_grids(config, data)
-    plain = dataclasses.replace(
-        PlanRequest.from_config(config),
-        classes=make_run_task(config, data.num_classes).num_outputs(data.num_classes),
-    )
+    classes = make_run_task(config, data.num_classes).num_outputs(data.num_classes)
+    plain = dataclasses.replace(PlanRequest.from_config(config), classes=classes)
     requests = [
-        dataclasses.replace(plain, image=(*shape, plain.image[2]), slots=slots)
+        dataclasses.replace(plain, size=shape, slots=slots)
         for shape, slots in zip(data.shapes, data.slots, strict=True)
     ]
 
     def extent(request: PlanRequest) -> tuple[int, int]:
         """Pixels, and the patches of a method that has some."""
-        pixels = request.image[0] * request.image[1]
-        return pixels, 1 if config.method in WHOLE_IMAGE else request.patches
+        return math.prod(request.size), 1 if config.method in WHOLE_IMAGE else request.patches
 
     requests.sort(key=extent, reverse=True)
     most: list[PlanRequest] = []

@@ -56,13 +56,14 @@ def _settings(
     request: PlanRequest, quantity: Quantity, most_inner_steps: int | None
 ) -> list[_Setting]:
     """Lists the settings of a quantity, the smallest first."""
-    height, width, channels = request.image
     patchgd = request.patchgd
     if quantity == "batch":
         batches = range(1, _LARGEST_BATCH + 1)
-        least = request.eval_batch
-        change = dataclasses.replace
-        return [_Setting(b, b, change(request, batch=b, eval_batch=min(b, least))) for b in batches]
+        least = request.config.eval_batch_size
+        change = request.changed
+        return [
+            _Setting(b, b, change(batch_size=b, eval_batch_size=min(b, least))) for b in batches
+        ]
     if quantity == "fraction":
         # From the most inner steps on; of those that sample equally many patches, the fewest.
         patches = request.patches
@@ -81,14 +82,14 @@ def _settings(
     if quantity == "patch":
         entry = encoder_entry(request.model.encoder)
         unit = max(32, entry.side_multiple)
-        sides = [s for s in range(unit, min(height, width) + 1, unit) if s >= entry.smallest_side]
+        sides = [s for s in range(unit, min(request.size) + 1, unit) if s >= entry.smallest_side]
         others = [
-            dataclasses.replace(request, patchgd=dataclasses.replace(patchgd, patch=s, stride=None))
+            request.changed(patchgd=dataclasses.replace(patchgd, patch=s, stride=None))
             for s in sides
         ]
     else:
         sides = list(range(patchgd.patch, _LARGEST_SIDE + 1, patchgd.patch))
-        others = [dataclasses.replace(request, image=(s, s, channels)) for s in sides]
+        others = [dataclasses.replace(request, size=(s, s)) for s in sides]
     sampled = request.sampled
     return [
         _Setting(s, s * s, with_sampled(other, min(sampled, other.grid.num_patches)))

@@ -19,9 +19,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from patchgd_jax.core.model import PyTree
+from patchgd_jax.config import TrainConfig
+from patchgd_jax.core.freezing import partition_frozen
+from patchgd_jax.core.model import Params, PyTree
 from patchgd_jax.core.update import TrainState
-from patchgd_jax.engine.distributed import all_or_none, is_first, watched
+from patchgd_jax.engine.distributed import is_first, raise_together, watchdog
+from patchgd_jax.engine.setup import run_frozen
 from patchgd_jax.errors import CheckpointError, DiskError
 from patchgd_jax.io.files import disk_errors, fsync_path, sha256, write_json
 from patchgd_jax.io.text import first_line
@@ -41,7 +44,7 @@ def tree_spec(tree: PyTree) -> dict[str, str]:
 
 
 def describe_difference(stored: dict[str, str], wanted: dict[str, str]) -> str:
-    """What two tree specs do not share, at most ten entries; empty if they are equal."""
+    """Lists the differences of two tree specs, at most ten; empty if they are equal."""
     lines = [
         f"{path}: checkpoint has {stored.get(path, 'nothing')}, "
         f"this model needs {wanted.get(path, 'nothing')}"
@@ -81,7 +84,7 @@ class Checkpoints:
 
         Args:
             step: number of outer steps done.
-            state: pytree of arrays; of several processes, each has its part.
+            state: pytree of arrays; with several processes, each holds its shards.
             meta: JSON values stored beside it.
 
         Raises:
@@ -89,21 +92,21 @@ class Checkpoints:
         """
         state, final = _stored(state), self._path(step)
         partial = self.folder / f".{final.name}.partial"
-        # Of several processes, each writes its part of the arrays, and the first one the rest.
-        with all_or_none(), self._all_or_nothing(final, partial):
+        with raise_together(), self._all_or_nothing(final, partial):
             if is_first():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._remove_partial()
+                for leftover in self.folder.glob(".*.partial"):
+                    shutil.rmtree(leftover)
                 partial.mkdir()
-        # Here processes wait for each other: one that fails ends, and so do those that wait for it.
+        # All processes write their shards; if one fails, the watchdog ends those that wait for it.
         with (
             self._all_or_nothing(final, partial),
-            watched(),
+            watchdog(),
             _checkpointer() as checkpointer,
         ):
             checkpointer.save(partial.absolute() / "state", state)
             checkpointer.wait_until_finished()
-        with all_or_none(), self._all_or_nothing(final, partial):
+        with raise_together(), self._all_or_nothing(final, partial):
             if is_first():
                 content = {**meta, "step": step, "tree": tree_spec(state)}
                 (partial / _META).write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -127,10 +130,6 @@ class Checkpoints:
                 f"({_free_space(self.folder)} free); make room and resume the run"
             ) from error
 
-    def _remove_partial(self) -> None:
-        for leftover in self.folder.glob(".*.partial"):
-            shutil.rmtree(leftover)
-
     def _write_manifest(self, partial: Path) -> None:
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         manifest = {str(p.relative_to(partial)): sha256(p) for p in files}
@@ -153,7 +152,7 @@ class Checkpoints:
             return None
 
     def discard_after(self, step: int) -> None:
-        """Sets the steps after the one a run continues from aside: they did not verify."""
+        """Renames checkpoints newer than the restored step to `*.damaged`."""
         for later in self.steps():
             if later > step:
                 path = self._path(later)
@@ -171,7 +170,7 @@ class Checkpoints:
                     shutil.rmtree(self._path(step))
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with a step's files, or None if every byte is what was written."""
+        """Describes what is wrong with a step's files; None if every byte is as written."""
         path = self._path(step)
         try:
             manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
@@ -188,7 +187,7 @@ class Checkpoints:
         return None
 
     def newest_intact(self) -> int:
-        """The newest step whose files verify; damaged ones are warned of and passed over.
+        """Finds the newest step whose files verify, with a warning for each damaged one.
 
         Raises:
             CheckpointError: if there is none.
@@ -203,18 +202,18 @@ class Checkpoints:
         )
 
     def best(self) -> int:
-        """The step that `best.json` names, verified; else the newest intact one, with a warning."""
+        """Finds the step that `best.json` names; if damaged, warns and takes the newest intact."""
         step = self._named_best()
-        if step is None:
-            return self.newest_intact()
-        problem = self.damage(step)
-        if problem is None:
-            return step
-        self._warn(f"the best checkpoint {self._path(step)} is damaged: {problem}; using the last")
+        if step is not None:
+            problem = self.damage(step)
+            if problem is None:
+                return step
+            path = self._path(step)
+            self._warn(f"the best checkpoint {path} is damaged: {problem}; using the last")
         return self.newest_intact()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was stored beside a verified step's arrays; `tree` is its `tree_spec`."""
+        """Reads what was stored beside a step's arrays; `tree` is its `tree_spec`."""
         return dict(json.loads((self._path(step) / _META).read_text(encoding="utf-8")))
 
     def restore(self, step: int, like: PyTree) -> PyTree:
@@ -241,18 +240,16 @@ class Checkpoints:
             ),
             stored,
         )
-        with watched(), _checkpointer() as checkpointer:
+        with watchdog(), _checkpointer() as checkpointer:
             state = checkpointer.restore(self._path(step).absolute() / "state", target)
         return TrainState(*state) if isinstance(like, TrainState) else state
 
     def restore_part(self, step: int, name: str, like: PyTree) -> PyTree:
-        """Reads one part of a verified step, `params` say, without knowing the rest.
-
-        It does not matter on which kind and number of devices the step was written.
+        """Reads one part of a step, written on any devices, such as `params/encoder`.
 
         Args:
             step: from `newest_intact` or `best`.
-            name: field of the saved state, or a path of fields: `params/encoder`.
+            name: path of fields of the saved state.
             like: nested dicts of the same shapes and dtypes.
 
         Raises:
@@ -266,14 +263,11 @@ class Checkpoints:
             raise CheckpointError(
                 f"{name} of checkpoint {self._path(step)} is of another model:\n  {difference}"
             )
-        # Orbax leaves empty dicts out, so the wanted structure decides.
+        # Orbax omits empty dicts, so the structure is that of `like`.
         return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(jax.device_put(part)))
 
     def restore_arrays(self, step: int) -> PyTree:
-        """Reads a verified step as nested dicts of NumPy arrays, whatever model it is of.
-
-        It does not matter on which kind and number of devices the step was written.
-        """
+        """Reads a step of any model, written on any devices, as nested dicts of NumPy arrays."""
         import orbax.checkpoint as ocp
 
         path = self._path(step).absolute() / "state"
@@ -294,6 +288,29 @@ class _StoredState(NamedTuple):
 
 def _stored(state: PyTree) -> PyTree:
     return _StoredState(*state) if isinstance(state, TrainState) else state
+
+
+def restore_params(
+    checkpoints: Checkpoints, step: int, config: TrainConfig, like: Params, part: str
+) -> PyTree:
+    """Restores a part's parameters as the run evaluated them: their EMA if it keeps one.
+
+    Args:
+        checkpoints: of the run.
+        step: from `newest_intact` or `best`.
+        config: of the run.
+        like: parameters of both parts, of the same shapes and dtypes.
+        part: `encoder` or `head`.
+
+    Raises:
+        CheckpointError: if they are another model's.
+    """
+    params = checkpoints.restore_part(step, f"params/{part}", like[part])
+    if config.optimizer.ema_decay is None:
+        return params
+    trained, _ = partition_frozen(like, run_frozen(config))
+    # Frozen entries have no EMA.
+    return {**params, **checkpoints.restore_part(step, f"opt_state/average/{part}", trained[part])}
 
 
 def _checkpointer() -> Any:

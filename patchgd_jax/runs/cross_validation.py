@@ -11,13 +11,13 @@ import numpy as np
 
 from patchgd_jax.baselines.registry import resolve_method
 from patchgd_jax.config import TrainConfig
-from patchgd_jax.data.sources.channels import with_channels
-from patchgd_jax.engine.distributed import several_asked_for
+from patchgd_jax.data.sources.channels import resolve_channels
+from patchgd_jax.engine.distributed import multiprocess_requested
 from patchgd_jax.errors import ConfigError
 from patchgd_jax.io.files import write_json
 from patchgd_jax.planner.auto_settings import is_resolved, resolve_auto
 from patchgd_jax.runs.folder import CONFIG, SUMMARY, RunFolder
-from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.record.progress import Progress
 from patchgd_jax.runs.train import resume, train
 
 RESULT = "cross_validation.json"
@@ -76,10 +76,10 @@ def cross_validate(
     """
     # Looked at once, with a fold named: that refuses images that have splits of their own.
     one = next(iter(fold_configs(config, folder).values()))
-    channels = with_channels(one).data.channels
+    channels = resolve_channels(one).data.channels
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, channels=channels))
     config = resolve_method(config)
-    if several_asked_for():
+    if multiprocess_requested():
         raise ConfigError(
             "cross-validate trains in one process; for several, train each fold by itself with "
             "--data.split.fold"

@@ -10,12 +10,13 @@ import numpy as np
 
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.core.update import TrainState, ema_params
+from patchgd_jax.data.run_data import ImageFiles
 from patchgd_jax.errors import CheckpointError, ConfigError
 from patchgd_jax.planner import PeakMeter, show_size
 from patchgd_jax.planner.run_plan import plan_of
 from patchgd_jax.runs.checkpoint import Checkpoints
 from patchgd_jax.runs.out_of_memory import out_of_memory_told
-from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.record.progress import Progress
 from patchgd_jax.runs.run import Run
 from patchgd_jax.runs.signals import StopRequest
 from patchgd_jax.runs.train import resolve
@@ -43,13 +44,15 @@ def dry_run(
     """
     progress = progress or Progress()
     with StopRequest() as stop, stop.immediate(), tempfile.TemporaryDirectory() as folder:
-        config = resolve(config, budget, progress)
+        config, files = resolve(config, budget, progress)
         with out_of_memory_told(config, folder):
-            return _rehearse(config, progress, Path(folder))
+            return _rehearse(config, files, progress, Path(folder))
 
 
-def _rehearse(config: TrainConfig, progress: Progress, folder: Path) -> dict[str, int | None]:
-    run = Run(config, None, progress, None)
+def _rehearse(
+    config: TrainConfig, files: ImageFiles | None, progress: Progress, folder: Path
+) -> dict[str, int | None]:
+    run = Run(config, None, progress, None, files)
     state = run.first_state()
     executor, data = run.executor, run.data
     progress.message(executor.compile(state))
@@ -78,17 +81,21 @@ def _rehearse(config: TrainConfig, progress: Progress, folder: Path) -> dict[str
         f"{_STEPS} training steps and an evaluation of {len(batch['id'])} images ran; {count} "
         "arrays were saved and restored, equal bit for bit."
     )
-    return _told(config, executor.compiled_bytes(), peak, progress)
+    return _told(config, files, executor.compiled_bytes(), peak, progress)
 
 
 def _told(
-    config: TrainConfig, compiled: int | None, peak: int | None, progress: Progress
+    config: TrainConfig,
+    files: ImageFiles | None,
+    compiled: int | None,
+    peak: int | None,
+    progress: Progress,
 ) -> dict[str, int | None]:
     """Compares what was measured with the plan."""
     measured = "not told by this system" if peak is None else show_size(peak)
     figures = {"estimated": None, "compiled": compiled, "expected": None, "measured": peak}
     try:
-        plan = plan_of(config)
+        plan = plan_of(config, files)
         request = plan.requests[0]
         estimated = plan.estimated(request)
     except ConfigError as error:

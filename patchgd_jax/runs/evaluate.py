@@ -9,12 +9,47 @@ from typing import Any
 import jax
 import numpy as np
 
-from patchgd_jax.core.metrics import Results
 from patchgd_jax.core.tasks import SINGLE_LABEL, Task
 from patchgd_jax.data.protocols import ExampleSource
-from patchgd_jax.engine.distributed import watched
+from patchgd_jax.engine.distributed import watchdog
 
 EvalStep = Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
+
+
+class Results:
+    """The examples of an evaluation; metrics are computed over all of them at once."""
+
+    def __init__(self) -> None:
+        self._batches: list[dict[str, np.ndarray]] = []
+
+    def add(self, out: Mapping[str, np.ndarray]) -> int:
+        """Adds a batch without its padding, and returns the number of its examples.
+
+        Args:
+            out: what `eval_step` gives per example, and `label` and `weight` of the batch; examples
+                of weight 0 are padding.
+        """
+        valid = np.asarray(out["weight"]) > 0
+        names = ("loss", "label", "prediction", "logits")
+        self._batches.append({name: np.asarray(out[name])[valid] for name in names})
+        return int(valid.sum())
+
+    def summary(self, task: Task, classes: int) -> dict[str, Any]:
+        """Computes `loss` (the mean), the metrics of the task, and `examples`."""
+        values = {
+            name: np.concatenate([batch[name] for batch in self._batches])
+            for name in self._batches[0]
+        }
+        return {
+            "loss": float(values["loss"].astype(np.float64).mean()),
+            **task.summary(
+                labels=values["label"],
+                predictions=values["prediction"],
+                outputs=values["logits"],
+                classes=classes,
+            ),
+            "examples": len(values["loss"]),
+        }
 
 
 def evaluate(
@@ -40,32 +75,20 @@ def evaluate(
     results = Results()
     waiting: dict[str, Any] | None = None
     done = 0
-
-    def collect(out: dict[str, Any]) -> int:
-        # device_get, not np.asarray: the latter would hold back a Ctrl-C until the step is done.
-        out = jax.device_get(out)
-        results.add(
-            loss=out["loss"],
-            label=out["label"],
-            prediction=out["prediction"],
-            outputs=out["logits"],
-            weight=out["weight"],
-        )
-        return int(out["weight"].sum())
-
+    # device_get, not np.asarray: the latter would hold back a Ctrl-C until the step is done.
     with closing(batches):
         for batch in batches:
-            with watched():
+            with watchdog():
                 out = eval_step(batch)
                 # The batch before, while the device is busy with this one.
                 if waiting is not None:
-                    done += collect(waiting)
+                    done += results.add(jax.device_get(waiting))
             waiting = out
             if not on_batch(done):
                 return None
     assert waiting is not None
-    with watched():
-        done += collect(waiting)
+    with watchdog():
+        done += results.add(jax.device_get(waiting))
     on_batch(done)
-    summary = results.summary(task, source.num_classes)
+    summary = results.summary(task, len(source.class_names))
     return summary if done == len(source) else {**summary, "bad_images": len(source) - done}

@@ -18,7 +18,7 @@ from patchgd_jax.data.preprocess import Preprocess
 from patchgd_jax.io.files import atomic_folder, write_json
 from patchgd_jax.runs.folder import PREPROCESS
 from patchgd_jax.runs.predict import TrainedModel
-from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.record.progress import Progress
 from patchgd_jax.weights.files import write_safetensors
 from patchgd_jax.weights.matching import METADATA_KEY, OWN_PREFIX, tensor_names, tensor_paths
 from patchgd_jax.weights.published import PUBLISHED, to_published_layout
@@ -76,15 +76,15 @@ def export_header(config: TrainConfig, preprocess: Preprocess) -> dict[str, str]
     return {"format": "pt", METADATA_KEY: json.dumps(origin)}
 
 
-def export_tensors(encoder: str, params: Params, model_state: Params) -> dict[str, np.ndarray]:
+def export_tensors(encoder: str, params: Params, batch_stats: Params) -> dict[str, np.ndarray]:
     """A model's tensors under the names and in the layouts of an export.
 
     Args:
         encoder: its name in the registry.
         params: of both parts.
-        model_state: of both parts.
+        batch_stats: of both parts.
     """
-    leaves = tensor_paths(params, model_state)
+    leaves = tensor_paths(params, batch_stats)
     tensors = {}
     for path, name in tensor_names(encoder, leaves).items():
         array = np.asarray(jax.device_get(leaves[path]))

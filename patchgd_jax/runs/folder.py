@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from patchgd_jax.config import TrainConfig, from_dict, to_dict
+from patchgd_jax.config import SCHEMA, TrainConfig, from_dict, migrate, nest, to_dict
 from patchgd_jax.data.preprocess import Preprocess
 from patchgd_jax.errors import CheckpointError, ConfigError
 from patchgd_jax.io.files import disk_errors, write_json
@@ -56,7 +56,7 @@ class RunFolder:
         write_json(path / ENVIRONMENT, _environment())
         write_json(path / PREPROCESS, preprocess)
         # Last, because with it the folder is a run.
-        write_json(path / CONFIG, to_dict(config))
+        write_json(path / CONFIG, {"schema": SCHEMA, **to_dict(config)})
         return cls(path)
 
     @staticmethod
@@ -92,7 +92,7 @@ class RunFolder:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read {path}: {error}") from error
-        config = from_dict(TrainConfig, values, str(path))
+        config = from_dict(TrainConfig, nest(migrate(values, str(path))), str(path))
         assert isinstance(config, TrainConfig)
         return config
 

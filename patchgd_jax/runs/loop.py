@@ -8,15 +8,14 @@ from typing import Any
 
 import jax
 
-from patchgd_jax._version import __version__
 from patchgd_jax.core.update import TrainState, ema_params
 from patchgd_jax.data.loading.bad_images import BadImages
 from patchgd_jax.data.loading.pipeline import TrainBatches
-from patchgd_jax.engine.distributed import Agreement, several, watched
+from patchgd_jax.engine.distributed import StopConsensus, is_multiprocess, watchdog
 from patchgd_jax.errors import DataError
 from patchgd_jax.runs.evaluate import evaluate
 from patchgd_jax.runs.folder import CONFIG, RunFolder
-from patchgd_jax.runs.recorder import Recorder
+from patchgd_jax.runs.record.recorder import Recorder
 from patchgd_jax.runs.run import Run
 from patchgd_jax.runs.signals import StopRequest, interrupted
 
@@ -48,20 +47,11 @@ class Loop:
         config = run.config
         self._run, self._folder, self._stop, self._on_step = run, folder, stop, on_step
         self._state, self._step = state, step
-        self._agreement = Agreement() if several() else None
+        self._agreement = StopConsensus() if is_multiprocess() else None
         self._eval_every = config.eval_every or config.steps_per_epoch(len(run.data.train))
         self._save_every = config.save_every or self._eval_every
-        self._recorder = Recorder(
-            folder,
-            run.progress,
-            upto=step,
-            batch_size=config.images_per_step,
-            patches_per_image=run.data.mean_patches([p.grid for p in run.setup.problems]),
-            identity={**run.identity, "version": __version__},
-            device=run.device,
-            task=run.setup.task,
-        )
-        self._bad_images = BadImages(folder.path, process=jax.process_index() if several() else 0)
+        self._recorder = Recorder(run, folder, step)
+        self._bad_images = BadImages(folder.path, process=jax.process_index())
 
     def run(self) -> dict[str, Any]:
         """Runs to the end, or to a signal.
@@ -78,7 +68,7 @@ class Loop:
         with self._stop.immediate():
             run.progress.message(run.executor.compile(self._state))
             step_bytes = run.executor.compiled_bytes()
-            run.progress.shortcuts(run.data.shortcuts)
+            run.progress.shortcuts(run.data.trivial_baselines)
         for record in self._bad_images.records:
             run.progress.warn(f"known as unreadable: {record}")
         batches = run.executor.train_batches(self._step, self._on_bad)
@@ -92,7 +82,7 @@ class Loop:
                     # The others are in the middle of a step that this one cannot join.
                     raise
                 raise self._saved(error) from error
-        return recorder.finish(self._state, run.data.shortcuts, step_bytes)
+        return recorder.finish(self._state, step_bytes)
 
     def _catch_up(self) -> None:
         """Evaluates first if a run was stopped during an evaluation."""
@@ -108,13 +98,13 @@ class Loop:
         with recorder.data_wait():
             batch = next(batches)
         read_wait = run.executor.read_wait
-        with watched():
+        with watchdog():
             self._state, metrics = run.executor.train(self._state, batch)
-            recorder.waited(run.executor.read_wait - read_wait)
+            recorder.add_wait(run.executor.read_wait - read_wait)
             # Reading the metrics of the step before keeps the device busy meanwhile.
             recorder.flush()
             self._step += 1
-            recorder.trained(self._step, batch["id"], metrics)
+            recorder.log_train(self._step, batch["id"], metrics)
             # Read once: a signal that comes after the save waits for the next step.
             stopping = self._signal()
         if self._due(self._eval_every) and not stopping:
@@ -145,7 +135,7 @@ class Loop:
             on_batch=keep_evaluating,
         )
         if metrics is not None:
-            self._recorder.scored(self._step, metrics)
+            self._recorder.log_eval(self._step, metrics)
 
     def _due(self, every: int) -> bool:
         return self._step % every == 0 or self._step == self._run.total_steps

@@ -99,6 +99,6 @@ def _smaller(plan: RunPlan, budget: int) -> str | None:
             flags = f"--patchgd.fraction {answer.value:.6g}"
         else:
             flags = f"--batch-size {answer.request.batch} --eval-batch-size "
-            flags += str(answer.request.eval_batch)
+            flags += str(answer.request.config.eval_batch_size)
         return f"{flags} ({show_size(answer.bytes)})"
     return None

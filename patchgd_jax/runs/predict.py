@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,12 @@ from patchgd_jax.baselines.registry import WHOLE_IMAGE, make_algorithm, method_m
 from patchgd_jax.config import StreamConfig, TrainConfig
 from patchgd_jax.core.grid import Grid, PatchGrid
 from patchgd_jax.core.problem import Weights
-from patchgd_jax.data.images.regions import RegionSource
+from patchgd_jax.data.images.region_base import RegionSource
 from patchgd_jax.data.images.safe_image import read_image
 from patchgd_jax.data.images.shrink import shrink
 from patchgd_jax.data.protocols import ExampleSource
-from patchgd_jax.data.run_data import RunData, make_data
-from patchgd_jax.data.sources.file_images import FileReader, used_patches
+from patchgd_jax.data.run_data import RunData, file_reader, make_data
+from patchgd_jax.data.sources.file_images import used_patches
 from patchgd_jax.engine.build import build
 from patchgd_jax.engine.setup import (
     make_grid,
@@ -30,16 +30,15 @@ from patchgd_jax.engine.setup import (
     make_problem,
     make_run_task,
     method_grid,
-    restore_params,
 )
 from patchgd_jax.engine.streaming.step import StreamedStep
 from patchgd_jax.errors import ConfigError, DataError
 from patchgd_jax.models.registry import encoder_entry, head_entry
 from patchgd_jax.runs import evaluate as evaluation
-from patchgd_jax.runs.checkpoint import Checkpoints
+from patchgd_jax.runs.checkpoint import Checkpoints, restore_params
 from patchgd_jax.runs.folder import METRICS, RunFolder
-from patchgd_jax.runs.metrics_log import read_metrics
-from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.record.metrics_log import read_metrics
+from patchgd_jax.runs.record.progress import Progress
 
 Which = Literal["best", "last"]
 EvaluationSplit = Literal["validation", "test"]
@@ -54,7 +53,7 @@ class TrainedModel:
     Args:
         run_dir: the run folder.
         which: the checkpoint with the best validation score, or the last one.
-        progress: told of damaged checkpoints that were passed over.
+        progress: gets a warning for each damaged checkpoint that was passed over.
 
     Raises:
         CheckpointError: if no usable checkpoint is there.
@@ -67,6 +66,7 @@ class TrainedModel:
         self.config: TrainConfig = self.folder.config()
         self.preprocess = self.folder.preprocess()
         self.task = make_run_task(self.config, len(self.preprocess.class_names))
+        self._reader = file_reader(self.config.data, self.preprocess.background)
         self._grid = self._grid_of(self.preprocess.shapes[0])
         model = make_model(self.config, self._grid, self.preprocess)
         checkpoints = Checkpoints(self.folder.checkpoints, (progress or Progress()).warn)
@@ -91,16 +91,14 @@ class TrainedModel:
         problem = make_problem(config, grid, self.preprocess, self.task)
         return jax.jit(partial(algorithm.eval_step, problem))
 
-    def source(self, split: EvaluationSplit) -> ExampleSource:
-        """The images of a split.
+    def source(self, split: EvaluationSplit, data: RunData | None = None) -> ExampleSource:
+        """The images of a split, of `data` if they are made already.
 
         Raises:
             ConfigError: if the run has no test images.
             DataError: if they cannot be used.
         """
-        return self._source(make_data(self.config), split)
-
-    def _source(self, data: RunData, split: EvaluationSplit) -> ExampleSource:
+        data = data or make_data(self.config)
         if split == "validation":
             return data.validation
         if data.test is None:
@@ -125,7 +123,7 @@ class TrainedModel:
             DataError: if they cannot be used.
         """
         data = make_data(self.config)
-        source = self._source(data, split)
+        source = self.source(split, data)
         # On one device, whatever it was trained on.
         config = dataclasses.replace(
             self.config,
@@ -170,26 +168,25 @@ class TrainedModel:
             image = read_image(path, channels=data.num_channels, background=background)
             image = shrink(image, data.downscale, background)
         else:
-            image, _ = FileReader(data, background).read(path)
+            image, _ = self._reader.read(path)
             if data.fit == "native":
-                # As in training: an image that is smaller than a patch has one.
-                wanted = self._padded(image.shape[:2])
-                missing = [max(0, to - side) for to, side in zip(wanted, image.shape, strict=False)]
-                pad = ((0, missing[0]), (0, missing[1]), (0, 0))
+                height, width = image.shape[:2]
+                rows, cols = self._padded(height, width)
+                pad = ((0, max(0, rows - height)), (0, max(0, cols - width)), (0, 0))
                 image = np.pad(image, pad, constant_values=background)
         self._check_shape(path, image.shape[:2])
         return image
 
-    def _padded(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """The size to which an image is continued, as images were in training."""
+    def _padded(self, height: int, width: int) -> tuple[int, int]:
+        """The size that an image of this size was padded to in training; at least a patch."""
         if self.config.method in WHOLE_IMAGE:
-            for height, width in sorted(self.preprocess.shapes, key=lambda s: s[0] * s[1]):
-                if height >= shape[0] and width >= shape[1]:
-                    return height, width
-        return self._at_least_a_patch(*shape)
+            for rows, cols in sorted(self.preprocess.shapes, key=lambda s: s[0] * s[1]):
+                if rows >= height and cols >= width:
+                    return rows, cols
+        return self._at_least_a_patch(height, width)
 
     def _check_shape(self, path: str | Path, shape: tuple[int, int]) -> Grid:
-        """The grid of an image; the head must take it."""
+        """The grid of an image, checked against the encoder and the head."""
         try:
             grid = self._grid_of(shape)
         except ConfigError as error:
@@ -212,11 +209,11 @@ class TrainedModel:
         return grid
 
     def open_streamed(self, path: str | Path) -> RegionSource | None:
-        """Opens an image that is to be read patch by patch, for the caller to close.
+        """Opens an image to be read patch by patch; the caller closes it.
 
         Returns:
-            The image; or None if it is to be read whole: if it is small and the run read its own
-            images whole, if the model sees all images resized, or its method images whole.
+            The image; or None if it is to be read whole: small images of a run that does not
+            stream, images that are resized, and methods that see images whole.
 
         Raises:
             DataError: if it cannot be opened, or is smaller than a patch.
@@ -227,20 +224,15 @@ class TrainedModel:
             return None
         if data.downscale > 1 or (data.fit != "native" and not data.generated):
             return None
-        reader = FileReader(data, self.preprocess.background)
-        source = reader.open(path)
-        try:
-            height, width = source.level_shapes[reader.level(source, path)]
-            if (
-                not self.config.stream.enabled
-                and height * width * data.num_channels <= RESIDENT_BYTES
-            ):
-                source.close()
+        with ExitStack() as stack:
+            source = stack.enter_context(closing(self._reader.open(path)))
+            shapes = source.level_shapes
+            height, width = shapes[0] if data.generated else self._reader.shape(shapes, path)
+            small = height * width * data.num_channels <= RESIDENT_BYTES
+            if small and not self.config.stream.enabled:
                 return None
             self._check_shape(path, self._at_least_a_patch(height, width))
-        except BaseException:
-            source.close()
-            raise
+            stack.pop_all()
         return source
 
     def _at_least_a_patch(self, height: int, width: int) -> tuple[int, int]:
@@ -250,7 +242,7 @@ class TrainedModel:
     def predict_streamed(
         self, source: RegionSource, name: str, patches: np.ndarray | None = None
     ) -> dict[str, Any]:
-        """Labels one image of which no more than some patches are in memory.
+        """Labels one image patch by patch, with only a few patches in memory.
 
         Args:
             source: from `open_streamed`.
@@ -283,13 +275,13 @@ class TrainedModel:
         )
 
     def patches(self, path: str | Path) -> np.ndarray | None:
-        """The numbers of a file's patches that hold something, `int32 [m]`; None: all count."""
+        """Ids of a file's patches that are not background, `int32 [m]`; None: all are used."""
         if self.config.data.empty.method == "none":
             return None
-        reader = FileReader(self.config.data, self.preprocess.background)
-        shape = self._at_least_a_patch(*reader.shape(path))
+        with closing(self._reader.open(path)) as source:
+            shape = self._at_least_a_patch(*self._reader.shape(source.level_shapes, path))
         grid = make_grid(self.config, *shape, self.preprocess.background)
-        return np.flatnonzero(used_patches(path, reader, grid)).astype(np.int32)
+        return np.flatnonzero(used_patches(path, self._reader, grid)).astype(np.int32)
 
     def predict(self, image: np.ndarray, patches: np.ndarray | None = None) -> dict[str, Any]:
         """Labels one image.
@@ -299,8 +291,8 @@ class TrainedModel:
             patches: from `patches`; the others are not encoded.
 
         Returns:
-            `label`: the class name, for a multi-label task the list of those that hold, for a
-            regression the number; and for all but the last `probabilities` by class name.
+            `label` (class name; for multi-label a list of names; for regression a number), and
+            `probabilities` by class name except for regression.
         """
         grid = self._grid_of(image.shape[:2])
         batch = {"image": image[None], **self._batch(grid, patches)}
@@ -311,7 +303,7 @@ class TrainedModel:
         spec = self.task.label_spec(1, len(self.preprocess.class_names))
         batch = {"label": np.zeros(spec.shape, spec.dtype)}
         if patches is not None:
-            # As many slots for every image of a size: one program.
+            # The same number of slots for every image of a size, so that one program serves all.
             slots = np.full((1, grid.num_patches), grid.num_patches, np.int32)
             slots[0, : len(patches)] = patches
             batch["patches"] = slots
@@ -342,11 +334,10 @@ class TrainedModel:
             ConfigError: for the first that the head cannot take.
         """
         for path in paths:
-            source = self.open_streamed(path)
-            if source is not None:
-                source.close()
-            else:
+            if (source := self.open_streamed(path)) is None:
                 self.read(path)
+            else:
+                source.close()
         return [{"image": str(path), **self.predict_file(path)} for path in paths]
 
     def predict_file(self, path: str | Path) -> dict[str, Any]:

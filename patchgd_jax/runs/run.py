@@ -10,21 +10,21 @@ import jax
 import optax
 
 from patchgd_jax._version import __version__
-from patchgd_jax.config import TrainConfig, flatten, to_dict
+from patchgd_jax.config import TrainConfig, flatten, migrate, to_dict
 from patchgd_jax.core.sampling import group_size
 from patchgd_jax.core.update import TrainState, init_state
 from patchgd_jax.data.preprocess import Preprocess
-from patchgd_jax.data.run_data import make_data
+from patchgd_jax.data.run_data import ImageFiles, make_data
 from patchgd_jax.data.synthetic.ultramnist import UltraMnist
 from patchgd_jax.engine.build import build, check_run
 from patchgd_jax.engine.compiling import use_compilation_cache
 from patchgd_jax.engine.devices import select_device
-from patchgd_jax.engine.distributed import watched
+from patchgd_jax.engine.distributed import watchdog
 from patchgd_jax.engine.setup import samples_patches
 from patchgd_jax.errors import CheckpointError, DiskError
 from patchgd_jax.runs.folder import EXAMPLES, RunFolder
-from patchgd_jax.runs.progress import Progress
-from patchgd_jax.weights.matching import starting_point
+from patchgd_jax.runs.record.progress import Progress
+from patchgd_jax.runs.starting_point import starting_point
 
 _MAY_CHANGE = (
     "run_dir",
@@ -58,6 +58,7 @@ class Run:
         preprocess: of a run that is resumed. None: measured.
         progress: shows notes about the data and the device.
         optimizer: replaces the config's, of which freezing and the EMA stay.
+        files: the config's image files, if they are read already.
 
     Raises:
         PatchGDError: of the kind that fits.
@@ -69,12 +70,13 @@ class Run:
         preprocess: Preprocess | None,
         progress: Progress,
         optimizer: optax.GradientTransformation | None,
+        files: ImageFiles | None = None,
     ) -> None:
         self.config = config
         self.progress = progress
         # First, because processes wait for each other's devices.
         self.device = select_device(config.device, shared=config.mesh is not None)
-        self.data = make_data(config)
+        self.data = make_data(config, files)
         for note in self.data.notes:
             progress.message(note)
         check_run(config, self.data)
@@ -111,7 +113,7 @@ class Run:
         if start is not None:
             params, batch_stats = start.into(*state.weights)
             state = state._replace(params=params, batch_stats=batch_stats)
-        with watched():
+        with watchdog():
             return self.executor.place(state)
 
     def state_spec(self) -> TrainState:
@@ -148,6 +150,11 @@ class Run:
         lines = []
         for kind, now in self.identity.items():
             then = meta.get(kind, {})
+            if kind == "settings":
+                # A setting that is newer than the checkpoint had its default.
+                stored = migrate({**then, "schema": meta.get("schema", 0)})
+                stored = {**flatten(to_dict(TrainConfig())), **stored}
+                then = {name: stored[name] for name in now}
             if kind == "data" and then != now:
                 changed = (
                     "the images have changed (a file, its time or size, a label, or the split)"

@@ -10,20 +10,28 @@ import optax
 
 from patchgd_jax.baselines.registry import resolve_method
 from patchgd_jax.config import TrainConfig
-from patchgd_jax.data.sources.channels import with_channels
+from patchgd_jax.data.run_data import ImageFiles, read_files
+from patchgd_jax.data.sources.channels import resolve_channels
 from patchgd_jax.engine.build import check_settings
-from patchgd_jax.engine.distributed import all_or_none, check_same, from_first, is_first
+from patchgd_jax.engine.distributed import (
+    broadcast_from_first,
+    check_same,
+    is_first,
+    raise_together,
+)
 from patchgd_jax.planner.auto_settings import resolve_auto
 from patchgd_jax.runs.checkpoint import Checkpoints
 from patchgd_jax.runs.folder import RunFolder
 from patchgd_jax.runs.loop import Loop, OnStep
 from patchgd_jax.runs.out_of_memory import out_of_memory_told
-from patchgd_jax.runs.progress import Progress
+from patchgd_jax.runs.record.progress import Progress
 from patchgd_jax.runs.run import Run
 from patchgd_jax.runs.signals import StopRequest
 
 
-def resolve(config: TrainConfig, budget: str | None, progress: Progress) -> TrainConfig:
+def resolve(
+    config: TrainConfig, budget: str | None, progress: Progress
+) -> tuple[TrainConfig, ImageFiles | None]:
     """Resolves the settings that the method, the images or the memory decide, and checks them.
 
     Args:
@@ -31,12 +39,17 @@ def resolve(config: TrainConfig, budget: str | None, progress: Progress) -> Trai
         budget: memory that `auto` settings must fit, such as 8GiB. None: the device's free memory.
         progress: shows what `auto` becomes.
 
+    Returns:
+        The config, and its image files if it names any.
+
     Raises:
         PatchGDError: of the kind that fits; wrong names and numbers before any data are read.
     """
     config = resolve_method(config)
     check_settings(config)
-    return resolve_auto(with_channels(config), budget, progress.message)
+    files = read_files(config)
+    config = resolve_channels(config, files)
+    return resolve_auto(config, budget, progress.message, files), files
 
 
 def train(
@@ -69,18 +82,18 @@ def train(
     with StopRequest() as stop:
         with stop.immediate():
             # Whatever is wrong with the config shows before the folder is made.
-            with all_or_none():
+            with raise_together():
                 RunFolder.check_free(run_dir)
-                config = resolve(config, budget, progress)
-                run = Run(config, None, progress, optimizer)
+                config, files = resolve(config, budget, progress)
+                run = Run(config, None, progress, optimizer, files)
             check_same(run.shared)
             with out_of_memory_told(config, run_dir):
                 state = run.first_state()
-            with all_or_none():
+            with raise_together():
                 if is_first():
                     folder = RunFolder.create(run_dir, config, dataclasses.asdict(run.preprocess))
                     run.write_examples(folder)
-            with all_or_none():
+            with raise_together():
                 folder = RunFolder(run_dir)
         with out_of_memory_told(config, run_dir):
             return Loop(run, folder, state, 0, stop, on_step).run()
@@ -112,7 +125,7 @@ def resume(
     progress = progress or Progress()
     with StopRequest() as stop:
         with stop.immediate():
-            with all_or_none():
+            with raise_together():
                 folder = RunFolder(run_dir)
                 config = folder.config()
                 if mesh is not None:
@@ -120,9 +133,9 @@ def resume(
                 run = Run(config, folder.preprocess(), progress, optimizer)
             check_same(run.shared)
             checkpoints = Checkpoints(folder.checkpoints, progress.warn)
-            if from_first(checkpoints.steps):
-                step = from_first(checkpoints.newest_intact)
-                with all_or_none():
+            if broadcast_from_first(checkpoints.steps):
+                step = broadcast_from_first(checkpoints.newest_intact)
+                with raise_together():
                     meta = checkpoints.meta(step)
                     run.check_identity(meta, step, accept_changed_data=accept_changed_data)
                 state = checkpoints.restore(step, run.state_spec())

@@ -1,75 +1,80 @@
-"""Published weight files by name: fetched once, checked against a pinned SHA-256, kept."""
+"""Published weight files by name, Hugging Face repository or URL: fetched once, checked, kept."""
 
 from __future__ import annotations
 
+import hashlib
+import http.client
 import re
+import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from patchgd_jax.errors import ConfigError, DataError, unknown_name
-from patchgd_jax.io.files import atomic_file, disk_errors
-from patchgd_jax.io.files import sha256 as file_sha256
+from patchgd_jax.io.files import atomic_file, disk_errors, sha256
+from patchgd_jax.io.text import first_line
 from patchgd_jax.weights.files import SUFFIXES
 
 
 class PinnedFile(NamedTuple):
-    """A published file and what its content must hash to."""
+    """A published file of an encoder and the SHA-256 of its content, in hexadecimal."""
 
     encoder: str
-    """The encoder that it is for."""
     url: str
     sha256: str
-    """Hexadecimal SHA-256, or the first digits of it."""
-
-
-def _named(encoder: str, url: str) -> PinnedFile:
-    """PyTorch's publishers write the first 8 digits of the hash into the name, and pin no more."""
-    pin = re.search(r"-([0-9a-f]{8})\.pth$", url)
-    assert pin is not None, url
-    return PinnedFile(encoder, url, pin[1])
+    """May be only the first digits."""
 
 
 _TORCHVISION = "https://download.pytorch.org/models/"
 _DEIT = "https://dl.fbaipublicfiles.com/deit/"
-
-PINNED: Mapping[str, PinnedFile] = {
-    "resnet18-imagenet1k-v1": _named("resnet18", f"{_TORCHVISION}resnet18-f37072fd.pth"),
-    "resnet34-imagenet1k-v1": _named("resnet34", f"{_TORCHVISION}resnet34-b627a593.pth"),
-    "resnet50-imagenet1k-v1": _named("resnet50", f"{_TORCHVISION}resnet50-0676ba61.pth"),
-    "resnet50-imagenet1k-v2": _named("resnet50", f"{_TORCHVISION}resnet50-11ad3fa6.pth"),
-    "resnet101-imagenet1k-v1": _named("resnet101", f"{_TORCHVISION}resnet101-63fe2227.pth"),
-    "resnet101-imagenet1k-v2": _named("resnet101", f"{_TORCHVISION}resnet101-cd907fc2.pth"),
-    "mobilenet-v2-imagenet1k-v1": _named(
-        "mobilenet-v2", f"{_TORCHVISION}mobilenet_v2-b0353104.pth"
-    ),
-    "mobilenet-v2-imagenet1k-v2": _named(
-        "mobilenet-v2", f"{_TORCHVISION}mobilenet_v2-7ebf99e0.pth"
-    ),
-    "efficientnet-b0-imagenet1k-v1": _named(
-        "efficientnet-b0", f"{_TORCHVISION}efficientnet_b0_rwightman-7f5810bc.pth"
-    ),
-    "deit-tiny-imagenet1k": _named("deit-tiny", f"{_DEIT}deit_tiny_patch16_224-a1311bcf.pth"),
-    "deit-small-imagenet1k": _named("deit-small", f"{_DEIT}deit_small_patch16_224-cd65a155.pth"),
-    "deit-base-imagenet1k": _named("deit-base", f"{_DEIT}deit_base_patch16_224-b5f2ef4d.pth"),
+_FILES = {
+    "resnet18-imagenet1k-v1": f"{_TORCHVISION}resnet18-f37072fd.pth",
+    "resnet34-imagenet1k-v1": f"{_TORCHVISION}resnet34-b627a593.pth",
+    "resnet50-imagenet1k-v1": f"{_TORCHVISION}resnet50-0676ba61.pth",
+    "resnet50-imagenet1k-v2": f"{_TORCHVISION}resnet50-11ad3fa6.pth",
+    "resnet101-imagenet1k-v1": f"{_TORCHVISION}resnet101-63fe2227.pth",
+    "resnet101-imagenet1k-v2": f"{_TORCHVISION}resnet101-cd907fc2.pth",
+    "mobilenet-v2-imagenet1k-v1": f"{_TORCHVISION}mobilenet_v2-b0353104.pth",
+    "mobilenet-v2-imagenet1k-v2": f"{_TORCHVISION}mobilenet_v2-7ebf99e0.pth",
+    "efficientnet-b0-imagenet1k-v1": f"{_TORCHVISION}efficientnet_b0_rwightman-7f5810bc.pth",
+    "deit-tiny-imagenet1k": f"{_DEIT}deit_tiny_patch16_224-a1311bcf.pth",
+    "deit-small-imagenet1k": f"{_DEIT}deit_small_patch16_224-cd65a155.pth",
+    "deit-base-imagenet1k": f"{_DEIT}deit_base_patch16_224-b5f2ef4d.pth",
 }
-"""Names as in torchvision's weight enums. The pins are those the publishers' own loaders check: 8
-hexadecimal digits, enough against a damaged transfer but not against a forger; against one stand
-HTTPS, and a reader that executes nothing."""
+PINNED: Mapping[str, PinnedFile] = {
+    name: PinnedFile(name.partition("-imagenet1k")[0], url, url[-12:-4])
+    for name, url in _FILES.items()
+}
+"""Names as in torchvision's weight enums. The publishers write the first 8 digits of the hash into
+the file name and check no more: enough against a damaged transfer but not against a forger; against
+one stand HTTPS, and a reader that executes nothing."""
+
+REVISIONS: Mapping[str, str] = {
+    "timm/resnet18.a1_in1k": "491b427b45c94c7fb0e78b5474cc919aff584bbf",
+    "timm/resnet50.a1_in1k": "767268603ca0cb0bfe326fa87277f19c419566ef",
+    "timm/deit_tiny_patch16_224.fb_in1k": "80e968688553f219e4a86f940ed945a23709c16f",
+    "timm/deit_small_patch16_224.fb_in1k": "91327a9c99f98fe6b524cd4d397b7226b80e1365",
+    "timm/deit_base_patch16_224.fb_in1k": "b78cc5532a69df6bcad9c3a8d76653fd20b31ac6",
+}
+"""Commit of a Hugging Face repository that is meant where none is named."""
+
+_HUB_FILE = "model.safetensors"
+_BY_HAND = "Without a network, fetch it elsewhere and name the file with --model.weights"
 
 
 def locate_weights(weights: str, encoder: str, message: Callable[[str], None]) -> Path:
-    """The file that `--model.weights` means; fetches it if need be.
+    """Finds the file that `--model.weights` means; fetches it if it is not kept already.
 
     Args:
-        weights: a file, a name of `PINNED`, or `https://...#sha256=<64 digits>`.
+        weights: a file, a name of `PINNED`, `hf:OWNER/NAME`, `hf:OWNER/NAME@COMMIT`, or
+            `https://...#sha256=<64 digits>`.
         encoder: the encoder that is to be loaded.
-        message: told before something is fetched.
+        message: gets one line about what is fetched.
 
     Raises:
         ConfigError: for an unknown name, or one of another encoder.
-        DataError: if there is no such file, or it cannot be fetched, or is not what was pinned.
+        DataError: if there is no such file, or it cannot be fetched, or differs from its pin.
         DiskError: if a fetched file cannot be kept.
     """
     if weights in PINNED:
@@ -80,12 +85,14 @@ def locate_weights(weights: str, encoder: str, message: Callable[[str], None]) -
                 f"set --model.encoder {pinned.encoder}"
             )
         return _fetched(pinned.url, pinned.sha256, message)
+    if weights.startswith("hf:"):
+        return _from_hub(weights, message)
     if weights.startswith(("http://", "https://")):
         url, _, fragment = weights.partition("#")
         pin = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
         if pin is None:
             raise ConfigError(
-                f"{weights} says not what the file must hash to; end it in #sha256=<64 digits>"
+                f"{weights}: missing checksum; append #sha256=<64 hex digits> to the URL"
             )
         return _fetched(url, pin[1].lower(), message)
     path = Path(weights)
@@ -98,39 +105,72 @@ def locate_weights(weights: str, encoder: str, message: Callable[[str], None]) -
     raise unknown_name("weights", weights, PINNED)
 
 
-def _fetched(url: str, sha256: str, message: Callable[[str], None]) -> Path:
-    """The kept copy of a file, which is fetched if there is none that is intact."""
+def _from_hub(weights: str, message: Callable[[str], None]) -> Path:
+    """The `model.safetensors` of a Hugging Face repository, from the hub's own cache or fetched."""
+    from huggingface_hub import errors, hf_hub_download
+
+    name = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([0-9a-f]{40}))?", weights)
+    if name is None:
+        raise ConfigError(
+            f"weights {weights} is neither hf:OWNER/NAME nor hf:OWNER/NAME@COMMIT with a full "
+            f"commit hash (40 digits), such as hf:{next(iter(REVISIONS))}"
+        )
+    repository, revision = name[1], name[2] or REVISIONS.get(name[1], "main")
+    reasons = {
+        errors.GatedRepoError: "it is gated; accept its conditions on its page, then run: hf auth "
+        "login",
+        errors.RepositoryNotFoundError: "there is no such repository, or it is private; check the "
+        "name, or run: hf auth login",
+        errors.RevisionNotFoundError: f"it has no revision {revision}",
+        errors.LocalEntryNotFoundError: "the hub cannot be reached, and it has not been fetched "
+        f"here before. {_BY_HAND}",
+        errors.EntryNotFoundError: f"it has no {_HUB_FILE}; name another repository, or a file",
+        errors.HTTPError: f"the transfer failed; try again. {_BY_HAND}",
+    }
+    with disk_errors(f"cannot keep {weights}"):
+        try:
+            path = Path(hf_hub_download(repository, _HUB_FILE, revision=revision))
+        except tuple(reasons) as error:
+            reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
+            raise DataError(f"cannot fetch {weights}: {reason} ({first_line(error)})") from error
+    # The folder of a snapshot has the commit's name.
+    message(f"Weights: hf:{repository}@{path.parent.name}")
+    return path
+
+
+def _fetched(url: str, pin: str, message: Callable[[str], None]) -> Path:
+    """The kept copy of a file, fetched if there is none that is intact."""
     import platformdirs
 
-    name = re.fullmatch(r"[\w.-]+", Path(urlsplit(url).path).name)
-    if name is None or Path(name[0]).suffix not in SUFFIXES:
+    name = Path(urlsplit(url).path).name
+    if not re.fullmatch(r"[\w.-]+", name) or Path(name).suffix not in SUFFIXES:
         raise ConfigError(f"{url} does not end in a file name with one of {', '.join(SUFFIXES)}")
     folder = Path(platformdirs.user_cache_dir("patchgd-jax")) / "weights"
-    kept = folder / f"{sha256[:16]}-{name[0]}"
+    kept = folder / f"{pin[:16]}-{name}"
     with disk_errors(f"cannot keep weights in {folder}"):
-        if kept.is_file() and file_sha256(kept).startswith(sha256):
+        if kept.is_file() and sha256(kept).startswith(pin):
             return kept
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         message(f"Fetching {url}")
-        with atomic_file(kept) as path:
-            _download(url, path)
-            found = file_sha256(path)
-            if not found.startswith(sha256):
-                raise DataError(
-                    f"{url} is not the pinned file: its SHA-256 is {found}, not {sha256}"
-                    f"{'' if len(sha256) == 64 else '...'}; nothing of it was kept"
-                )
+        content = _download(url)
+        found = hashlib.sha256(content).hexdigest()
+        if not found.startswith(pin):
+            raise DataError(
+                f"{url} is not the pinned file: its SHA-256 is {found}, not {pin}"
+                f"{'' if len(pin) == 64 else '...'}; nothing of it was kept"
+            )
+        with atomic_file(kept) as partial:
+            partial.write_bytes(content)
     return kept
 
 
-def _download(url: str, path: Path) -> None:
-    import pooch
-    import requests
-
+def _download(url: str) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "patchgd-jax"})
     try:
-        pooch.HTTPDownloader(timeout=30, chunk_size=2**20)(url, str(path), None)
-    except requests.RequestException as error:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.read()
+    except (OSError, http.client.HTTPException) as error:
         raise DataError(
-            f"cannot fetch {url}, which has not been fetched here before: {error}. Without a "
-            "network, fetch it elsewhere and name the file with --model.weights"
+            f"cannot fetch {url}, which has not been fetched here before: {first_line(error)}. "
+            f"{_BY_HAND}"
         ) from error

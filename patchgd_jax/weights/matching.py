@@ -1,4 +1,4 @@
-"""Where a run starts from instead of random values: a weight file, or another run's encoder.
+"""Matches the tensors of a weight file to the parameters of a model.
 
 Published weights hold an encoder without our latent layer, and a classifier that we have no use
 for. Our own exports (`export.py`) hold a whole model.
@@ -18,14 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from patchgd_jax.config import ModelConfig, TrainConfig
+from patchgd_jax.config import ModelConfig
 from patchgd_jax.core.model import Params
-from patchgd_jax.data.preprocess import Preprocess
-from patchgd_jax.engine.setup import restore_params
-from patchgd_jax.errors import CheckpointError, ConfigError, DataError
-from patchgd_jax.runs.checkpoint import Checkpoints
-from patchgd_jax.runs.folder import RunFolder
-from patchgd_jax.runs.progress import Progress
+from patchgd_jax.errors import ConfigError, DataError
 from patchgd_jax.weights.files import WeightFile, read_weights
 from patchgd_jax.weights.hub import locate_weights
 from patchgd_jax.weights.published import (
@@ -55,37 +50,14 @@ class StartingPoint(NamedTuple):
     """Per channel, of pixels in [0, 1]."""
     std: tuple[float, ...]
     into: Callable[[Params, Params], tuple[Params, Params]]
-    """Replaces what it has values for in `(params, model_state)`: all of it, or it raises."""
+    """Replaces what it has values for in `(params, batch_stats)`: all of it, or it raises."""
 
 
-def starting_point(config: TrainConfig, progress: Progress) -> StartingPoint | None:
-    """What the config says the run starts from; None for random values.
-
-    Raises:
-        ConfigError: for unknown weights, or images of another number of channels.
-        DataError: for a weight file that is missing or cannot be used.
-        CheckpointError: if the other run has no usable checkpoint.
-    """
-    if config.init_encoder is not None:
-        start = _from_run(config.init_encoder, progress)
-    elif config.model.weights is not None:
-        start = _from_weights(config.model, config.model.weights, progress)
-    else:
-        return None
-    wanted, channels = len(start.mean), config.data.num_channels
-    if wanted != channels:
-        raise ConfigError(
-            f"{config.init_encoder or config.model.weights} is for images of {wanted} channels, "
-            f"these have {channels}; set --data.channels {wanted}"
-        )
-    return start
-
-
-def tensor_paths(params: Params, model_state: Params) -> dict[TensorPath, Any]:
+def tensor_paths(params: Params, batch_stats: Params) -> dict[TensorPath, Any]:
     """Every leaf of a model by its path."""
     return {
         _tensor_path(path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path((params, model_state))[0]
+        for path, leaf in jax.tree_util.tree_flatten_with_path((params, batch_stats))[0]
     }
 
 
@@ -116,30 +88,25 @@ def tensor_names(encoder: str, paths: Iterable[TensorPath]) -> dict[TensorPath, 
     return names
 
 
-def _from_run(run_dir: str, progress: Progress) -> StartingPoint:
-    """The encoder of another run's best checkpoint, batch statistics included."""
-    folder = RunFolder(run_dir)
-    preprocess = folder.preprocess()
+def weights_start(
+    model: ModelConfig, weights: str, message: Callable[[str], None]
+) -> StartingPoint:
+    """The starting point that a weight file gives.
 
-    def into(params: Params, model_state: Params) -> tuple[Params, Params]:
-        checkpoints = Checkpoints(folder.checkpoints, progress.warn)
-        step = checkpoints.best()
+    Args:
+        model: the model that is to start from it.
+        weights: file, name or address, as `locate_weights` takes it.
+        message: gets one line for a download, and one for what was loaded.
 
-        encoder = restore_params(checkpoints, step, folder.config(), params, "encoder")
-        state = model_state["encoder"]
-        state = checkpoints.restore_part(step, "model_state/encoder", state)
-        progress.message(f"The encoder starts from {run_dir}, step {step}.")
-        return {**params, "encoder": encoder}, {**model_state, "encoder": state}
-
-    return StartingPoint(preprocess.mean, preprocess.std, into)
-
-
-def _from_weights(model: ModelConfig, weights: str, progress: Progress) -> StartingPoint:
-    file = read_weights(locate_weights(weights, model.encoder, progress.message))
+    Raises:
+        ConfigError: for unknown weights, or of another encoder.
+        DataError: for a weight file that is missing or damaged.
+    """
+    file = read_weights(locate_weights(weights, model.encoder, message))
     export = _read_export(file)
     table = PUBLISHED.get(model.encoder)
     if export is not None:
-        mean, std = export.preprocess.mean, export.preprocess.std
+        mean, std = export.mean, export.std
     elif table is not None:
         mean, std = table.mean, table.std
     else:
@@ -148,14 +115,14 @@ def _from_weights(model: ModelConfig, weights: str, progress: Progress) -> Start
             f"encoder {model.encoder}; there are of {', '.join(PUBLISHED)}"
         )
 
-    def into(params: Params, model_state: Params) -> tuple[Params, Params]:
-        wanted = tensor_paths(params, model_state)
+    def into(params: Params, batch_stats: Params) -> tuple[Params, Params]:
+        wanted = tensor_paths(params, batch_stats)
         fit = _match(file, model.encoder, wanted, whole=export is not None)
         if model.allow_partial and any(map(_is_head, fit.problems)):
             fit = fit.without_head()
         fit.check(file.path, model, export)
         new = sorted({"/".join(path[:1] + path[2:3]) for path in wanted.keys() - fit.placed.keys()})
-        progress.message(
+        message(
             f"The model starts from {file.path}: {len(fit.placed)} tensors; "
             f"new are {_listed(new) if new else 'none'}."
         )
@@ -165,7 +132,7 @@ def _from_weights(model: ModelConfig, weights: str, progress: Progress) -> Start
             return leaf if placed is None else jax.device_put(placed)
 
         replaced: tuple[Params, Params] = jax.tree_util.tree_map_with_path(
-            value, (params, model_state)
+            value, (params, batch_stats)
         )
         return replaced
 
@@ -176,7 +143,8 @@ class _Export(NamedTuple):
     """What an export's header says."""
 
     settings: Mapping[str, Any]
-    preprocess: Preprocess
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def _read_export(file: WeightFile) -> _Export | None:
@@ -185,14 +153,13 @@ def _read_export(file: WeightFile) -> _Export | None:
         return None
     try:
         values = json.loads(text)
-        preprocess = Preprocess.from_dict(values["preprocess"])
+        mean, std = (tuple(map(float, values["preprocess"][name])) for name in ("mean", "std"))
         settings = dict(values["settings"])
-    except (ValueError, KeyError, TypeError, RecursionError, CheckpointError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"the header of weight file {file.path} is damaged: {error!r}") from error
-    scales = (*preprocess.mean, *preprocess.std)
-    if not all(map(math.isfinite, scales)) or not all(std > 0 for std in preprocess.std):
-        raise DataError(f"weight file {file.path} scales its input by {preprocess.std}")
-    return _Export(settings, preprocess)
+    if not all(map(math.isfinite, (*mean, *std))) or not all(value > 0 for value in std):
+        raise DataError(f"weight file {file.path} scales its input by {std}")
+    return _Export(settings, mean, std)
 
 
 @dataclass

@@ -1,27 +1,25 @@
-"""Names and layouts of published weights, and where each is in an encoder of ours.
+"""Tables between published tensor names and layouts and those of our encoders, in both directions.
 
-One table per architecture, read in both directions. ResNet, MobileNetV2 and EfficientNet have
-torchvision's names, ViT and DeiT timm's, and ConvNeXt-V2 the official ones (timm's are understood
-as well). Only names and NumPy arrays are handled here, no files.
+ResNet, MobileNetV2 and EfficientNet have torchvision's names, ViT and DeiT timm's, and ConvNeXt-V2
+the official ones (timm's are read as well).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from patchgd_jax.errors import ConfigError, unknown_name
-from patchgd_jax.models.layers.positions import interpolate_positions
+from patchgd_jax.errors import ConfigError
+from patchgd_jax.weights.positions import interpolate_positions
 
 FlaxPath = tuple[str, ...]
 """Collection first, then relative to the encoder: `("params", "Conv_0", "kernel")`."""
 
 LATENT_LAYER = "Dense_0"
-"""Every encoder's last layer, which makes latents of features: nothing published is like it."""
+"""The last layer of every encoder, from features to latents; no published network has it."""
 
 Kind = Literal[
     "conv", "conv-bias", "dense", "batch-norm", "layer-norm", "grn", "grn-timm", "tokens"
@@ -30,33 +28,27 @@ _Layout = Literal["as-is", "conv", "dense", "per-channel", "positions"]
 
 
 class Rule(NamedTuple):
-    """One layer under its published name and in our encoder."""
+    """One layer: published name (`layer1.0.conv1`), our path (`("Bottleneck_0", "Conv_0")`)."""
 
     published: str
-    """Such as `layer1.0.conv1`."""
     path: FlaxPath
-    """Such as `("Bottleneck_0", "Conv_0")`."""
     kind: Kind
-    """Which tensors the layer has."""
 
 
 class PublishedNames(NamedTuple):
-    """What must be known of an architecture's published weights.
+    """Key mapping and input normalisation of an architecture's published checkpoints.
 
     Where two rules have one path, both names are read, and the first is written.
     """
 
     rules: tuple[Rule, ...]
     classifier: str
-    """Regular expression of the keys of the published classifier, which no encoder of ours has."""
-    ignored: str
+    """Regular expression of the keys of the published classifier."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Of pixels in [0, 1], per channel (RGB)."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    ignored: str = r".*\.num_batches_tracked"
     """Regular expression of keys without content."""
-    mean: tuple[float, ...]
-    """Per channel (RGB), of pixels in [0, 1], that the weights were trained with."""
-    std: tuple[float, ...]
-    """Likewise."""
-    default_side: int
-    """Side in pixels of the images that the weights were trained on."""
 
 
 class _Tensor(NamedTuple):
@@ -118,20 +110,16 @@ def _index(rules: tuple[Rule, ...]) -> _Index:
 
 
 def flax_path(names: PublishedNames, key: str) -> FlaxPath | None:
-    """Where a published tensor belongs; None for a key that the table does not have.
-
-    The classifier's and the ignored keys are not in the table.
-    """
+    """Looks up our path of a published tensor; None for classifier, ignored and unknown keys."""
     entry = _index(names.rules).by_key.get(key)
     return None if entry is None else entry[0]
 
 
 def published_name(names: PublishedNames, path: FlaxPath) -> str:
-    """The published name of one of the encoder's tensors.
+    """Looks up the published name of a tensor of our encoder.
 
     Raises:
-        ConfigError: if it has none: it is of the latent layer, or of a norm that was chosen instead
-            of the published one.
+        ConfigError: for the latent layer, and for a norm that is not the published one.
     """
     try:
         return _index(names.rules).by_path[tuple(path)]
@@ -149,20 +137,19 @@ _AXES: Mapping[_Layout, tuple[int, ...]] = {"conv": (2, 3, 1, 0), "dense": (1, 0
 def to_flax_layout(
     names: PublishedNames, key: str, array: np.ndarray, target_shape: tuple[int, ...]
 ) -> np.ndarray:
-    """A published tensor in the layout of our encoder.
+    """Converts a published tensor to the layout of our encoder.
 
     Convolutions go from OIHW to HWIO, dense layers are transposed (timm writes some of them as 1x1
-    convolutions), and position embeddings are interpolated to the number of tokens that
-    `target_shape` has, a square.
+    convolutions), and position embeddings are interpolated to a square of tokens.
 
     Args:
         names: the architecture's table.
-        key: the published name, one of the table's.
+        key: a published name in it.
         array: the published tensor.
-        target_shape: of our encoder's parameter.
+        target_shape: of our parameter.
 
     Returns:
-        The array; where its own shape cannot be right, it may have another than the target.
+        The array, of another shape than the target if its own shape cannot be right.
     """
     layout = _index(names.rules).by_key[key][1]
     if layout == "per-channel":
@@ -180,80 +167,12 @@ def to_flax_layout(
 
 
 def to_published_layout(names: PublishedNames, key: str, array: np.ndarray) -> np.ndarray:
-    """The inverse of `to_flax_layout`; position embeddings keep the grid that they are for.
-
-    Args:
-        names: the architecture's table.
-        key: the published name, one of the table's.
-        array: our encoder's parameter or statistic.
-    """
+    """Inverts `to_flax_layout`; position embeddings keep their grid."""
     layout = _index(names.rules).by_key[key][1]
     if layout == "per-channel":
         return array.reshape(1, 1, 1, -1)
     axes = _AXES.get(layout)
     return array if axes is None else array.transpose(np.argsort(axes))
-
-
-def to_flax(encoder: str, tensors: Mapping[str, np.ndarray]) -> dict[FlaxPath, np.ndarray]:
-    """Published weights under our paths and in our layouts, without the classifier.
-
-    Args:
-        encoder: name of a registered encoder.
-        tensors: by published name.
-
-    Raises:
-        ConfigError: for an encoder without published weights, and for keys that its table does not
-            have; it names them.
-    """
-    names = published(encoder)
-    kept = {
-        key: array
-        for key, array in tensors.items()
-        if not re.fullmatch(names.classifier, key) and not re.fullmatch(names.ignored, key)
-    }
-    unknown = sorted(key for key in kept if flax_path(names, key) is None)
-    if unknown:
-        raise ConfigError(f"no weights of {encoder}: unexpected keys {', '.join(unknown)}")
-    index = _index(names.rules).by_key
-    return {
-        index[key][0]: to_flax_layout(names, key, array, array.shape) for key, array in kept.items()
-    }
-
-
-def from_flax(encoder: str, tensors: Mapping[FlaxPath, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `to_flax`: our weights under their published names and in those layouts.
-
-    The latent layer is left out. PyTorch's counter `num_batches_tracked` is 0 in every BatchNorm.
-
-    Args:
-        encoder: name of a registered encoder.
-        tensors: by path.
-
-    Raises:
-        ConfigError: for an encoder without published weights, and for a path without a name.
-    """
-    names = published(encoder)
-    result: dict[str, np.ndarray] = {}
-    for path, array in tensors.items():
-        if path[1] == LATENT_LAYER:
-            continue
-        key = published_name(names, path)
-        result[key] = to_published_layout(names, key, np.asarray(array))
-        if key.endswith(".running_var"):
-            counter = key.removesuffix("running_var") + "num_batches_tracked"
-            result[counter] = np.zeros((), np.int64)
-    return result
-
-
-def published(encoder: str) -> PublishedNames:
-    """The table of an encoder.
-
-    Raises:
-        ConfigError: if there is none of that name; it names the nearest.
-    """
-    if encoder not in PUBLISHED:
-        raise unknown_name("encoder with published weights", encoder, PUBLISHED)
-    return PUBLISHED[encoder]
 
 
 _Rules = Iterator[Rule]
@@ -318,57 +237,36 @@ def _vit(depth: int) -> _Rules:
     yield Rule("patch_embed.proj", ("Patchify_0",), "conv-bias")
     for index in range(depth):
         layer, ours = f"blocks.{index}", f"Block_{index}"
-        yield Rule(f"{layer}.norm1", (ours, "LayerNorm_0"), "layer-norm")
-        yield Rule(f"{layer}.attn.qkv", (ours, "qkv"), "dense")
-        yield Rule(f"{layer}.attn.proj", (ours, "proj"), "dense")
-        yield Rule(f"{layer}.norm2", (ours, "LayerNorm_1"), "layer-norm")
-        yield Rule(f"{layer}.mlp.fc1", (ours, "fc1"), "dense")
-        yield Rule(f"{layer}.mlp.fc2", (ours, "fc2"), "dense")
+        for number in (0, 1):
+            yield Rule(f"{layer}.norm{number + 1}", (ours, f"LayerNorm_{number}"), "layer-norm")
+        for dense in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+            yield Rule(f"{layer}.{dense}", (ours, dense.partition(".")[2]), "dense")
     yield Rule("norm", ("LayerNorm_0",), "layer-norm")
 
 
 def _convnext_v2(depths: tuple[int, ...]) -> _Rules:
     """The official names first, then timm's."""
-    for stage, count in enumerate(depths):
-        conv, norm = (0, 1) if stage == 0 else (1, 0)
-        layer = f"downsample_layers.{stage}"
-        yield Rule(f"{layer}.{conv}", (f"Patchify_{stage}",), "conv-bias")
-        yield Rule(f"{layer}.{norm}", (f"LayerNorm_{stage}",), "layer-norm")
-        for index in range(count):
-            layer, ours = f"stages.{stage}.{index}", f"Block_{sum(depths[:stage]) + index}"
-            yield Rule(f"{layer}.dwconv", (ours, "DepthwiseConv_0"), "conv-bias")
-            yield Rule(f"{layer}.norm", (ours, "LayerNorm_0"), "layer-norm")
-            yield Rule(f"{layer}.pwconv1", (ours, "Dense_0"), "dense")
-            yield Rule(f"{layer}.grn", (ours, "GRN_0"), "grn")
-            yield Rule(f"{layer}.pwconv2", (ours, "Dense_1"), "dense")
-    last = (f"LayerNorm_{len(depths)}",)
-    yield Rule("norm", last, "layer-norm")
-    for stage, count in enumerate(depths):
-        conv, norm = (0, 1) if stage == 0 else (1, 0)
-        layer = "stem" if stage == 0 else f"stages.{stage}.downsample"
-        yield Rule(f"{layer}.{conv}", (f"Patchify_{stage}",), "conv-bias")
-        yield Rule(f"{layer}.{norm}", (f"LayerNorm_{stage}",), "layer-norm")
-        for index in range(count):
-            layer, ours = f"stages.{stage}.blocks.{index}", f"Block_{sum(depths[:stage]) + index}"
-            yield Rule(f"{layer}.conv_dw", (ours, "DepthwiseConv_0"), "conv-bias")
-            yield Rule(f"{layer}.norm", (ours, "LayerNorm_0"), "layer-norm")
-            yield Rule(f"{layer}.mlp.fc1", (ours, "Dense_0"), "dense")
-            yield Rule(f"{layer}.mlp.grn", (ours, "GRN_0"), "grn-timm")
-            yield Rule(f"{layer}.mlp.fc2", (ours, "Dense_1"), "dense")
-    yield Rule("head.norm", last, "layer-norm")
-
-
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def _names(
-    rules: _Rules,
-    classifier: str,
-    mean: tuple[float, ...] = _IMAGENET_MEAN,
-    std: tuple[float, ...] = _IMAGENET_STD,
-) -> PublishedNames:
-    ignored = r".*\.num_batches_tracked"
-    return PublishedNames(tuple(rules), classifier, ignored, mean, std, default_side=224)
+    official = ("dwconv", "norm", "pwconv1", "grn", "pwconv2")
+    timm = ("conv_dw", "norm", "mlp.fc1", "mlp.grn", "mlp.fc2")
+    publishers: tuple[tuple[str, tuple[str, ...], Kind, str], ...] = (
+        ("stages.{}.{}", official, "grn", "norm"),
+        ("stages.{}.blocks.{}", timm, "grn-timm", "head.norm"),
+    )
+    for blocks, layers, grn, last in publishers:
+        for stage, count in enumerate(depths):
+            conv, norm = (0, 1) if stage == 0 else (1, 0)
+            layer = f"downsample_layers.{stage}"
+            if layers is timm:
+                layer = "stem" if stage == 0 else f"stages.{stage}.downsample"
+            yield Rule(f"{layer}.{conv}", (f"Patchify_{stage}",), "conv-bias")
+            yield Rule(f"{layer}.{norm}", (f"LayerNorm_{stage}",), "layer-norm")
+            kinds: tuple[Kind, ...] = ("conv-bias", "layer-norm", "dense", grn, "dense")
+            ours = ("DepthwiseConv_0", "LayerNorm_0", "Dense_0", "GRN_0", "Dense_1")
+            for index in range(count):
+                block = f"Block_{sum(depths[:stage]) + index}"
+                for name, ours_name, kind in zip(layers, ours, kinds, strict=True):
+                    yield Rule(f"{blocks.format(stage, index)}.{name}", (block, ours_name), kind)
+        yield Rule(last, (f"LayerNorm_{len(depths)}",), "layer-norm")
 
 
 _HALF = (0.5, 0.5, 0.5)
@@ -381,26 +279,28 @@ _DEPTHS_V2 = {
     "base": (3, 3, 27, 3),
 }
 
-PUBLISHED: Mapping[str, PublishedNames] = {
-    "resnet18": _names(_resnet((2, 2, 2, 2), "BasicBlock", 2), r"fc\.(weight|bias)"),
-    "resnet34": _names(_resnet((3, 4, 6, 3), "BasicBlock", 2), r"fc\.(weight|bias)"),
-    "resnet50": _names(_resnet((3, 4, 6, 3), "Bottleneck", 3), r"fc\.(weight|bias)"),
-    "resnet101": _names(_resnet((3, 4, 23, 3), "Bottleneck", 3), r"fc\.(weight|bias)"),
-    "mobilenet-v2": _names(_mobilenet_v2(), r"classifier\.1\.(weight|bias)"),
-    "efficientnet-b0": _names(
-        _efficientnet((1, 2, 2, 3, 3, 4, 1)), r"classifier\.1\.(weight|bias)"
-    ),
+_TABLES = {
+    "resnet18": (_resnet((2, 2, 2, 2), "BasicBlock", 2), r"fc\.(weight|bias)"),
+    "resnet34": (_resnet((3, 4, 6, 3), "BasicBlock", 2), r"fc\.(weight|bias)"),
+    "resnet50": (_resnet((3, 4, 6, 3), "Bottleneck", 3), r"fc\.(weight|bias)"),
+    "resnet101": (_resnet((3, 4, 23, 3), "Bottleneck", 3), r"fc\.(weight|bias)"),
+    "mobilenet-v2": (_mobilenet_v2(), r"classifier\.1\.(weight|bias)"),
+    "efficientnet-b0": (_efficientnet((1, 2, 2, 3, 3, 4, 1)), r"classifier\.1\.(weight|bias)"),
     **{
-        f"convnext-v2-{size}": _names(_convnext_v2(depths), r"head\.(fc\.)?(weight|bias)")
+        f"convnext-v2-{size}": (_convnext_v2(depths), r"head\.(fc\.)?(weight|bias)")
         for size, depths in _DEPTHS_V2.items()
     },
     **{
-        f"deit-{size}": _names(_vit(12), r"head\.(weight|bias)")
-        for size in ("tiny", "small", "base")
-    },
-    # The same network; its weights were trained on pixels in [-1, 1].
-    **{
-        f"vit-{size}": _names(_vit(12), r"head\.(weight|bias)", _HALF, _HALF)
+        f"{n}-{size}": (_vit(12), r"head\.(weight|bias)")
+        for n in ("deit", "vit")
         for size in ("tiny", "small", "base")
     },
 }
+PUBLISHED: Mapping[str, PublishedNames] = {
+    name: PublishedNames(tuple(rules), classifier)
+    # ViT is DeiT's network, with weights that were trained on pixels in [-1, 1].
+    if not name.startswith("vit-")
+    else PublishedNames(tuple(rules), classifier, mean=_HALF, std=_HALF)
+    for name, (rules, classifier) in _TABLES.items()
+}
+"""By the name of the encoder."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from patchgd_jax.data.images.pixels import DTYPES, to_uint8
-from patchgd_jax.data.images.region_base import ClippedRegions
+from patchgd_jax.data.images.region_base import RegionSource
 from patchgd_jax.data.images.safe_image import MAX_PIXELS, ImageReadError, read_header, read_image
 from patchgd_jax.errors import DataError
 
 
-class ArrayRegions(ClippedRegions):
+class ArrayRegions(RegionSource):
     """Regions of an array in memory, or of a memory-mapped one; a single level.
 
     Args:
@@ -46,7 +47,6 @@ class ArrayRegions(ClippedRegions):
             raise DataError(f"an image of {array.dtype}; it must be one of {', '.join(DTYPES)}")
         self._array: np.ndarray | None = array
         super().__init__(
-            {"array": array, "background": background, "channels": channels, "mpp": mpp},
             [(array.shape[0], array.shape[1])],
             channels=channels or array.shape[-1],
             background=background,
@@ -86,11 +86,9 @@ class NpyRegions(ArrayRegions):
             super().__init__(array, background, channels=channels)
         except (OSError, ValueError, EOFError, SyntaxError, DataError) as error:
             raise ImageReadError(path, str(error)) from error
-        # A memory map would be pickled with all its pixels.
-        self._arguments = {"path": path, "channels": channels, "background": background}
 
 
-class FlatRegions(ClippedRegions):
+class FlatRegions(RegionSource):
     """Regions of an image file that can only be decoded as a whole; a single level.
 
     The header is read at once, the pixels with the first region; they stay in memory.
@@ -117,7 +115,7 @@ class FlatRegions(ClippedRegions):
         self._lock = threading.Lock()
         self._pixels: np.ndarray | None = None
         self._closed = False
-        # The limit is applied here, to say what can be done.
+        # The limit is applied here, for an error that names the remedy.
         header = read_header(path, max_pixels=sys.maxsize)
         height, width = header.height, header.width
         if height * width > max_pixels:
@@ -126,21 +124,23 @@ class FlatRegions(ClippedRegions):
                 f"it has {height} x {width} px, too many to decode it as a whole; convert it once "
                 "with `patchgd-jax data tile`",
             )
-        channels = channels or header.channels
-        arguments = {
-            "path": path,
-            "channels": channels,
-            "background": background,
-            "max_pixels": max_pixels,
-        }
-        super().__init__(arguments, [(height, width)], channels=channels, background=background)
+        self._read = partial(
+            read_image,
+            path,
+            channels=channels or header.channels,
+            background=background,
+            max_pixels=max_pixels,
+        )
+        super().__init__(
+            [(height, width)], channels=channels or header.channels, background=background
+        )
 
     def _inside(self, level: int, y: int, x: int, height: int, width: int) -> np.ndarray:
         with self._lock:
             if self._closed:
                 raise ValueError(f"{self.path} is closed")
             if self._pixels is None:
-                pixels = read_image(**self._arguments)
+                pixels = self._read()
                 if pixels.shape[:2] != self.level_shapes[0]:
                     raise ImageReadError(
                         self.path, "it has changed since it was opened: its size is another"

@@ -7,7 +7,7 @@ import numpy as np
 from patchgd_jax.config import BackgroundConfig
 from patchgd_jax.data.images.fitting import read_resized
 from patchgd_jax.data.images.pixels import to_uint8
-from patchgd_jax.data.images.regions import RegionSource
+from patchgd_jax.data.images.region_base import RegionSource
 from patchgd_jax.errors import ConfigError
 
 _MIN_PATCH_SIDE = 4

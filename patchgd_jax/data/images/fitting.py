@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from patchgd_jax.data.images.regions import RegionSource
+from patchgd_jax.data.images.region_base import RegionSource
 
 _BAND_BYTES = 8 * 2**20
 _STRIP_BYTES = 2**20

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import numpy as np
 
 from patchgd_jax.data.images.pixels import to_uint8
-from patchgd_jax.data.images.region_base import ClippedRegions
+from patchgd_jax.data.images.region_base import RegionSource
 from patchgd_jax.data.images.safe_image import ImageReadError
 from patchgd_jax.errors import ConfigError
 
 
-class OpenSlideRegions(ClippedRegions):
+class OpenSlideRegions(RegionSource):
     """Regions of any slide that OpenSlide reads.
 
     OpenSlide takes positions in pixels of level 0 only. Where a level's downsample is no whole
@@ -61,12 +61,6 @@ class OpenSlideRegions(ClippedRegions):
         ]
         mpp, rows, cols = numbers
         super().__init__(
-            {
-                "path": path,
-                "channels": channels,
-                "background": background,
-                "cache_bytes": cache_bytes,
-            },
             [(height, width) for width, height in self._slide.level_dimensions],
             channels=channels or 3,
             background=background,

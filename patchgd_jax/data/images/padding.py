@@ -1,4 +1,4 @@
-"""Few padded sizes for images of many: each size is one compiled program."""
+"""Buckets images of many sizes into few padded ones: each size is one compiled program."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import numpy as np
 MAX_SIZES = 3
 """A size has a program for training and one for evaluation: six programs at most."""
 
+_MAX_PARTS = 512
+"""Parts of a row of rectangles between which it is cut; the memory is quadratic in them."""
+
 
 class Sizes(NamedTuple):
     """Padded sizes, and which of them each image has."""
@@ -18,15 +21,16 @@ class Sizes(NamedTuple):
     member: np.ndarray
     """`int64 [n]`, index into `boxes`."""
     padding: float
-    """Share of all padded area that no image has."""
+    """Share of the padded area that is padding."""
 
 
 def padded_sizes(shapes: np.ndarray, count: int = MAX_SIZES) -> Sizes:
-    """Finds few boxes for many rectangles, with little area left over.
+    """Finds few boxes for many rectangles, with little padding.
 
     The rectangles are put in a row, by area, height, width and shape in turn, and the row is cut
     into `count` runs of the least total area of bounding boxes (dynamic programming, exact for each
-    order); the best order wins, and each rectangle then takes the smallest box that holds it.
+    order of up to 512 different rectangles; of more, neighbours stay together). The best order
+    wins, and each rectangle then takes the smallest box that holds it.
 
     Args:
         shapes: `int [n, 2]`, heights and widths, n >= 1.
@@ -45,7 +49,7 @@ def padded_sizes(shapes: np.ndarray, count: int = MAX_SIZES) -> Sizes:
         (_cut(distinct[order], members[order], count) for order in orders), key=lambda cut: cut[0]
     )[1]
     boxes = sorted(set(boxes), key=lambda box: (box[0] * box[1], box))
-    fits = np.array([[h <= b[0] and w <= b[1] for b in boxes] for h, w in distinct])
+    fits = (distinct[:, None] <= np.array(boxes)).all(-1)
     # Sorted by area: the first that fits is the smallest.
     chosen = fits.argmax(1)
     used = sorted(set(chosen.tolist()))
@@ -58,7 +62,14 @@ def padded_sizes(shapes: np.ndarray, count: int = MAX_SIZES) -> Sizes:
 def _cut(
     shapes: np.ndarray, members: np.ndarray, count: int
 ) -> tuple[float, list[tuple[int, int]]]:
-    """The cheapest cut of a row of rectangles into at most `count` runs."""
+    """Finds the cheapest cut of a row of rectangles into at most `count` runs.
+
+    Returns:
+        The padded area, and the bounding boxes of the runs.
+    """
+    parts = np.unique(np.linspace(0, len(shapes), _MAX_PARTS, endpoint=False, dtype=np.int64))
+    shapes = np.maximum.reduceat(shapes, parts)
+    members = np.add.reduceat(members, parts)
     n = len(shapes)
     before = np.concatenate([[0], np.cumsum(members)])
     # cost[i, j]: padded area of the run i..j.

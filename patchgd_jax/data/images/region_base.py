@@ -1,32 +1,28 @@
-"""What all region sources share: the background outside the image, and the levels' scale."""
+"""Large images that are read by regions: what all file formats share."""
 
 from __future__ import annotations
 
 import abc
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 
-class ClippedRegions(abc.ABC):
-    """A `RegionSource` whose subclass only reads what lies inside the image.
+class RegionSource(abc.ABC):
+    """One image, at one or more resolutions, of which any region can be read without the rest.
 
-    Pickled, it is its arguments: unpickling opens the file anew.
+    Safe to use from several threads. Subclasses only read what lies inside the image.
 
     Args:
-        arguments: with which the subclass makes the same source again.
-        level_shapes: height and width of each level, the largest first.
-        channels: 1 or 3.
+        level_shapes: height and width in pixels of each level; level 0 is the full resolution.
+        channels: C of what `read` returns, 1 or 3.
         background: uint8 value outside the image.
         mpp: micrometres per pixel of level 0, if known.
-        tile: height and width of level 0's tiles, if it has any.
+        tile: height and width of level 0's tiles; reads aligned to them are cheapest. None: whole.
     """
 
     def __init__(
         self,
-        arguments: dict[str, Any],
         level_shapes: Sequence[tuple[int, int]],
         *,
         channels: int,
@@ -34,17 +30,14 @@ class ClippedRegions(abc.ABC):
         mpp: float | None = None,
         tile: tuple[int, int] | None = None,
     ) -> None:
-        self._arguments = arguments
         self.level_shapes = tuple(level_shapes)
         height, width = self.level_shapes[0]
         self.downsamples = tuple((height / h + width / w) / 2 for h, w in self.level_shapes)
+        """Pixels of level 0 per pixel of each level, along a side; 1.0 for level 0."""
         self.channels = channels
         self.background = background
         self.mpp = mpp
         self.tile = tile
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(type(self), **self._arguments), ()
 
     @abc.abstractmethod
     def _inside(self, level: int, y: int, x: int, height: int, width: int) -> np.ndarray:
@@ -56,10 +49,24 @@ class ClippedRegions(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Lets go of the file; see `RegionSource.close`."""
+        """Closes the file; reading afterwards is an error."""
 
     def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> np.ndarray:
-        """Reads a region; see `RegionSource.read`."""
+        """Reads a region.
+
+        Args:
+            y: top row, in pixels of that level; may be negative or beyond the image.
+            x: left column.
+            height: rows.
+            width: columns.
+            level: index into `level_shapes`.
+
+        Returns:
+            `uint8 [height, width, C]`, C-contiguous and the caller's own; background outside.
+
+        Raises:
+            ImageReadError: if a part of the file that is needed is damaged.
+        """
         if not 0 <= level < len(self.level_shapes):
             raise IndexError(f"level {level} of {len(self.level_shapes)}")
         rows, cols = self.level_shapes[level]

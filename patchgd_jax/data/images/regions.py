@@ -1,69 +1,16 @@
-"""Large images read by regions: the protocol that all file formats share, and how one is opened."""
+"""Opens images of any format to read regions of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
-import numpy as np
-
+from patchgd_jax.data.images.array_regions import FlatRegions, NpyRegions
+from patchgd_jax.data.images.openslide_regions import OpenSlideRegions
+from patchgd_jax.data.images.region_base import RegionSource
 from patchgd_jax.data.images.safe_image import FORMATS, ImageReadError
-
-
-class RegionSource(Protocol):
-    """One image, at one or more resolutions, of which any region can be read without the rest.
-
-    Implementations are thread-safe and picklable (they open their file anew).
-    """
-
-    @property
-    def level_shapes(self) -> tuple[tuple[int, int], ...]:
-        """Height and width in pixels of each level; level 0 is the full resolution."""
-        ...
-
-    @property
-    def downsamples(self) -> tuple[float, ...]:
-        """Pixels of level 0 per pixel of each level, along a side; 1.0 for level 0."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """C, 1 or 3: what `read` returns, whatever the file holds."""
-        ...
-
-    @property
-    def mpp(self) -> float | None:
-        """Micrometres per pixel of level 0, if the file says."""
-        ...
-
-    @property
-    def tile(self) -> tuple[int, int] | None:
-        """Height and width of level 0's tiles; reads aligned to them are cheapest. None: whole."""
-        ...
-
-    def read(self, y: int, x: int, height: int, width: int, level: int = 0) -> np.ndarray:
-        """Reads a region.
-
-        Args:
-            y: top row, in pixels of that level; may be negative or beyond the image.
-            x: left column.
-            height: rows.
-            width: columns.
-            level: index into `level_shapes`.
-
-        Returns:
-            `uint8 [height, width, C]`, C-contiguous and the caller's own; background outside.
-
-        Raises:
-            ImageReadError: if a part of the file that is needed is damaged.
-        """
-        ...
-
-    def close(self) -> None:
-        """Closes the file; reading afterwards is an error."""
-        ...
-
+from patchgd_jax.data.images.tiff_regions import TiffRegions
+from patchgd_jax.data.images.zarr_regions import MARKERS, ZarrRegions
 
 Kind = Literal["flat", "flat-tiff", "tiff", "zarr", "npy", "openslide"]
 """How a file is read. flat: decoded as a whole; flat-tiff: a TIFF that may be, having one page
@@ -85,8 +32,7 @@ _MAGIC: dict[bytes, Kind] = {
 }
 _TILE_WIDTH = 322
 SLIDE_SUFFIXES = (".mrxs", ".dcm", ".vms", ".vmu", ".svslide", ".bif", ".scn", ".czi")
-"""Endings, in small letters, of the files that OpenSlide reads whatever they begin with: some look
-like JPEG or TIFF."""
+"""Lower-case suffixes of files that OpenSlide reads; some begin like JPEG or TIFF."""
 
 
 def open_regions(
@@ -118,26 +64,10 @@ def open_regions(
     path = Path(path)
     kind = _opened_as(path)
     if kind in _FLAT_KINDS:
-        from patchgd_jax.data.images.array_regions import FlatRegions
-
         return FlatRegions(path, channels=channels, background=background)
     if kind == "npy":
-        from patchgd_jax.data.images.array_regions import NpyRegions
-
         return NpyRegions(path, channels=channels, background=background)
-    opener: Callable[..., RegionSource]
-    if kind == "zarr":
-        from patchgd_jax.data.images.zarr_regions import ZarrRegions
-
-        opener = ZarrRegions
-    elif kind == "tiff":
-        from patchgd_jax.data.images.tiff_regions import TiffRegions
-
-        opener = TiffRegions
-    else:
-        from patchgd_jax.data.images.openslide_regions import OpenSlideRegions
-
-        opener = OpenSlideRegions
+    opener = {"zarr": ZarrRegions, "tiff": TiffRegions}.get(kind, OpenSlideRegions)
     return opener(path, channels=channels, background=background, cache_bytes=cache_bytes)
 
 
@@ -165,8 +95,6 @@ def sniff(path: Path) -> Kind:
     if not path.exists():
         raise ImageReadError(path, "there is no such file")
     if path.is_dir():
-        from patchgd_jax.data.images.zarr_regions import MARKERS
-
         if any((path / marker).exists() for marker in MARKERS):
             return "zarr"
         raise ImageReadError(path, "it is a folder, and not of Zarr")

@@ -43,13 +43,9 @@ class ImageReadError(DataError):
         self.path = path
         self.reason = reason
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A worker process hands its errors over pickled.
-        return type(self), (self.path, self.reason)
-
 
 class ImageHeader(NamedTuple):
-    """What a file says of its image."""
+    """An image file's header."""
 
     width: int
     """Pixels, after the orientation of EXIF is applied."""
@@ -75,7 +71,7 @@ class _Opened:
 
 
 def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
-    """Reads what a file says of its image, and decodes no pixel.
+    """Reads an image file's header; decodes no pixel.
 
     Args:
         path: the file; its kind is found from its content.
@@ -171,7 +167,7 @@ def _file(path: Path) -> BinaryIO:
 
 @contextmanager
 def _opened(path: str | Path, max_pixels: int, data: BinaryIO | None = None) -> Iterator[_Opened]:
-    """Opens a file and checks it; also turns whatever goes wrong later into `ImageReadError`."""
+    """Opens and checks a file; turns later errors of any kind into `ImageReadError` too."""
     try:
         with data or _file(Path(path)) as file:
             start = file.read(26)

@@ -10,13 +10,13 @@ from typing import Literal
 import numpy as np
 
 from patchgd_jax.data.images.pixels import to_uint8
-from patchgd_jax.data.images.region_base import ClippedRegions
+from patchgd_jax.data.images.region_base import RegionSource
 from patchgd_jax.data.images.safe_image import ImageReadError
 from patchgd_jax.data.images.tiff_levels import read_pyramid
 from patchgd_jax.data.images.tile_cache import TileCache
 
 
-class TiffRegions(ClippedRegions):
+class TiffRegions(RegionSource):
     """Regions of a TIFF; only the tiles they touch are read and decoded.
 
     Tiles missing in the file are background. The orientation must be upright; colour profiles are
@@ -49,12 +49,6 @@ class TiffRegions(ClippedRegions):
         except OSError as error:
             raise ImageReadError(path, str(error)) from error
         super().__init__(
-            {
-                "path": path,
-                "channels": channels,
-                "background": background,
-                "cache_bytes": cache_bytes,
-            },
             [level.shape for level in self._pyramid.levels],
             channels=channels or self._pyramid.channels,
             background=background,

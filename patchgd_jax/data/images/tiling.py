@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from patchgd_jax.data.images.array_regions import FlatRegions
-from patchgd_jax.data.images.regions import RegionSource, open_regions, sniff
+from patchgd_jax.data.images.region_base import RegionSource
+from patchgd_jax.data.images.regions import open_regions, sniff
 from patchgd_jax.data.images.safe_image import MAX_PIXELS
 from patchgd_jax.data.images.tiff_levels import MAX_TILE_PIXELS, require_tifffile
 from patchgd_jax.errors import ConfigError, DiskError
-from patchgd_jax.io.files import fsync_path
+from patchgd_jax.io.files import atomic_file
 
 SMALLEST_LEVEL = 1024
 """Levels are added until the longer side has at most this many pixels."""
@@ -68,19 +68,10 @@ def tile_image(
     require_tifffile()
     path, output = Path(path), Path(output)
     _refuse_existing(output)
-    with _source(path, channels, background, max_pixels) as source:
+    with _source(path, channels, background, max_pixels) as source, atomic_file(output) as partial:
         shapes = _shapes(source.level_shapes[0], levels)
-        partial = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-        try:
-            _write(partial, source, shapes, tile, quality)
-            fsync_path(partial)
-            _refuse_existing(output)
-            partial.replace(output)
-            fsync_path(output.parent)
-        except OSError as error:
-            raise DiskError(f"cannot write {output}: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        _write(partial, source, shapes, tile, quality)
+        _refuse_existing(output)
     return shapes
 
 

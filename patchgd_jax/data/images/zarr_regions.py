@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from patchgd_jax.data.images.pixels import DTYPES, to_uint8
-from patchgd_jax.data.images.region_base import ClippedRegions
+from patchgd_jax.data.images.region_base import RegionSource
 from patchgd_jax.data.images.safe_image import ImageReadError
 from patchgd_jax.data.images.tiff_levels import micrometres
 from patchgd_jax.io.text import first_line
@@ -22,15 +22,15 @@ MARKERS = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the metadata says: the levels' folders, their axes (one letter each), and the scale."""
+    """A Zarr image's metadata: folders of the levels, their axes (one letter each), and scale."""
 
     folders: tuple[Path, ...]
     axes: str | None
-    """None: to be guessed from the shape."""
+    """None: guessed from the shape."""
     mpp: float | None
 
 
-class ZarrRegions(ClippedRegions):
+class ZarrRegions(RegionSource):
     """Regions of a Zarr array, or of an OME-Zarr image with its levels.
 
     The array has axes y and x, may have a channel axis of 1 or 3 at either end, and others of
@@ -74,12 +74,6 @@ class ZarrRegions(ClippedRegions):
         own = first.shape[self._axes.index("c")] if "c" in self._axes else 1
         chunk = first.chunk_layout.read_chunk.shape
         super().__init__(
-            {
-                "path": path,
-                "channels": channels,
-                "background": background,
-                "cache_bytes": cache_bytes,
-            },
             [(store.shape[rows], store.shape[cols]) for store in self._stores],
             channels=channels or own,
             background=background,

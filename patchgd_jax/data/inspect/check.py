@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from patchgd_jax.data.images.regions import RegionSource, is_flat
+from patchgd_jax.data.images.region_base import RegionSource
+from patchgd_jax.data.images.regions import is_flat
 from patchgd_jax.data.images.safe_image import ImageReadError, read_header, read_image
 from patchgd_jax.data.inspect.check_report import CheckReport, Problem
 from patchgd_jax.data.sources.channels import ADVICE, common_channels
@@ -24,16 +27,8 @@ _SWEEP = 2048
 """Side in pixels of the regions that an image is decoded in."""
 
 
-class OpenRegions(Protocol):
-    """Opens an image that is read by regions."""
-
-    def __call__(self, path: Path, *, channels: None) -> RegionSource:
-        """Opens it.
-
-        Raises:
-            ImageReadError: if it cannot be used.
-        """
-        ...
+OpenRegions = Callable[..., RegionSource]
+"""Opens an image by regions, from its path and `channels`."""
 
 
 def check_images(
@@ -135,17 +130,11 @@ def _look(path: Path, open_image: OpenRegions, decode: bool) -> _Facts | str:
 
 
 def _look_at_regions(path: Path, open_image: OpenRegions, decode: bool) -> _Facts:
-    source = open_image(path, channels=None)
-    try:
-        if decode:
-            for level, (height, width) in enumerate(source.level_shapes):
-                for y in range(0, height, _SWEEP):
-                    for x in range(0, width, _SWEEP):
-                        rows, columns = min(_SWEEP, height - y), min(_SWEEP, width - x)
-                        source.read(y, x, rows, columns, level)
+    with closing(open_image(path, channels=None)) as source:
+        for level, (height, width) in enumerate(source.level_shapes if decode else ()):
+            for y, x in itertools.product(range(0, height, _SWEEP), range(0, width, _SWEEP)):
+                source.read(y, x, min(_SWEEP, height - y), min(_SWEEP, width - x), level)
         return _Facts(*source.level_shapes[0], source.channels, "regions")
-    finally:
-        source.close()
 
 
 def _copies(table: ImageTable, indices: Sequence[int], pool: ThreadPoolExecutor) -> list[list[int]]:

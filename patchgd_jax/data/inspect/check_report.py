@@ -15,7 +15,7 @@ _LINES = 20
 
 
 class Problem(NamedTuple):
-    """What is wrong with an image."""
+    """A defect of an image."""
 
     row: int
     """Line of the CSV file, or 0."""
@@ -25,7 +25,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was found in the image files of a table."""
+    """Findings in the image files of a table."""
 
     images: dict[str, int]
     """Number of images of each split."""
@@ -34,15 +34,15 @@ class CheckReport:
     sizes: dict[str, tuple[int, float, int]]
     """`height` and `width`: smallest, median and largest, in pixels, of the files that open."""
     longer_sides: dict[str, int]
-    """Number of images by the power of two that their longer side reaches, `512-1023` say."""
+    """Number of images by the power of two that their longer side reaches, such as `512-1023`."""
     formats: dict[str, int]
     """Number of images of each file format; `regions` for those that are read by regions."""
     decoded: bool
-    """Whether all pixels were decoded, or only what the files say of themselves."""
+    """Whether all pixels were decoded, or only the headers read."""
     problems: tuple[Problem, ...]
-    """What makes the data unfit, in the order of the table."""
+    """Defects of the data, in the order of the table."""
     notes: tuple[str, ...]
-    """What is worth knowing."""
+    """Remarks."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report in JSON's types."""

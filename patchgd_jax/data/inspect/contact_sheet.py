@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from patchgd_jax.core.grid import PatchGrid
-from patchgd_jax.errors import DataError, DiskError
-from patchgd_jax.io.files import fsync_path
+from patchgd_jax.errors import DataError
+from patchgd_jax.io.files import atomic_file
 from patchgd_jax.io.text import printable
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageDraw, ImageFont
+    from matplotlib.axes import Axes
 
-_GAP = 16
-_PAGE, _INK, _FRAME = (255, 255, 255), (40, 40, 40), (205, 205, 205)
-# Seen on black, on white and on the pink of stained tissue.
-_SAMPLED, _EDGE = (0, 215, 90), (0, 40, 20)
-_SKIPPED, _LINE = (128, 128, 128, 165), (128, 128, 128, 150)
+_DPI = 100
+_GAP, _CAPTION, _KEYS = 16, 24, 40
+"""Pixels between images, below each for its caption, and below all of them for the legend."""
+_SAMPLED = {"edgecolor": (0, 215 / 255, 90 / 255), "facecolor": "none"}
+_SKIPPED = {"facecolor": (0.5, 0.5, 0.5, 0.65), "edgecolor": "none"}
+_EDGE = (0, 40 / 255, 20 / 255)
+"""Around the outlines of sampled patches, which so are seen on black, on white and on pink."""
 _LEAST_LINES = 8
 """Pixels between grid lines below which they are left out, as they would hide the image."""
 
@@ -34,7 +36,7 @@ class SheetEntry:
     """`uint8 [H, W, C]` with C 1 or 3."""
     caption: str = ""
     grid: PatchGrid | None = None
-    """Drawn over the image, if given; it may be an image's of another size, a smaller one say."""
+    """Drawn over the image, which it is scaled to."""
     sampled: Sequence[int] = ()
     """Patches to outline."""
     skipped: Sequence[int] = ()
@@ -42,7 +44,12 @@ class SheetEntry:
 
 
 def contact_sheet(
-    examples: Sequence[SheetEntry], path: str | Path, *, columns: int = 4, cell: int = 256
+    examples: Sequence[SheetEntry],
+    path: str | Path,
+    *,
+    columns: int = 4,
+    cell: int = 256,
+    note: str = "",
 ) -> None:
     """Draws examples side by side into a PNG file; whole or not at all.
 
@@ -51,146 +58,97 @@ def contact_sheet(
         path: the file.
         columns: examples in a line.
         cell: longer side of each image on the sheet, in pixels.
+        note: a line below the examples.
 
     Raises:
         DataError: if there is no example.
         DiskError: if the file cannot be written.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     if not examples:
         raise DataError("there is no example to show")
     columns = min(columns, len(examples))
     lines = -(-len(examples) // columns)
-    font = ImageFont.load_default(max(11, cell // 17))
-    text_height = int(sum(font.getbbox("Ág")[1::2])) + 4
-    keys = _keys(examples)
-    width = columns * (cell + _GAP) + _GAP
-    height = lines * (cell + text_height + _GAP) + _GAP + (text_height if keys else 0)
-    sheet = Image.new("RGB", (width, height), _PAGE)
-    draw = ImageDraw.Draw(sheet)
-    for number, entry in enumerate(examples):
-        left = _GAP + number % columns * (cell + _GAP)
-        top = _GAP + number // columns * (cell + text_height + _GAP)
-        small = _small(entry, cell)
-        x, y = left + (cell - small.width) // 2, top + (cell - small.height) // 2
-        sheet.paste(small, (x, y))
-        draw.rectangle((x - 1, y - 1, x + small.width, y + small.height), outline=_FRAME)
-        caption = _fitted(printable(entry.caption), font, cell)
-        at = left + (cell - font.getlength(caption)) / 2
-        draw.text((at, top + cell + 4), caption, fill=_INK, font=font)
-    _draw_keys(draw, keys, font, height - text_height - _GAP // 2)
-    _write(sheet, Path(path))
-
-
-def _small(entry: SheetEntry, cell: int) -> Image.Image:
-    """The image at the size of the sheet, with its patches."""
-    from PIL import Image
-
-    height, width, channels = entry.image.shape
-    scale = cell / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    image = Image.fromarray(entry.image[..., 0] if channels == 1 else entry.image)
-    # Few pixels are shown as the squares they are.
-    how = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-    small = image.resize(size, how, reducing_gap=3.0).convert("RGBA")
-    if entry.grid is not None:
-        small = _with_patches(small, entry, entry.grid)
-    return small.convert("RGB")
-
-
-def _with_patches(small: Image.Image, entry: SheetEntry, grid: PatchGrid) -> Image.Image:
-    from PIL import Image, ImageDraw
-
-    across, down = small.width / grid.width, small.height / grid.height
-
-    def box(patch: int) -> tuple[int, int, int, int]:
-        y, x = patch // grid.cols * grid.stride, patch % grid.cols * grid.stride
-        right, bottom = min(x + grid.patch, grid.width), min(y + grid.patch, grid.height)
-        return round(x * across), round(y * down), round(right * across), round(bottom * down)
-
-    over = Image.new("RGBA", small.size)
-    draw = ImageDraw.Draw(over)
-    for patch in entry.skipped:
-        left, top, right, bottom = box(patch)
-        draw.rectangle((left, top, right - 1, bottom - 1), fill=_SKIPPED)
-    if grid.stride * min(across, down) >= _LEAST_LINES:
-        for column in range(1, grid.cols):
-            x = round(column * grid.stride * across)
-            draw.line((x, 0, x, small.height), fill=_LINE)
-        for row in range(1, grid.rows):
-            y = round(row * grid.stride * down)
-            draw.line((0, y, small.width, y), fill=_LINE)
-    wide = grid.patch * min(across, down) >= 16
-    for patch in entry.sampled:
-        left, top, right, bottom = box(patch)
-        if wide:
-            draw.rectangle((left, top, right - 1, bottom - 1), outline=_EDGE, width=4)
-            draw.rectangle((left + 1, top + 1, right - 2, bottom - 2), outline=_SAMPLED, width=2)
-        else:
-            draw.rectangle((left, top, right - 1, bottom - 1), outline=_SAMPLED)
-    return Image.alpha_composite(small, over)
-
-
-def _fitted(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, shortened in its middle until it is no wider than that."""
-    if font.getlength(text) <= width:
-        return text
-    # The ends of a path say more than its middle.
-    low, high = 0, len(text)
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if font.getlength(_shortened(text, middle)) <= width:
-            low = middle
-        else:
-            high = middle
-    return _shortened(text, low)
-
-
-def _shortened(text: str, length: int) -> str:
-    front = length // 2
-    return f"{text[:front]}...{text[len(text) - (length - front) :]}"
-
-
-def _keys(examples: Sequence[SheetEntry]) -> list[str]:
-    """What the sheet needs to explain."""
     drawn = [entry for entry in examples if entry.grid is not None]
-    return [
-        name
-        for name, used in (
-            ("sampled patch", any(len(entry.sampled) for entry in drawn)),
-            ("background, skipped", any(len(entry.skipped) for entry in drawn)),
+    keys = [
+        Patch(label=label, **style)
+        for label, style, used in (
+            ("sampled patch", _SAMPLED, any(len(entry.sampled) for entry in drawn)),
+            ("background, skipped", _SKIPPED, any(len(entry.skipped) for entry in drawn)),
         )
         if used
     ]
+    width = columns * (cell + _GAP) + _GAP
+    height = lines * (cell + _CAPTION + _GAP) + _GAP + (_KEYS if keys or note else 0)
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    for number, entry in enumerate(examples):
+        left = _GAP + number % columns * (cell + _GAP)
+        top = _GAP + number // columns * (cell + _CAPTION + _GAP)
+        below = height - top - cell
+        axes = figure.add_axes((left / width, below / height, cell / width, cell / height))
+        _draw(axes, entry, cell)
+        caption = _shortened(printable(entry.caption), cell // 6)
+        figure.text(
+            (left + cell / 2) / width, (below - 4) / height, caption,
+            ha="center", va="top", fontsize=7, parse_math=False,
+        )  # fmt: skip
+    if keys or note:
+        figure.legend(
+            handles=keys, title=note or None, loc="lower left", ncols=2, fontsize=7,
+            title_fontsize=7, frameon=False, alignment="left",
+        )  # fmt: skip
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png")
 
 
-def _draw_keys(
-    draw: ImageDraw.ImageDraw,
-    keys: Sequence[str],
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
-    top: int,
-) -> None:
-    left: float = _GAP
-    for key in keys:
-        side = int(font.getbbox("X")[3])
-        square = (left, top, left + side, top + side)
-        if key == "sampled patch":
-            draw.rectangle(square, outline=_EDGE, width=4)
-            inner = (square[0] + 1, square[1] + 1, square[2] - 1, square[3] - 1)
-            draw.rectangle(inner, outline=_SAMPLED, width=2)
-        else:
-            draw.rectangle(square, fill=_SKIPPED[:3])
-        draw.text((left + side + 6, top), key, fill=_INK, font=font)
-        left += side + 6 + font.getlength(key) + 2 * _GAP
+def _draw(axes: Axes, entry: SheetEntry, cell: int) -> None:
+    """Draws an image and its patches; data coordinates are pixels of the grid."""
+    from PIL import Image
+
+    height, width, channels = entry.image.shape
+    image = Image.fromarray(entry.image[..., 0] if channels == 1 else entry.image)
+    image.thumbnail((cell, cell), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    grid = entry.grid
+    if grid is not None:
+        height, width = grid.height, grid.width
+    axes.imshow(
+        np.asarray(image.convert("RGB")), extent=(0, width, height, 0), interpolation="nearest"
+    )
+    axes.set(xticks=[], yticks=[], anchor="C")
+    for spine in axes.spines.values():
+        spine.set(color=(0.8, 0.8, 0.8), linewidth=0.5)
+    if grid is None:
+        return
+    scale = cell / max(height, width)
+    _add_patches(axes, grid, entry.skipped, linewidth=0, **_SKIPPED)
+    if grid.stride * scale >= _LEAST_LINES:
+        style: Any = {"colors": [(0.5, 0.5, 0.5, 0.6)], "linewidth": 0.72}
+        axes.vlines(np.arange(1, grid.cols) * grid.stride, 0, height, **style)
+        axes.hlines(np.arange(1, grid.rows) * grid.stride, 0, width, **style)
+    if grid.patch * scale >= 16:
+        _add_patches(axes, grid, entry.sampled, edgecolor=_EDGE, facecolor="none", linewidth=2.9)
+        _add_patches(axes, grid, entry.sampled, linewidth=1.4, **_SAMPLED)
+    else:
+        _add_patches(axes, grid, entry.sampled, linewidth=0.72, **_SAMPLED)
 
 
-def _write(sheet: Image.Image, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        sheet.save(partial, "PNG")
-        fsync_path(partial)
-        partial.replace(path)
-        fsync_path(path.parent)
-    except OSError as error:
-        raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
+def _add_patches(axes: Axes, grid: PatchGrid, ids: Iterable[int], **style: Any) -> None:
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    boxes = []
+    for row, col in (divmod(patch, grid.cols) for patch in ids):
+        y, x = row * grid.stride, col * grid.stride
+        size = min(grid.patch, grid.width - x), min(grid.patch, grid.height - y)
+        boxes.append(Rectangle((x, y), *size))
+    axes.add_collection(PatchCollection(boxes, zorder=3, **style), autolim=False)
+
+
+def _shortened(text: str, length: int) -> str:
+    """Replaces the middle of a longer text by `...`: the ends of a path matter more."""
+    if len(text) <= length:
+        return text
+    kept = max(0, length - 3)
+    return f"{text[: kept // 2]}...{text[len(text) - (kept - kept // 2) :]}"

@@ -1,4 +1,4 @@
-"""Examples that cannot be read: their error, and what a run does about them."""
+"""Examples that cannot be read: their error, and the policies about them."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ class RecordError(DataError):
 
     @property
     def index(self) -> int:
-        """In its source, of the example that ended the run."""
+        """Source index of the example that stopped the run."""
         return self.records[-1].index
 
     @property
     def description(self) -> str:
-        """Path or name of the example that ended the run."""
+        """Path or name of the example that stopped the run."""
         return self.records[-1].description
 
     @property
     def reason(self) -> str:
-        """Why the example that ended the run cannot be read."""
+        """Why the example that stopped the run cannot be read."""
         return self.records[-1].reason
 
 
@@ -77,14 +77,14 @@ class BadTally:
 
     @property
     def tolerated(self) -> int:
-        """How many different unreadable examples the policy bears."""
+        """Number of different unreadable examples that the policy tolerates."""
         return 0 if self._policy == "raise" else self._limit
 
     def take(self, bad: Iterable[tuple[int, str]]) -> None:
         """Counts examples, index and reason each.
 
         Raises:
-            RecordError: if one is one too many.
+            RecordError: if the policy does not tolerate one of them.
         """
         for index, reason in bad:
             if index in self._records:
@@ -93,7 +93,7 @@ class BadTally:
             self._records[index] = record
             if self._policy == "raise":
                 raise RecordError(
-                    f"{record}; repair it, or let another take its place with "
+                    f"{record}; repair it, or replace it by another with "
                     "--data.bad-images substitute",
                     (record,),
                 )

@@ -18,7 +18,7 @@ class Band(NamedTuple):
 
 
 class BandExamples(Unread):
-    """The examples of a source, each with a band of its image; stateless and picklable.
+    """The examples of a source, each with a band of its image; stateless.
 
     Args:
         source: the examples.

@@ -1,29 +1,23 @@
-"""Grey or colour: how many channels a run's images have, from what their files say."""
+"""Grey or colour: how many channels a run's images have, found from their headers."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from patchgd_jax.config import TrainConfig
-from patchgd_jax.data.images.regions import open_regions
-from patchgd_jax.data.run_data import read_table
+from patchgd_jax.data.run_data import ImageFiles, read_files
+from patchgd_jax.data.sources.file_images import Header
 from patchgd_jax.data.sources.tfds_source import stored_channels
 from patchgd_jax.data.tables.image_paths import Problems
-from patchgd_jax.errors import DataError
 from patchgd_jax.io.text import printable
 
 ADVICE = "set --data.channels 3 to read all of them in colour, or 1 in grey"
 
-_THREADS = 2
-
 
 class Channels(NamedTuple):
-    """What the images of a table have, taken together."""
+    """The channels of a table's images."""
 
     most: Literal[1, 3]
     """Channels of most of them; 3 if there are as many of either kind."""
@@ -37,7 +31,7 @@ class Channels(NamedTuple):
 
 
 def common_channels(found: Sequence[int | None]) -> Channels:
-    """What most images have, and which are the others.
+    """Finds the channels of most images, and which images have others.
 
     Args:
         found: 1 or 3 for each image; None for one that cannot be read.
@@ -46,28 +40,37 @@ def common_channels(found: Sequence[int | None]) -> Channels:
     return Channels(most, tuple(i for i, c in enumerate(found) if c not in (most, None)))
 
 
-def with_channels(config: TrainConfig) -> TrainConfig:
-    """The same run with the number of channels said.
+def resolve_channels(config: TrainConfig, files: ImageFiles | None = None) -> TrainConfig:
+    """Resolves `data.channels` None to the channels in the files' headers.
 
-    Where `data.channels` is None it is what the files have: their headers are looked at, and no
-    pixel is decoded. Files that cannot be read are passed over; reading the data names them.
+    Files that cannot be read are passed over; reading the data names them.
+
+    Args:
+        config: of the run.
+        files: what `read_files(config)` gave. None: read them, if they are needed.
 
     Raises:
         DataError: if some files are grey and others in colour, with the lines of the rarer ones;
             or for labels or a set that cannot be used.
-        ConfigError: if a set does not say it, or for settings that do not fit together.
+        ConfigError: if a set does not state it, or for settings that do not fit together.
     """
     data = config.data
     channels = data.declared_channels
     if channels is None:
-        channels = stored_channels(data.tfds) if data.tfds is not None else _of_files(config)
+        files = files or read_files(config)
+        if files is not None:
+            channels = _of_files(files)
+        else:
+            assert data.tfds is not None
+            channels = stored_channels(data.tfds)
     return dataclasses.replace(config, data=dataclasses.replace(data, channels=channels))
 
 
-def _of_files(config: TrainConfig) -> Literal[1, 3]:
-    table, _ = read_table(config)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        channels = common_channels(list(pool.map(_of_file, table.paths)))
+def _of_files(files: ImageFiles) -> Literal[1, 3]:
+    table = files.table
+    channels = common_channels(
+        [header.channels if isinstance(header, Header) else None for header in files.headers]
+    )
     if channels.others:
         most, rare = channels.kinds
         problems = Problems(
@@ -78,11 +81,3 @@ def _of_files(config: TrainConfig) -> Literal[1, 3]:
             problems.add(table.rows[index] or None, f"{path} is {rare}")
         problems.report()
     return channels.most
-
-
-def _of_file(path: Path) -> int | None:
-    try:
-        with closing(open_regions(path, channels=None)) as source:
-            return source.channels
-    except DataError:
-        return None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,55 +21,84 @@ from patchgd_jax.data.images.array_regions import ArrayRegions
 from patchgd_jax.data.images.background import patch_mask
 from patchgd_jax.data.images.fitting import read_resized
 from patchgd_jax.data.images.padding import padded_sizes
-from patchgd_jax.data.images.regions import RegionSource, open_regions
+from patchgd_jax.data.images.region_base import RegionSource
+from patchgd_jax.data.images.regions import open_regions
 from patchgd_jax.data.tables.table import ImageTable
 from patchgd_jax.errors import DataError
 
 _THREADS = 2
 _MASK_PATCH = 8
-"""Least side in pixels of a patch in the picture that background is found in."""
+"""Smallest side in pixels of a patch in the picture in which background is found."""
 _LISTED = 10
+
+
+class Header(NamedTuple):
+    """An image file's header."""
+
+    level_shapes: tuple[tuple[int, int], ...]
+    """Height and width in pixels of each level."""
+    channels: int
+    """1 or 3."""
+
+
+def read_headers(paths: Sequence[Path]) -> tuple[Header | DataError, ...]:
+    """Opens each file once; an error stands for a file that cannot be used."""
+
+    def read(path: Path) -> Header | DataError:
+        try:
+            with closing(open_regions(path, channels=None)) as source:
+                return Header(source.level_shapes, source.channels)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return tuple(pool.map(read, paths))
+
+
+class Resize(Protocol):
+    """Reads a whole image at a size; see `read_resized`."""
+
+    def __call__(
+        self, source: RegionSource, size: tuple[int, int], background: int
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns `uint8 [*size, C]`, and the image's height and width at its top left."""
+        ...
 
 
 @dataclass(frozen=True)
 class FileReader:
-    """Reads a file as the model is to see it.
+    """Reads a file as the model's input.
 
     Args:
         config: size, fit, channels and level.
         background: uint8 value beyond the image and under transparent pixels.
+        resize: what `fit` resize does.
+        scalable: whether `resize` to a smaller size gives the same picture, shrunk, for less work.
     """
 
     config: DataConfig
     background: int
+    resize: Resize = read_resized
+    scalable: bool = True
 
     def open(self, path: Any) -> RegionSource:
-        """The file, of which nothing but the header is read."""
+        """Opens a file; only its header is read."""
         return open_regions(path, channels=self.config.num_channels, background=self.background)
 
-    def shape(self, path: Any) -> tuple[int, int]:
-        """Height and width of what `read` gives.
+    def shape(self, level_shapes: Sequence[tuple[int, int]], path: Any) -> tuple[int, int]:
+        """Height and width of what `read` returns of a file with such levels.
 
         Raises:
-            DataError: if the file cannot be used.
+            DataError: if the file lacks the level that is read.
         """
-        with closing(self.open(path)) as source:
-            if self.config.fit == "resize":
-                return self.config.size
-            return source.level_shapes[self.level(source, path)]
-
-    def level(self, source: RegionSource, path: Any) -> int:
-        """The level that `read` reads of an open file, with fit native.
-
-        Raises:
-            DataError: if the file has no such level.
-        """
-        if self.config.level >= len(source.level_shapes):
+        if self.config.fit == "resize":
+            return self.config.size
+        if self.config.level >= len(level_shapes):
             raise DataError(
-                f"image {path} has {len(source.level_shapes)} levels, but data.level is "
+                f"image {path} has {len(level_shapes)} levels, but data.level is "
                 f"{self.config.level} (counted from 0)"
             )
-        return self.config.level
+        return level_shapes[self.config.level]
 
     def read(self, path: Any) -> tuple[np.ndarray, tuple[int, int]]:
         """Reads a file.
@@ -80,37 +110,30 @@ class FileReader:
         Raises:
             DataError: if the file cannot be used.
         """
-        config = self.config
         with closing(self.open(path)) as source:
-            if config.fit == "native":
-                level = self.level(source, path)
-                height, width = source.level_shapes[level]
-                return source.read(0, 0, height, width, level), (height, width)
-            if config.panda is not None:
-                from patchgd_jax.data.sources.panda import panda_image
-
-                reference = config.panda_options.reference_level
-                return panda_image(source, config.size[0], reference)
-            return read_resized(source, config.size, self.background)
+            if self.config.fit == "resize":
+                return self.resize(source, self.config.size, self.background)
+            height, width = self.shape(source.level_shapes, path)
+            return source.read(0, 0, height, width, self.config.level), (height, width)
 
 
 class Layout(NamedTuple):
-    """What files become: padded sizes, and the patches of each image that count."""
+    """Padded sizes, and the valid patches of each image."""
 
     shapes: tuple[tuple[int, int], ...]
     """Heights and widths in pixels."""
     member: np.ndarray
     """`int64 [n]`, index into `shapes` by row of the table."""
     patches: tuple[np.ndarray, ...] | None
-    """Patch numbers by row of the table, in the grid of its padded size. None: all count."""
+    """Valid patch ids by row of the table, in the grid of its padded size. None: all are."""
     slots: tuple[int | None, ...]
     """The most patches of an image of each size, and at least J; or None."""
     notes: tuple[str, ...]
-    """What the user should know, a line each."""
+    """Remarks for the user, a line each."""
 
 
 class FileImages:
-    """The examples of some rows of a table; stateless and picklable.
+    """The examples of some rows of a table; stateless.
 
     Args:
         table: paths and labels.
@@ -131,18 +154,13 @@ class FileImages:
         return len(self.rows)
 
     @property
-    def num_classes(self) -> int:
-        """Number of labels; 1 for a regression."""
-        return len(self.table.class_names)
-
-    @property
     def class_names(self) -> tuple[str, ...]:
         """Name of each label."""
         return self.table.class_names
 
     @property
     def labels(self) -> np.ndarray:
-        """The labels of all examples, as the table has them."""
+        """The table's labels of all examples."""
         return self.table.labels[self.rows]
 
     @property
@@ -176,8 +194,8 @@ class FileImages:
 
         Returns:
             `image` `uint8 [H, W, C]` of its padded size, `size` `int32 [2]`, `label`, `id`
-            (int64), `patches` `int32 [M]` if not all count, and `weight` `float32 []` if the table
-            has weights.
+            (int64), `patches` `int32 [M]` unless all are valid, and `weight` `float32 []` if the
+            table has weights.
         """
         row = int(self.rows[index])
         image, size = self._reader.read(self.table.paths[row])
@@ -186,7 +204,7 @@ class FileImages:
             if image.shape[0] > height or image.shape[1] > width:
                 raise DataError(
                     f"image {self.describe(index)} is {image.shape[0]} x {image.shape[1]} px, more "
-                    f"than the {height} x {width} it had when the run began"
+                    f"than the {height} x {width} when the run began; restart the run"
                 )
             padded = np.full((height, width, image.shape[2]), self._reader.background, np.uint8)
             padded[: image.shape[0], : image.shape[1]] = image
@@ -216,26 +234,43 @@ class FileImages:
         return self._reader.open(self.table.paths[int(self.rows[index])])
 
 
-def plan_layout(table: ImageTable, reader: FileReader, patchgd: PatchGDConfig) -> Layout:
-    """Looks at every file once: at its header, and at its background if that is left out.
+def plan_layout(
+    table: ImageTable,
+    headers: Sequence[Header | DataError],
+    reader: FileReader,
+    patchgd: PatchGDConfig,
+) -> Layout:
+    """Chooses the padded sizes, and finds the background of each image if that is left out.
+
+    Args:
+        table: the images.
+        headers: of its files, in its order.
+        reader: of its files.
+        patchgd: the patches.
 
     Raises:
         DataError: if files cannot be read, of which it lists ten, unless bad ones are substituted.
     """
     config = reader.config
     patch, stride = patchgd.patch, patchgd.stride or patchgd.patch
-    bear = config.bad_images == "substitute"
+    substitute = config.bad_images == "substitute"
     notes: list[str] = []
 
     def windows(length: int) -> int:
         return max(0, -(-(length - patch) // stride)) + 1
 
+    def size(row: int) -> tuple[int, int]:
+        header = headers[row]
+        if isinstance(header, DataError):
+            raise header
+        return reader.shape(header.level_shapes, table.paths[row])
+
     # Damage that shows in a header must not wait for the middle of a run.
-    sizes = _each(table, lambda row: reader.shape(table.paths[row]), bear, (1, 1))
+    sizes = _each(table, map(partial(_attempt, size), range(len(table))), substitute, (1, 1))
     if config.fit == "resize":
         shapes: tuple[tuple[int, int], ...] = (config.size,)
-        member = np.zeros(len(table.paths), np.int64)
-        grids = np.tile([windows(side) for side in config.size], (len(table.paths), 1))
+        member = np.zeros(len(table), np.int64)
+        grids = np.tile([windows(side) for side in config.size], (len(table), 1))
     else:
         grids = np.array([[windows(side) for side in size] for size in sizes])
         chosen = padded_sizes(grids)
@@ -256,13 +291,13 @@ def plan_layout(table: ImageTable, reader: FileReader, patchgd: PatchGDConfig) -
             f"{2 * len(shapes)} programs to compile."
         )
     full = np.array([[windows(side) for side in shapes[m]] for m in member])
-    # A group without a patch changes nothing, so an image may have fewer patches than groups.
+    # Inner steps with an empty group are no-ops, so images with fewer patches than steps are fine.
     least = patchgd.num_inner_steps if patchgd.mode in ("patchgd", "accumulate") else 1
     alike = (full == grids).all() and full.prod(1).min() >= least
     if config.empty.method == "none" and (config.fit == "resize" or alike):
         return Layout(shapes, member, None, (None,) * len(shapes), tuple(notes))
 
-    def numbers(row: int) -> np.ndarray:
+    def valid_ids(row: int) -> np.ndarray:
         rows, cols = grids[row]
         wide = windows(shapes[member[row]][1])
         used = np.ones((rows, cols), bool)
@@ -274,7 +309,9 @@ def plan_layout(table: ImageTable, reader: FileReader, patchgd: PatchGDConfig) -
         y, x = np.nonzero(used)
         return (y * wide + x).astype(np.int32)
 
-    patches = _each(table, numbers, bear, np.zeros(1, np.int32))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(partial(_attempt, valid_ids), range(len(table)))
+        patches = _each(table, found, substitute, np.zeros(1, np.int32))
     counts = np.array([len(p) for p in patches])
     if config.empty.method != "none":
         total = int(grids.prod(1).sum())
@@ -286,11 +323,11 @@ def plan_layout(table: ImageTable, reader: FileReader, patchgd: PatchGDConfig) -
 
 
 def used_patches(path: Any, reader: FileReader, grid: PatchGrid) -> np.ndarray:
-    """Which patches of a file hold something, `bool [rows, cols]`.
+    """Finds which patches of a file are not background, `bool [rows, cols]`.
 
     Args:
         path: the file.
-        reader: reads it; its settings say what holds something.
+        reader: reads it; its settings define background.
         grid: over what `reader` reads.
 
     Raises:
@@ -309,40 +346,42 @@ def used_patches(path: Any, reader: FileReader, grid: PatchGrid) -> np.ndarray:
     if config.fit == "native":
         # From the lowest level: the pixels themselves need not be read.
         with closing(reader.open(path)) as source:
-            return mask(source, level=reader.level(source, path))
-    if config.fit == "resize" and not config.panda_options.reference_level:
-        # A smaller picture tells as well, and needs a smaller level only.
+            reader.shape(source.level_shapes, path)
+            return mask(source, level=config.level)
+    by = 1
+    if reader.scalable:
+        # A smaller picture shows the same, and needs a smaller level only.
         by = math.gcd(grid.patch, grid.stride, *config.size)
         while by > 1 and (grid.patch // by < _MASK_PATCH or by & (by - 1)):
             by //= 2
-        smaller = dataclasses.replace(config, size=(config.size[0] // by, config.size[1] // by))
-        image, (height, width) = FileReader(smaller, reader.background).read(path)
-        regions = ArrayRegions(image[:height, :width], background=reader.background)
-        return mask(regions, patch=grid.patch // by, stride=grid.stride // by)
-    image, (height, width) = reader.read(path)
-    return mask(ArrayRegions(image[:height, :width], background=reader.background))
+    smaller = dataclasses.replace(config, size=(config.size[0] // by, config.size[1] // by))
+    image, (height, width) = dataclasses.replace(reader, config=smaller).read(path)
+    regions = ArrayRegions(image[:height, :width], background=reader.background)
+    return mask(regions, patch=grid.patch // by, stride=grid.stride // by)
 
 
-def _each(table: ImageTable, look: Callable[[int], Any], bear: bool, instead: Any) -> list[Any]:
-    """`look` at each row, in threads; `instead` of files that cannot be read, or an error."""
+def _attempt(look: Callable[[int], Any], row: int) -> Any:
+    """Looks at a row; its `DataError` is returned."""
+    try:
+        return look(row)
+    except DataError as error:
+        return error
 
-    def one(row: int) -> Any:
-        try:
-            return look(row)
-        except DataError as error:
-            return instead if bear else error
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        results = list(pool.map(one, range(len(table.paths))))
-    failed = [(row, r) for row, r in enumerate(results) if isinstance(r, DataError)]
-    if failed:
+def _each(table: ImageTable, results: Iterable[Any], substitute: bool, instead: Any) -> list[Any]:
+    """Replaces errors by `instead` if bad images are substituted; raises one of all otherwise."""
+    found = list(results)
+    failed = [(row, r) for row, r in enumerate(found) if isinstance(r, DataError)]
+    if failed and not substitute:
         lines = [
             f"{f'line {table.rows[row]}: ' if table.rows[row] else ''}{error}"
             for row, error in failed[:_LISTED]
         ]
         more = f"\n  and {len(failed) - _LISTED} more" if len(failed) > _LISTED else ""
         raise DataError(
-            f"{len(failed)} of {len(table.paths)} images cannot be read; mend or remove them, or "
-            "use --data.bad-images substitute:\n  " + "\n  ".join(lines) + more
+            f"{len(failed)} of {len(table)} images cannot be read; repair or remove them, or use "
+            "--data.bad-images substitute:\n  " + "\n  ".join(lines) + more
         )
-    return results
+    for row, _ in failed:
+        found[row] = instead
+    return found

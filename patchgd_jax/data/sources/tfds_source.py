@@ -22,11 +22,10 @@ _INFO = "dataset_info.json"
 
 
 class TfdsSource:
-    """A split of a prepared set, for random access; picklable, and safe to read from threads.
+    """A split of a prepared set, for random access, safe to read from threads.
 
-    Nothing is ever downloaded. The set must hold exactly one image and one class label, whatever
-    they are called, and be stored in a format with random access (array_record). `tfds_splits`
-    lists its splits.
+    Nothing is ever downloaded. The set must hold exactly one image and one class label, of any
+    names, in a format with random access (array_record). `tfds_splits` lists its splits.
 
     Args:
         name_or_dir: the folder a set was prepared in, or NAME, NAME/CONFIG or NAME/CONFIG/VERSION
@@ -72,11 +71,6 @@ class TfdsSource:
         )
 
     @property
-    def num_classes(self) -> int:
-        """Number of labels."""
-        return len(self._class_names)
-
-    @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the labels, in their order."""
         return self._class_names
@@ -118,9 +112,9 @@ class TfdsSource:
             # Both the reader's C++ and protobuf let kinds of their own out.
             raise DataError(f"cannot read {name}: {error}") from error
         label = int(record[self._label])
-        if not 0 <= label < self.num_classes:
+        if not 0 <= label < len(self._class_names):
             raise DataError(
-                f"{name} has the label {label}, which is not in 0..{self.num_classes - 1}"
+                f"{name} has the label {label}, which is not in 0..{len(self._class_names) - 1}"
             )
         image = decode_image(
             record[self._image], name, channels=self._channels, background=self._background
@@ -134,14 +128,14 @@ class TfdsSource:
 
 
 def stored_channels(name_or_dir: str | Path, data_dir: str | Path | None = None) -> Literal[1, 3]:
-    """The channels that a prepared set says its images have; transparency does not count.
+    """Reads the channels of a prepared set's images from its metadata, without transparency.
 
     Args:
         name_or_dir: as for `TfdsSource`.
         data_dir: as for `TfdsSource`.
 
     Raises:
-        ConfigError: if the set does not say it, or as `TfdsSource`.
+        ConfigError: if the set does not state them, or as `TfdsSource`.
         DataError: as `TfdsSource`.
     """
     info = _read_info(find_prepared(name_or_dir, data_dir))

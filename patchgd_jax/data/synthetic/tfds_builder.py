@@ -144,7 +144,7 @@ class UltraMnistBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=_REGI
                 }
             ),
             supervised_keys=("image", "label"),
-            # Index order, so that a set is the same whatever its number of files.
+            # In index order, so that a set does not depend on its number of files.
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(
                 generator=GENERATOR_VERSION, seed=self.builder_config.seed, data=_look(config)
@@ -173,7 +173,7 @@ class UltraMnistBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=_REGI
 
         Args:
             folder: an existing folder.
-            limit: number of examples per split at most. None: all.
+            limit: most examples per split. None: all.
             on_example: called with the number of examples done and the split's total.
 
         Raises:
@@ -295,7 +295,7 @@ def config_name(config: DataConfig, seed: int) -> str:
 
 @contextmanager
 def _quiet_absl() -> Iterator[None]:
-    """Keeps back tfds' warning that a config is none of the class's own."""
+    """Silences tfds' warning about configs that the class does not list."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

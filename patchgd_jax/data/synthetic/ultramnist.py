@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from patchgd_jax.config import DataConfig
-from patchgd_jax.data.images.region_base import ClippedRegions
+from patchgd_jax.data.images.region_base import RegionSource
 from patchgd_jax.data.images.shrink import shrink
 from patchgd_jax.data.synthetic.digits import SIDE, DigitPool, Split, load_digits
 from patchgd_jax.errors import ConfigError, DataError
@@ -72,7 +72,7 @@ def _size_law(classes: int) -> np.ndarray:
 
 
 class UltraMnist:
-    """A random-access source of examples; stateless and picklable.
+    """A random-access source of examples; stateless.
 
     Args:
         config: what the images look like.
@@ -87,7 +87,6 @@ class UltraMnist:
         self.config = config
         self.split: Split = split
         self.seed = seed
-        self._pool: DigitPool | None = None
         if config.task == "most-frequent":
             self._label_count = round(config.label_share * config.digit_count)
             others = config.digit_count - self._label_count
@@ -100,14 +99,6 @@ class UltraMnist:
 
     def __len__(self) -> int:
         return self.config.train_size if self.split == "train" else self.config.val_size
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pool": None}
-
-    @property
-    def num_classes(self) -> int:
-        """Number of labels."""
-        return self.config.classes
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -129,12 +120,10 @@ class UltraMnist:
             f"digits={pool.hexdigest()[:16]} {look}"
         )
 
-    @property
+    @cached_property
     def pool(self) -> DigitPool:
         """The digits this split may use; loaded on first use."""
-        if self._pool is None:
-            self._pool = load_digits(self.config.digits, self.split, self.config.digits_dir)
-        return self._pool
+        return load_digits(self.config.digits, self.split, self.config.digits_dir)
 
     def describe(self, index: int) -> str:
         """A name of an example for messages."""
@@ -265,7 +254,7 @@ class UltraMnist:
         return DigitRegions(self, index)
 
 
-class DigitRegions(ClippedRegions):
+class DigitRegions(RegionSource):
     """Regions of one example; its pixels are those of `source[index]["image"]`.
 
     Args:
@@ -276,8 +265,7 @@ class DigitRegions(ClippedRegions):
     def __init__(self, source: UltraMnist, index: int) -> None:
         self._source, self._plan = source, source.plan(index)
         height, width, channels = source.config.image_shape
-        arguments = {"source": source, "index": index}
-        super().__init__(arguments, [(height, width)], channels=channels, background=0)
+        super().__init__([(height, width)], channels=channels, background=0)
 
     def _inside(self, level: int, y: int, x: int, height: int, width: int) -> np.ndarray:
         by = self._source.config.downscale

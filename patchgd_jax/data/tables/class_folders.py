@@ -29,7 +29,7 @@ _OTHER_IMAGES = frozenset((
 # fmt: on
 
 
-def read_class_folders(root: str | Path, *, allow_outside: bool = False) -> ImageTable:
+def read_class_folders(root: str | Path) -> ImageTable:
     """Reads a folder that holds a folder of images for each class, at any depth.
 
     Classes are in the order of their folders' names, with the numbers in them in their order; so
@@ -37,7 +37,6 @@ def read_class_folders(root: str | Path, *, allow_outside: bool = False) -> Imag
 
     Args:
         root: the folder.
-        allow_outside: whether links may lead out of it.
 
     Returns:
         A table for the task single-label.
@@ -51,7 +50,7 @@ def read_class_folders(root: str | Path, *, allow_outside: bool = False) -> Imag
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; data.root must hold a folder for each class")
     problems = Problems(f"cannot use the class folders in {root}")
-    finder = ImageFinder(root, allow_outside)
+    finder = ImageFinder(root)
     names: list[str] = []
     paths: list[Path] = []
     labels: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,17 @@ from patchgd_jax.errors import DataError
 from patchgd_jax.io.text import has_control, printable
 
 
+class Row(NamedTuple):
+    """A row of a CSV file."""
+
+    line: int
+    """On which it begins, with the header's as 1."""
+    cells: dict[str, str]
+    """Text by the names that the columns were asked for under."""
+    problem: str = ""
+    """Why it has no cells, if so."""
+
+
 def read_csv(
     csv_file: str | Path,
     root: str | Path | None,
@@ -26,11 +37,10 @@ def read_csv(
     task_name: str,
     *,
     class_names: Sequence[str] | None = None,
-    allow_outside: bool = False,
 ) -> ImageTable:
     """Reads the labels of images from a CSV file: UTF-8, with a header, and with `,`, `;` or tabs.
 
-    Nothing in the file is ever computed. What the labels mean is said by `labels.parse_labels`.
+    No cell is ever evaluated as a formula. `labels.parse_labels` defines what labels mean.
 
     Args:
         csv_file: the file.
@@ -38,7 +48,6 @@ def read_csv(
         columns: names of the columns.
         task_name: a name of `tasks.TASKS`.
         class_names: the classes in the order of their indices; None: found from the labels.
-        allow_outside: whether images may lie outside of `root`.
 
     Returns:
         The images in the file's order. Rows without any text are left out.
@@ -50,31 +59,85 @@ def read_csv(
             characters; labels that are all equal.
     """
     csv_file = Path(csv_file)
-    root = csv_file.parent if root is None else Path(root)
     wanted = {name: column for name, column in vars(columns).items() if column is not None}
-    header, lines = _rows(_read_text(csv_file), csv_file, set(wanted.values()))
-    place = {name: _column(csv_file, header, name, column) for name, column in wanted.items()}
-    finder = ImageFinder(root, allow_outside)
+    return table_of_rows(
+        read_rows(csv_file, wanted),
+        csv_file,
+        csv_file.parent if root is None else Path(root),
+        task_name,
+        class_names=class_names,
+    )
+
+
+def read_rows(
+    csv_file: Path, columns: Mapping[str, str], advice: str = "Name it with data.columns.{}"
+) -> list[Row]:
+    """Reads some columns of a CSV file.
+
+    Args:
+        csv_file: the file.
+        columns: names of the columns, by the names their cells are to have.
+        advice: what to do about a missing column, with `{}` for its name in `columns`.
+
+    Raises:
+        DataError: if the file cannot be read, is damaged, or lacks a column.
+    """
+    header, lines = _header_and_rows(_read_text(csv_file), csv_file, set(columns.values()))
+    place = {
+        name: _column(csv_file, header, column, advice.format(name))
+        for name, column in columns.items()
+    }
+    return [
+        Row(line, {name: fields[column] for name, column in place.items()})
+        if len(fields) == len(header)
+        else Row(line, {}, f"it has {len(fields)} cells, but the header has {len(header)}")
+        for line, fields in lines
+    ]
+
+
+def table_of_rows(
+    rows: Iterable[Row],
+    csv_file: Path,
+    root: Path,
+    task_name: str,
+    *,
+    class_names: Sequence[str] | None = None,
+) -> ImageTable:
+    """Finds the images of rows and parses their labels; see `read_csv`.
+
+    Args:
+        rows: with the cells `path` and `label`, and perhaps `group`, `split` and `weight`; cells of
+            other names are not looked at.
+        csv_file: the rows' file, for messages.
+        root: folder that the paths are relative to.
+        task_name: a name of `tasks.TASKS`.
+        class_names: the classes in the order of their indices; None: found from the labels.
+
+    Raises:
+        DataError: as `read_csv`.
+    """
+    rows = list(rows)
+    finder = ImageFinder(root)
     problems = Problems(f"cannot use the labels in {printable(str(csv_file))}")
-    rows: list[_Row] = []
+    good: list[tuple[Row, Path]] = []
     labels: list[tuple[int, str]] = []
-    named: dict[Path, _Row] = {}
-    count = absent = 0
-    for line, fields in lines:
-        count += 1
-        if len(fields) != len(header):
-            problems.add(line, f"it has {len(fields)} cells, but the header has {len(header)}")
+    named: dict[Path, Row] = {}
+    absent = 0
+    for row in rows:
+        line, cells, _ = row
+        if row.problem:
+            problems.add(line, row.problem)
             continue
-        cells = {name: fields[column] for name, column in place.items()}
         reasons = _wrong_cells(cells)
         if not has_control(cells["label"]):
-            # Also of rows with other faults, to tell all faults at once.
+            # Of rows with other faults as well, to report all faults at once.
             labels.append((line, cells["label"]))
         try:
             path, real = finder.find(cells["path"])
-            row = _Row(line, path, cells)
             first = named.setdefault(real, row)
-            if first is not row:
+            if first is row:
+                good.append((row, path))
+            else:
                 reasons.append(_named_again(first, row))
         except FileNotFoundError as error:
             absent += 1
@@ -83,11 +146,9 @@ def read_csv(
             reasons.append(str(error))
         for reason in reasons:
             problems.add(line, reason)
-        if not reasons:
-            rows.append(row)
-    if count == 0:
+    if not rows:
         raise DataError(f"{csv_file} has no rows below its header")
-    if absent == count:
+    if absent == len(rows):
         problems.add(None, f"none of its images exists; is data.root right? It is {root}")
     parsed = parse_labels([label for _, label in labels], task_name, class_names)
     for index, reason in parsed.problems:
@@ -95,30 +156,29 @@ def read_csv(
             problems.add(labels[index][0], reason)
         elif not problems:
             problems.add(None, reason)
-    weights = np.array([row.cells.get("weight", "1") for row in rows], np.float32)
-    if not problems and not weights.any():
-        problems.add(None, "all weights are 0; give an image a positive one")
+
+    def column(name: str) -> list[str] | None:
+        return [row.cells[name] for row, _ in good] if name in rows[0].cells else None
+
+    splits, weights = column("split"), None
+    if not problems and (texts := column("weight")) is not None:
+        weights = np.array(texts, np.float32)
+        if not weights.any():
+            problems.add(None, "all weights are 0; give an image a positive one")
     problems.report()
     return make_table(
-        [row.path for row in rows],
+        [path for _, path in good],
         root,
         parsed.labels,
         parsed.class_names,
-        groups=[row.cells["group"] for row in rows] if "group" in wanted else None,
-        splits=[row.cells["split"].lower() for row in rows] if "split" in wanted else None,
-        weights=weights if "weight" in wanted else None,
-        rows=[row.line for row in rows],
+        groups=column("group"),
+        splits=None if splits is None else [split.lower() for split in splits],
+        weights=weights,
+        rows=[row.line for row, _ in good],
     )
 
 
-class _Row(NamedTuple):
-    line: int
-    path: Path
-    cells: dict[str, str]
-    """Text by the fields of `ColumnsConfig`."""
-
-
-def _named_again(first: _Row, row: _Row) -> str:
+def _named_again(first: Row, row: Row) -> str:
     how = "the same" if first.cells["label"] == row.cells["label"] else "another"
     return (
         f"{row.cells['path']!r} is the image of line {first.line} again, with {how} label; keep one"
@@ -141,10 +201,10 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _rows(
+def _header_and_rows(
     text: str, path: Path, wanted: set[str]
 ) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """The header, and the rows below it with the line on which each begins; none is empty."""
+    """Returns the header, and the rows below it with the line on which each begins."""
 
     def rows(delimiter: str) -> Iterator[tuple[int, list[str]]]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -170,20 +230,19 @@ def _rows(
     return next(reader, (0, []))[1], reader
 
 
-def _column(path: Path, header: Sequence[str], name: str, column: str) -> int:
-    setting = f"data.columns.{name}"
+def _column(path: Path, header: Sequence[str], column: str, advice: str) -> int:
     if header.count(column) == 1:
         return header.index(column)
     if header.count(column) > 1:
-        raise DataError(f"{path} has several columns {column!r}; {setting} needs a name of its own")
+        raise DataError(f"{path} has several columns {column!r}; rename all but one")
     near = difflib.get_close_matches(column, header, n=1, cutoff=0.5)
     names = ", ".join(map(printable, header[:20]))
     hint = f"did you mean {printable(near[0])!r}?" if near else f"it has {names}."
-    raise DataError(f"{path} has no column {column!r}; {hint} Name it with {setting}")
+    raise DataError(f"{path} has no column {column!r}; {hint} {advice}")
 
 
 def _wrong_cells(cells: dict[str, str]) -> list[str]:
-    """What is wrong with a row, its file and its label's meaning apart."""
+    """Lists what is wrong with a row, except for its file and the meaning of its label."""
     reasons = [
         f"the {name} {printable(value)!r} has control characters"
         for name, value in cells.items()

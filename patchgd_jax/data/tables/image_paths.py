@@ -1,4 +1,4 @@
-"""Finds the image files that a table of labels or a folder names, and tells what is wrong."""
+"""Finds the image files that a table of labels or a folder names, and collects problems."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST_PROBLEMS = 10
 
 
 class Problems:
-    """Collects what is wrong, to tell it all at once.
+    """Collects problems, to report them all at once.
 
     Args:
         what: the first line of the error, without a colon.
@@ -26,15 +26,11 @@ class Problems:
         return bool(self._found)
 
     def add(self, row: int | None, reason: str) -> None:
-        """Adds a problem of a line, or of the whole (None)."""
+        """Adds a problem of a line, or of the whole file (None)."""
         self._found.append((row or 0, reason))
 
     def report(self) -> None:
-        """Ends with the first ten problems, if there are any.
-
-        Raises:
-            DataError: if there are.
-        """
+        """Raises `DataError` with the first ten problems, if there are any."""
         if not self._found:
             return
         found = sorted(self._found, key=lambda problem: problem[0])
@@ -54,17 +50,15 @@ class Found(NamedTuple):
 
 
 class ImageFinder:
-    """Finds the files of paths that others wrote.
+    """Finds the files of untrusted paths.
 
     Args:
         root: folder that the paths are relative to.
-        allow_outside: whether they may lead out of it.
     """
 
-    def __init__(self, root: Path, allow_outside: bool) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = root
         self._real_root = root.resolve()
-        self._allow_outside = allow_outside
 
     def find(self, text: str) -> Found:
         """Finds the file of a path.
@@ -93,13 +87,7 @@ class ImageFinder:
             raise ValueError(f"{text!r} cannot be opened: {error}") from error
 
     def check_inside(self, path: Path, text: str) -> None:
-        """Refuses a path below the root that leads out of it, by itself or by a link.
-
-        Raises:
-            ValueError: if it does.
-        """
-        if self._allow_outside:
-            return
+        """Raises `ValueError` for a path that leads out of the root, by itself or by a link."""
         if ".." in Path(text).parts:
             raise ValueError(f"{text!r} has .. in it; paths must stay inside {self.root}")
         if not path.resolve().is_relative_to(self._real_root):
@@ -108,7 +96,7 @@ class ImageFinder:
 
 
 def described_by(path: Path) -> Path:
-    """The file whose size and time stand for an image: itself, or the metadata of a Zarr folder."""
+    """Returns the file whose size and time stand for an image: a Zarr folder's is its metadata."""
     for name in ("zarr.json", ".zattrs", ".zgroup", ".zarray"):
         if (path / name).is_file():
             return path / name

@@ -27,8 +27,8 @@ class ParsedLabels(NamedTuple):
     class_names: tuple[str, ...]
     """Name of each class in the order of its index; empty for regression."""
     problems: tuple[tuple[int | None, str], ...]
-    """What is wrong: the index of the label, or None if it is about all of them; and why. The
-    arrays are of use only if there are none."""
+    """Index of the label, or None for all of them, and what is wrong; the arrays are valid only
+    if there are none."""
 
 
 def natural_key(text: str) -> tuple[object, ...]:
@@ -53,8 +53,8 @@ def parse_labels(
     Args:
         texts: one label for each image, without space around it.
         task_name: a name of `tasks.TASKS`.
-        class_names: the classes in the order of their indices, those of a trained model say.
-            Without it they are found from the labels, which must then not be all equal.
+        class_names: the classes in the order of their indices, such as a trained model's. None:
+            found from the labels, which must then not be all equal.
 
     Raises:
         ConfigError: for a task whose labels cannot be text.

@@ -17,15 +17,13 @@ Split = dict[str, np.ndarray]
 empty."""
 
 
-def split_table(
-    table: ImageTable, config: SplitConfig, *, strata: np.ndarray | None = None
-) -> Split:
-    """Divides the images as their own splits say, or by folds.
+def split_table(table: ImageTable, config: SplitConfig) -> Split:
+    """Divides the images by the table's own splits, or by folds.
 
-    Folds hold like shares of every class and keep groups together. They depend on the paths, labels
-    and groups and on the seed, not on the order of the rows. An image of several labels counts for
-    the rarest of them; regression is balanced by quantiles. With `strata`, `int [n]`, folds hold
-    like shares of these instead (by label where one is rarer than the folds).
+    Folds are stratified by class and keep groups together. They depend on the paths, labels, groups
+    and seed, not on the order of the rows. An image of several labels counts for the rarest of
+    them; regression is stratified by quantiles. A table's own `strata` replace the labels (except
+    where one is rarer than the folds).
 
     Raises:
         DataError: if a group is in two of the given splits; a class is in no image of a split, or
@@ -33,7 +31,7 @@ def split_table(
             validate with.
     """
     if table.splits is None:
-        folds = _folds(table, config, strata)
+        folds = _folds(table, config)
         return _fold_split(table, folds, config.validation_fold, config.test_fold)
     names = np.array(table.splits)
     split = {name: np.flatnonzero(names == name) for name in SPLITS}
@@ -80,10 +78,11 @@ def _fold_split(table: ImageTable, folds: np.ndarray, fold: int, test_fold: int 
     return split
 
 
-def _folds(table: ImageTable, config: SplitConfig, strata: np.ndarray | None = None) -> np.ndarray:
+def _folds(table: ImageTable, config: SplitConfig) -> np.ndarray:
     """The fold of each image, `int64 [n]`."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+    strata = table.strata
     if strata is None:
         strata = _strata(table, config.folds)
     else:

@@ -28,7 +28,7 @@ class ImageTable:
     class_names: tuple[str, ...]
     """The K names by class index; empty for regression."""
     groups: tuple[str, ...] | None
-    """What must not be torn apart by a split."""
+    """Names of the units that a split keeps together, such as patients."""
     splits: tuple[str, ...] | None
     """A name of `SPLITS` for each image, if the user gave them."""
     weights: np.ndarray | None
@@ -37,28 +37,13 @@ class ImageTable:
     """Line of the CSV file on which the image's row begins, with the header's as 1; or 0."""
     fingerprint: str
     """SHA-256 that changes with any path below the root, file size, time of change or column."""
+    strata: np.ndarray | None = None
+    """`int64 [n]`: every fold gets an equal share of each number. None: by the labels."""
+    background: int | None = None
+    """Grey value outside the images, where their kind determines it."""
 
     def __len__(self) -> int:
         return len(self.paths)
-
-
-def select(table: ImageTable, indices: np.ndarray | Sequence[int]) -> ImageTable:
-    """The table of some of the images, in the order of `indices`, `int [m]`."""
-    chosen = np.asarray(indices, np.int64)
-
-    def pick(values: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return None if values is None else tuple(values[i] for i in chosen)
-
-    return ImageTable(
-        paths=tuple(table.paths[i] for i in chosen),
-        labels=table.labels[chosen],
-        class_names=table.class_names,
-        groups=pick(table.groups),
-        splits=pick(table.splits),
-        weights=None if table.weights is None else table.weights[chosen],
-        rows=tuple(table.rows[i] for i in chosen),
-        fingerprint=_sha256([table.fingerprint, chosen.tolist()]),
-    )
 
 
 def make_table(
@@ -72,7 +57,7 @@ def make_table(
     weights: np.ndarray | None = None,
     rows: Sequence[int] | None = None,
 ) -> ImageTable:
-    """A table of files that are there, with its fingerprint; its fields are `ImageTable`'s.
+    """Makes a table of existing files, with its fingerprint; the arguments are its fields.
 
     The fingerprint leaves `root` out of the paths, so that the folder may be moved.
 
@@ -98,9 +83,7 @@ def make_table(
         splits=None if splits is None else tuple(splits),
         weights=weights,
         rows=(0,) * len(paths) if rows is None else tuple(rows),
-        fingerprint=_sha256([files, *columns, None if weights is None else weights.tolist()]),
+        fingerprint=hashlib.sha256(
+            json.dumps([files, *columns, None if weights is None else weights.tolist()]).encode()
+        ).hexdigest(),
     )
-
-
-def _sha256(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

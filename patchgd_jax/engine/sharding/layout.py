@@ -1,8 +1,4 @@
-"""Train and eval steps on a mesh of devices.
-
-Nothing but latents, gradients and batch statistics moves between devices: `jax.shard_map` sees to
-it.
-"""
+"""Train and eval steps on a mesh: latents, gradients and batch statistics move, nothing else."""
 
 from __future__ import annotations
 
@@ -13,8 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax import lax
+from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,6 +17,7 @@ from patchgd_jax.contrib.rows import divide_rows
 from patchgd_jax.core.forward import eval_step
 from patchgd_jax.core.grid import Grid, PatchGrid
 from patchgd_jax.core.model import Params, PatchModel, PyTree
+from patchgd_jax.core.optimizer import Optimizer
 from patchgd_jax.core.problem import Batch, Layout, Problem, Spec, Weights
 from patchgd_jax.core.step import train_step
 from patchgd_jax.core.update import TrainState
@@ -36,27 +32,21 @@ from patchgd_jax.engine.sharding.mesh import (
 )
 from patchgd_jax.engine.sharding.params import Rules, param_specs
 from patchgd_jax.errors import ConfigError
-from patchgd_jax.models.layers.norm import statistics_over
 
 _GRADIENT_AXES = {"encoder": AXES, "head": (DATA,)}
-_SPECS = {
-    Spec.SAME: P(),
-    Spec.SUM: P(),
-    Spec.IMAGES: P(DATA),
-    Spec.GROUPS: P(None, DATA),
-}
+_SPECS = {Spec.SAME: P(), Spec.SUM: P(), Spec.IMAGES: P(DATA), Spec.GROUPS: P(None, DATA)}
 
 
 def sharded_train_step(
     problem: Problem,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     state: TrainState,
     batch: Batch,
-    key: jax.Array,
+    key: Array,
     *,
     mesh: Mesh,
     rules: Rules = (),
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, dict[str, Array]]:
     """Runs `core.step.train_step` on a mesh; to be jitted.
 
     The result is that of one device with the same `config.strata`, up to rounding; only dropout is
@@ -64,7 +54,7 @@ def sharded_train_step(
 
     Args:
         problem: of one device, with the patch grid of the whole images. Batch statistics are those
-            of all devices if its layers are `Normalize`.
+            of all devices if its model is built with `model_options(mesh)`.
         optimizer: any optax transformation.
         state: laid out as `param_shardings(state, rules, mesh)`.
         batch: from `shard_batch`.
@@ -86,7 +76,7 @@ def sharded_train_step(
 
 def sharded_eval_step(
     problem: Problem, weights: Weights, batch: Batch, *, mesh: Mesh, rules: Rules = ()
-) -> dict[str, jax.Array]:
+) -> dict[str, Array]:
     """Runs `core.forward.eval_step` on a mesh, to be jitted; arguments as `sharded_train_step`'s.
 
     `config.fill_chunk` counts the patches that all devices of an image together encode at a time.
@@ -96,26 +86,29 @@ def sharded_eval_step(
     return eval_step(problem, weights, batch)
 
 
+def model_options(mesh: Mesh) -> dict[str, Any]:
+    """Returns arguments of `build_model` for a model that trains on a mesh."""
+    rows = mesh.shape[ROWS] > 1
+    return {"axis_name": {} if _divides_rows_only(mesh) else _GRADIENT_AXES, "rows_sharded": rows}
+
+
+def _divides_rows_only(mesh: Mesh) -> bool:
+    # The compiler alone does that; it cannot sum over axes of one device beside it (jax 0.10).
+    return mesh.shape[DATA] * mesh.shape[PATCH] == 1 and mesh.shape[ROWS] > 1
+
+
 def shard_problem(
     problem: Problem, images: tuple[int, ...], mesh: Mesh, rules: Rules = ()
 ) -> Problem:
-    """Lays a problem over a mesh.
+    """Lays a problem of one device over a mesh.
 
-    Args:
-        problem: of one device.
-        images: shape of a batch's images as `shard_images` lays them out.
-        mesh: from `make_mesh`.
-        rules: how parameters are divided.
-
-    Raises:
-        ConfigError: if the mesh does not divide the grid, or the images are not of its size.
+    `images` is the shape of a batch's images as `shard_images` lays them out. Raises `ConfigError`
+    if they are not of the grid's size, or the mesh does not divide the grid.
     """
     grid, model = problem.grid, problem.model
     assert isinstance(grid, PatchGrid)
     check_grid(mesh, grid)
-    if mesh.shape[DATA] * mesh.shape[PATCH] == 1 and mesh.shape[ROWS] > 1:
-        # Nothing but rows is divided, which is the compiler's business alone; it cannot sum over
-        # axes of one device beside (jax 0.10).
+    if _divides_rows_only(mesh):
         model = divide_rows(model, NamedSharding(mesh, P(None, ROWS)))
         return dataclasses.replace(problem, model=model)
     bands = Bands(grid, mesh.shape[PATCH])
@@ -127,25 +120,22 @@ def shard_problem(
     if mesh.shape[ROWS] > 1:
         model = divide_rows(model, P(None, ROWS))
     layout = MeshLayout(mesh, bands, tuple(rules))
-    return dataclasses.replace(problem, model=_synchronised(model), layout=layout)
+    return dataclasses.replace(problem, model=_checked(model), layout=layout)
 
 
-def _synchronised(model: PatchModel) -> PatchModel:
-    """The model with batch statistics of all devices' patches, or images for the head."""
+def _checked(model: PatchModel) -> PatchModel:
+    """Makes the model raise while it is traced if batch statistics differ between devices."""
 
-    def synchronise(function: Callable[..., Any], part: str, axes: tuple[str, ...]) -> Any:
+    def check(function: Callable[..., Any], part: str) -> Any:
         def apply(params: Params, batch_stats: Params, *args: Any, **kwargs: Any) -> Any:
-            with statistics_over(axes):
-                out, changed = function(params, batch_stats, *args, **kwargs)
+            out, changed = function(params, batch_stats, *args, **kwargs)
             _check_equal(batch_stats[part], changed[part], part)
             return out, changed
 
         return apply
 
-    return model._replace(
-        encode=synchronise(model.encode, "encoder", AXES),
-        classify=synchronise(model.classify, "head", (DATA,)),
-    )
+    encode, classify = check(model.encode, "encoder"), check(model.classify, "head")
+    return model._replace(encode=encode, classify=classify)
 
 
 def _check_equal(before: PyTree, after: PyTree, part: str) -> None:
@@ -153,8 +143,8 @@ def _check_equal(before: PyTree, after: PyTree, part: str) -> None:
     if kinds != [str(jax.typeof(leaf)) for leaf in jax.tree.leaves(before)]:
         raise ConfigError(
             f"the {part} keeps batch statistics that differ from device to device; build it with "
-            "norm group, or with layers that synchronise (models.layers.norm.Normalize, or "
-            "BatchNorm with axis_name AXES in an encoder and DATA in a head)"
+            f"axis_name={_GRADIENT_AXES[part]}, as build_model(..., **model_options(mesh)) does, "
+            "or with norm group"
         )
 
 
@@ -215,9 +205,9 @@ class MeshLayout(Layout):
         return everywhere
 
     def _whole(self, params: Params, specs: Params) -> Params:
-        """All of the parameters, from this device's parts."""
+        """Gathers all of the parameters from this device's parts."""
 
-        def gather(x: jax.Array, spec: P) -> jax.Array:
+        def gather(x: Array, spec: P) -> Array:
             for dimension, axis in enumerate(spec):
                 if axis is not None:
                     x = lax.all_gather(x, axis, axis=dimension, tiled=True, to="invarying")
@@ -226,9 +216,9 @@ class MeshLayout(Layout):
         return self.vary(jax.tree.map(gather, params, specs))
 
     def _total(self, grads: Params, specs: Params) -> Params:
-        """This device's part of the gradient, summed over all devices."""
+        """Sums this device's part of the gradient over all devices."""
 
-        def total(g: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
+        def total(g: Array, spec: P, axes: tuple[str, ...]) -> Array:
             divided = {axis: dimension for dimension, axis in enumerate(spec) if axis is not None}
             whole = tuple(axis for axis in axes if axis not in divided)
             if whole:
@@ -253,12 +243,12 @@ class MeshLayout(Layout):
             for part, axes in _GRADIENT_AXES.items()
         }
 
-    def _part(self, x: jax.Array, axis: str, dimension: int) -> jax.Array:
+    def _part(self, x: Array, axis: str, dimension: int) -> Array:
         size = x.shape[dimension] // self.mesh.shape[axis]
         start = lax.axis_index(axis) * size
         return lax.dynamic_slice_in_dim(x, start, size, axis=dimension)
 
-    def take(self, grid: Grid, images: jax.Array, ids: jax.Array) -> jax.Array:
+    def take(self, grid: Grid, images: Array, ids: Array) -> Array:
         """See `Layout`."""
         first = jnp.asarray(self.bands.first_rows, ids.dtype)[lax.axis_index(PATCH)]
         return self.bands.of_band().take(images, ids - first * self.bands.grid.cols)
@@ -267,27 +257,27 @@ class MeshLayout(Layout):
         """See `Layout`."""
         return jax.tree.map(lambda x: self._part(x, PATCH, x.ndim - 1), groups)
 
-    def all_slots(self, latents: jax.Array) -> jax.Array:
+    def all_slots(self, latents: Array) -> Array:
         """See `Layout`."""
         return lax.all_gather(latents, PATCH, axis=latents.ndim - 2, tiled=True, to="invarying")
 
-    def sum_images(self, value: jax.Array) -> jax.Array:
+    def sum_images(self, value: Array) -> Array:
         """See `Layout`."""
         return lax.psum(value, DATA)
 
-    def first_image(self, count: int) -> jax.Array:
+    def first_image(self, count: int) -> Array:
         """See `Layout`."""
         return lax.axis_index(DATA) * count
 
-    def patches_key(self, key: jax.Array) -> jax.Array:
+    def patches_key(self, key: Array) -> Array:
         """See `Layout`."""
         return self._folded(key, AXES)
 
-    def images_key(self, key: jax.Array) -> jax.Array:
+    def images_key(self, key: Array) -> Array:
         """See `Layout`."""
         return self._folded(key, (DATA,))
 
-    def _folded(self, key: jax.Array, axes: Iterable[str]) -> jax.Array:
+    def _folded(self, key: Array, axes: Iterable[str]) -> Array:
         # One device draws what it would draw alone.
         for axis in axes:
             if self.mesh.shape[axis] > 1:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -38,17 +39,17 @@ def make_mesh(
     """Makes a mesh of the devices.
 
     Args:
-        layout: sizes of the axes, such as `data=2,patch=4,rows=2` (1 if left out); or `auto`,
-            which gives `data` as many devices as the batch allows: images share nothing but
-            gradients, and each device's share of the pixels and patches is the same anyway.
+        layout: sizes of the axes, such as `data=2,patch=4,rows=2` (1 if left out); or `auto`, which
+            gives `data` as many devices as the batch allows: images share nothing but gradients,
+            and each device's share of the pixels and patches is the same anyway.
         batch_size: images of a batch.
         eval_batch_size: images of an evaluation batch. None: `batch_size`.
         strata: `PatchGDConfig.strata`.
         devices: all of them are used. None: every device of every process.
 
     Raises:
-        ConfigError: if the layout cannot be read, has another number of devices, or does not
-            divide the batch and the strata.
+        ConfigError: if the layout cannot be read, has another number of devices, or does not divide
+            the batch and the strata.
     """
     found = list(jax.devices() if devices is None else devices)
     sizes = [batch_size, batch_size if eval_batch_size is None else eval_batch_size]
@@ -71,11 +72,7 @@ def make_mesh(
 
 
 def parse_layout(layout: str) -> tuple[int, int, int]:
-    """Parses sizes of the axes `data`, `patch` and `rows` from a text such as `data=2,patch=4`.
-
-    Raises:
-        ConfigError: if it cannot be read.
-    """
+    """Parses sizes of the axes `data`, `patch` and `rows` from a text such as `data=2,patch=4`."""
     sizes = {DATA: 1, PATCH: 1, ROWS: 1}
     named = []
     for part in layout.split(","):
@@ -91,11 +88,7 @@ def parse_layout(layout: str) -> tuple[int, int, int]:
 
 
 def check_layout(data: int, patch: int, *, batch_size: int, strata: int) -> None:
-    """Checks that a mesh divides the work evenly.
-
-    Raises:
-        ConfigError: if it does not.
-    """
+    """Raises `ConfigError` unless a mesh divides the work evenly."""
     if batch_size % data != 0:
         raise ConfigError(
             f"a batch of {batch_size} cannot be divided among {data} devices (mesh axis {DATA}); "
@@ -109,11 +102,7 @@ def check_layout(data: int, patch: int, *, batch_size: int, strata: int) -> None
 
 
 def check_grid(mesh: Mesh, grid: PatchGrid) -> None:
-    """Checks that a mesh divides a grid's patches, and the rows of one evenly.
-
-    Raises:
-        ConfigError: if it does not.
-    """
+    """Raises `ConfigError` unless a mesh divides a grid's patches, and the rows of one evenly."""
     Bands(grid, mesh.shape[PATCH])
     if grid.patch % mesh.shape[ROWS] != 0:
         raise ConfigError(
@@ -137,12 +126,9 @@ def _choose(count: int, batch_size: int, strata: int) -> tuple[int, int]:
 class Bands:
     """The layout of an image over the `patch` axis: bands of whole pixel rows.
 
-    Device `d` of D encodes the patches from `d * N // D` up to `(d + 1) * N // D`. Its band has
-    their grid rows. All bands are equally high, so some have a row or two without a patch of their
-    own; where patches overlap, neighbours share pixels.
-
-    Raises:
-        ConfigError: if there are fewer patches than devices.
+    Device `d` of D encodes the patches from `d * N // D` up to `(d + 1) * N // D`, so D is at most
+    N. Its band has their grid rows. All bands are equally high, so some have a row or two without a
+    patch of their own; where patches overlap, neighbours share pixels.
     """
 
     grid: PatchGrid
@@ -175,7 +161,7 @@ class Bands:
 
     @property
     def first_rows(self) -> tuple[int, ...]:
-        """The first grid row of each band."""
+        """First grid row of each band."""
         first = self._bounds()[:-1] // self.grid.cols
         # The last bands begin further up rather than reach beyond the grid.
         return tuple(int(row) for row in np.minimum(first, self.grid.rows - self.rows))
@@ -190,13 +176,7 @@ class Bands:
         return dataclasses.replace(self.grid, height=self.height)
 
     def cut(self, image: np.ndarray, number: int, top: int = 0) -> np.ndarray:
-        """Cuts a band out of images `[B, H, W, C]` on the host, padded with the background.
-
-        Args:
-            image: the images' rows from `top` on.
-            number: of the band.
-            top: first row of `image`.
-        """
+        """Cuts a band out of images `[B, H, W, C]` (from row `top` on); pads with background."""
         rows = self.pixels(number)
         band = image[:, rows.start - top : rows.stop - top]
         missing = self.height - band.shape[1]
@@ -217,7 +197,7 @@ def shard_images(
     first: int = 0,
     total: int | None = None,
     rows: slice | None = None,
-) -> jax.Array:
+) -> Array:
     """Lays images over the mesh: each device gets its band of its images only.
 
     Args:
@@ -262,12 +242,12 @@ def shard_batch(
     first: int = 0,
     total: int | None = None,
     rows: slice | None = None,
-) -> dict[str, jax.Array]:
+) -> dict[str, Array]:
     """Lays a batch over the mesh: images by `shard_images`, the rest divided by image."""
     total = len(batch["image"]) if total is None else total
     shardings = batch_shardings(batch, mesh)
 
-    def by_image(name: str) -> jax.Array:
+    def by_image(name: str) -> Array:
         values = np.asarray(batch[name])
 
         def part(index: Any) -> np.ndarray:

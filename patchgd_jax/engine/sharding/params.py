@@ -21,11 +21,7 @@ dimensions, counts; a parameter that matches none is whole on every device."""
 
 
 def parse_rules(texts: Iterable[str]) -> Rules:
-    """Parses rules such as `kernel$=-,-,-,data`, where `-` leaves a dimension whole.
-
-    Raises:
-        ConfigError: if one cannot be read.
-    """
+    """Parses rules such as `kernel$=-,-,-,data`, where `-` leaves a dimension whole."""
     rules = []
     for text in texts:
         pattern, _, axes = text.rpartition("=")
@@ -44,11 +40,7 @@ def parse_rules(texts: Iterable[str]) -> Rules:
 
 
 def param_specs(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
-    """Finds the `PartitionSpec` of each leaf of a tree by rules.
-
-    Raises:
-        ConfigError: for a rule that does not fit a leaf whose path it matches.
-    """
+    """Finds the `PartitionSpec` of each leaf; ConfigError for a rule that does not fit it."""
 
     def spec(path: Any, leaf: Any) -> P:
         name = _path_text(path)
@@ -69,11 +61,7 @@ def _path_text(path: Any) -> str:
 
 
 def check_rules(params: PyTree, rules: Rules) -> None:
-    """Checks that each rule matches some parameter.
-
-    Raises:
-        ConfigError: if one matches none; it lists a few paths.
-    """
+    """Raises `ConfigError` unless each rule matches some parameter."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     for pattern, axes in rules:
         if not any(
@@ -101,12 +89,9 @@ def _check_rule(
 
 
 def param_shardings(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
-    """`param_specs` as shardings, for `jax.device_put`, `jax.jit` and restoring a checkpoint.
+    """Returns `param_specs` as shardings, for `device_put`, `jit` and restoring a checkpoint.
 
-    Args:
-        params: parameters, or a whole `TrainState`, in whose optimizer state the parameters' paths
-            occur again.
-        rules: see `Rules`; none of them: all is whole on every device.
-        mesh: from `make_mesh`.
+    `params` may be a whole `TrainState`, in whose optimizer state the parameters' paths occur
+    again.
     """
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(params, rules, mesh))

@@ -1,8 +1,7 @@
 """The host's side of streaming: patches are read ahead of the device, a bounded number at a time.
 
-Only what a chunk needs is read. A chunk is alive from the start of its read to the end of the
-computation on it, and no more than a given number are at once: reading, transfer and computation
-overlap, and host memory does not grow with the image.
+A chunk is alive from the start of its read to the end of the computation on it, and no more than a
+given number are at once: host memory does not grow with the image.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 import jax
 import numpy as np
+from jax import Array
 
 from patchgd_jax.core.grid import PatchGrid
 from patchgd_jax.errors import DataError, PatchGDError
 
 if TYPE_CHECKING:
-    from patchgd_jax.data.images.regions import RegionSource
+    from patchgd_jax.data.images.region_base import RegionSource
 
 
 class ChunkIds(NamedTuple):
@@ -37,7 +37,6 @@ class PatchReader:
     """Reads single patches of a batch of images; pixels outside an image are background.
 
     Args:
-        images: one source for each image of the batch.
         names: of the images, for errors.
         grid: the patch grid, which may be larger than an image.
         level: resolution to read, an index into `RegionSource.level_shapes`.
@@ -73,16 +72,10 @@ class PatchReader:
             self.sizes.append((height, width))
 
     def read(self, place: int, number: int, out: np.ndarray) -> None:
-        """Reads one patch into `out uint8 [p, p, C]`.
+        """Reads one patch into `out uint8 [p, p, C]`; `place` is the image's in the batch.
 
-        Args:
-            place: the image's place in the batch.
-            number: the patch's number.
-            out: is written to.
-
-        Raises:
-            DataError: if the source fails or returns other pixels than asked for; it names the
-                image. The package's own errors pass as they are.
+        Raises `DataError`, naming the image, if the source fails or returns other pixels than asked
+        for. The package's own errors pass as they are.
         """
         grid = self.grid
         y, x = (number // grid.cols) * grid.stride, (number % grid.cols) * grid.stride
@@ -123,7 +116,6 @@ class PatchFeed:
     `take`, start the computation on it, and call `used` with a result of that computation.
 
     Args:
-        reader: of the batch.
         plan: the chunks, in order; consumed no sooner than they are read.
         buffers: chunks alive at once, at least 2.
         readers: threads that read.
@@ -135,7 +127,7 @@ class PatchFeed:
         self._reader, self._plan, self._buffers = reader, iter(plan), buffers
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="patch-reader")
         self._reading: deque[_Chunk] = deque()
-        self._running: deque[jax.Array] = deque()
+        self._running: deque[Array] = deque()
         self.waited = 0.0
         """Seconds so far that `take` has waited for reads."""
 
@@ -146,12 +138,8 @@ class PatchFeed:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def take(self) -> jax.Array:
-        """Sends the next chunk to the device: `uint8 [b, k, p, p, C]`.
-
-        Raises:
-            DataError: if a patch of it could not be read.
-        """
+    def take(self) -> Array:
+        """Sends the next chunk to the device: `uint8 [b, k, p, p, C]`; raises as its reads."""
         chunk = self._reading.popleft()
         begun = time.monotonic()
         for read in chunk.reads:
@@ -160,14 +148,11 @@ class PatchFeed:
         # The buffer is never written again: on the CPU the device's array may be the same memory.
         return jax.device_put(chunk.pixels)
 
-    def used(self, result: jax.Array) -> None:
-        """Registers the computation that consumes the last chunk, for back-pressure.
+    def used(self, result: Array) -> None:
+        """Registers the computation on the last chunk by a result, which must not be donated.
 
         Waits for the computation before it, so that at most two are queued on the device: a queued
         call keeps its chunk alive.
-
-        Args:
-            result: one of its results, which must not be donated.
         """
         self._running.append(result)
         if len(self._running) > 1:

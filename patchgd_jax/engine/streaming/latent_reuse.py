@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
+from jax import Array
 
 from patchgd_jax.engine.streaming.latent_store import NEVER, LatentStore
 
@@ -30,28 +30,16 @@ class LatentReuse:
     An entry is as old as its last computation, in a fill or in an inner step: where inner steps
     draw only some of the patches, the entries grow old at different times, and the re-fill of an
     image is spread over its visits.
-
-    Args:
-        store: where Z is kept between visits.
-        max_age: outer steps.
     """
 
     def __init__(self, store: LatentStore, max_age: int) -> None:
         self.store, self.max_age = store, max_age
-        self._pending: list[tuple[Sequence[str], jax.Array, np.ndarray]] = []
+        self._pending: list[tuple[Sequence[str], Array, np.ndarray]] = []
 
     def begin(
         self, step: int, names: Sequence[str], counted: np.ndarray, width: int, dtype: np.dtype
     ) -> Visit:
-        """Looks up the images of an outer step.
-
-        Args:
-            step: number of the outer step.
-            names: of the images, B.
-            counted: `bool [B, N]`, the valid patches.
-            width: D.
-            dtype: Z's.
-        """
+        """Looks up the images of an outer step; `counted` `bool [B, N]` marks the valid patches."""
         self._keep_pending()
         z = np.zeros((*counted.shape, width), dtype)
         when = np.full(counted.shape, NEVER, np.int64)
@@ -67,15 +55,10 @@ class LatentReuse:
         when[missing] = step
         return Visit(z, missing, when, step - when[counted])
 
-    def finish(self, names: Sequence[str], z: jax.Array, when: np.ndarray) -> None:
-        """Stores the images' Z at the end of an outer step.
+    def finish(self, names: Sequence[str], z: Array, when: np.ndarray) -> None:
+        """Stores the images' Z `[b, N, D]`, and `when int64 [b, N]` its entries were computed.
 
         Z is fetched when the next step begins: fetching it now would wait for this one.
-
-        Args:
-            names: of the images, b.
-            z: `[b, N, D]`.
-            when: `int64 [b, N]`, the outer step in which each entry was computed.
         """
         self._pending.append((names, z, when))
 

@@ -27,8 +27,6 @@ class StoredLatents(NamedTuple):
 class LatentStore:
     """Stores Z of the images visited last; the least recently visited make room.
 
-    It is a cache that ends with the process.
-
     Args:
         budget: bytes that the kept latents may take.
         folder: keep them in an unnamed file there instead of in memory. It is read and written, not
@@ -72,7 +70,7 @@ class LatentStore:
         return len(self._kept) * self._image_bytes()
 
     def get(self, name: str) -> StoredLatents | None:
-        """The latents of an image, or None if it has none here; they are the caller's own."""
+        """Returns a copy of an image's latents, or None if it has none here."""
         kept = self._kept.get(name)
         if kept is None:
             return None
@@ -82,12 +80,7 @@ class LatentStore:
         return StoredLatents(kept.z.copy(), kept.when.copy())
 
     def put(self, name: str, z: np.ndarray, when: np.ndarray) -> None:
-        """Keeps the latents of an image in the place of its earlier ones.
-
-        Args:
-            name: the image's; two images must not share one.
-            z: `[N, D]`, copied; the same shape and dtype for every image.
-            when: `int64 [N]`.
+        """Keeps an image's latents `z [N, D]`, `when int64 [N]` in place of its earlier ones.
 
         Raises:
             ConfigError: if one image's latents exceed the budget, or differ in shape.

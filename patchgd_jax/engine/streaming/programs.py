@@ -13,18 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax import Array
 
-from patchgd_jax.core.forward import (
-    apply_head,
-    encode,
-    read_attention,
-    score_logits,
-    write_latents,
-)
+from patchgd_jax.core.forward import apply_head, encode, read_attention, score_logits, write_latents
 from patchgd_jax.core.freezing import close_over_frozen, combine_frozen
 from patchgd_jax.core.gradients import check_exact, chunk_gradient, z_gradient
 from patchgd_jax.core.model import Params, PyTree
+from patchgd_jax.core.optimizer import Optimizer
 from patchgd_jax.core.patch_ids import PatchIds, chunk_patch_ids, real_mask
 from patchgd_jax.core.problem import Layout, Problem, Weights, named_key
 from patchgd_jax.core.sampling import encoder_scale
@@ -70,7 +65,7 @@ class Chunk(NamedTuple):
 class Draw(NamedTuple):
     """What an outer step draws, for the whole batch."""
 
-    key: jax.Array
+    key: Array
     """The outer step's."""
     fill: PatchIds
     """`int32 [n, B, chunk]`."""
@@ -90,17 +85,12 @@ class PartLayout(Layout):
 
 
 class StreamedPrograms:
-    """The jitted programs of a streamed step.
+    """The jitted programs of a streamed step, for a problem on one device.
 
-    Args:
-        problem: the static part, on one device.
-        optimizer: any optax transformation.
-        partial_fill: whether fills leave patches out, so that chunks may have padding slots.
+    `partial_fill`: fills leave patches out, so that chunks may have padding slots.
     """
 
-    def __init__(
-        self, problem: Problem, optimizer: optax.GradientTransformation, *, partial_fill: bool
-    ) -> None:
+    def __init__(self, problem: Problem, optimizer: Optimizer, *, partial_fill: bool) -> None:
         self.problem, self._optimizer, self._partial_fill = problem, optimizer, partial_fill
         config = problem.config
         self.exact = config.mode == "exact"
@@ -151,7 +141,7 @@ class StreamedPrograms:
         """Returns shape and dtype of Z."""
         patches = jax.ShapeDtypeStruct((1, *self.problem.grid.patch_shape, channels), np.uint8)
 
-        def latents_of(weights: SplitWeights, patches: jax.Array) -> jax.Array:
+        def latents_of(weights: SplitWeights, patches: Array) -> Array:
             problem, (params, batch_stats) = self._closed(weights)
             key = jax.random.key(0)
             return problem.model.encode(params, batch_stats, patches, train=False, rng=key)[0]
@@ -205,17 +195,17 @@ class StreamedPrograms:
             problem = dataclasses.replace(problem, layout=PartLayout(part.first))
         return problem, Weights(weights.trained, weights.batch_stats)
 
-    def _fill_key(self, key: jax.Array, part: Part, number: jax.Array) -> jax.Array:
+    def _fill_key(self, key: Array, part: Part, number: Array) -> Array:
         key = named_key(key, "encoder" if self.exact else "fill")
         return jax.random.fold_in(_of_part(key, part), number)
 
-    def _order(self, batch: dict[str, jax.Array]) -> PatchIds:
+    def _order(self, batch: dict[str, Array]) -> PatchIds:
         """Lists the valid patches in order, some at a time."""
         config = self.problem.config
         groups = chunk_patch_ids(batch, self.problem.grid, config.fill_chunk, config.strata)
         return dataclasses.replace(groups, padded=True) if self._partial_fill else groups
 
-    def _draw(self, key: jax.Array, step: jax.Array, batch: dict[str, jax.Array]) -> Draw:
+    def _draw(self, key: Array, step: Array, batch: dict[str, Array]) -> Draw:
         key = jax.random.fold_in(key, step)
         if self.exact:
             none = jnp.zeros((0, batch["label"].shape[0], 0), jnp.int32)
@@ -226,13 +216,13 @@ class StreamedPrograms:
     def _fill(
         self,
         weights: SplitWeights,
-        z: jax.Array,
+        z: Array,
         chunk: Chunk,
         part: Part,
-        key: jax.Array,
+        key: Array,
         *,
         evaluate: bool,
-    ) -> tuple[jax.Array, Params, jax.Array]:
+    ) -> tuple[Array, Params, Array]:
         """Writes one chunk into Z; the last result is for waiting only."""
         problem, both = self._closed(weights, part)
         train = problem.trains_encoder if self.exact else self.fill_moves_statistics
@@ -248,20 +238,9 @@ class StreamedPrograms:
         return write_latents(z, chunk.group.ids, latents), batch_stats, latents[0, 0, 0]
 
     def _inner(
-        self,
-        weights: SplitWeights,
-        z: jax.Array,
-        total: Params,
-        chunk: Chunk,
-        part: Part,
-        key: jax.Array,
-    ) -> tuple[Gradient, jax.Array, jax.Array]:
-        """Makes one inner step.
-
-        Returns:
-            The gradient with `total` in it, Z with the fresh entries, and their
-            `staleness.squared_change`.
-        """
+        self, weights: SplitWeights, z: Array, total: Params, chunk: Chunk, part: Part, key: Array
+    ) -> tuple[Gradient, Array, Array]:
+        """Makes one inner step: the gradient with `total` in it, Z, and its `squared_change`."""
         problem, both = self._closed(weights, part)
         patches = _augmented(problem, chunk, key, inner_stream(problem))
         inner_key = _of_part(jax.random.fold_in(key, chunk.number), part)
@@ -274,8 +253,8 @@ class StreamedPrograms:
         return gradient._replace(grads=total), fresh, moved
 
     def _head(
-        self, weights: SplitWeights, z: jax.Array, part: Part, key: jax.Array
-    ) -> tuple[Gradient, jax.Array]:
+        self, weights: SplitWeights, z: Array, part: Part, key: Array
+    ) -> tuple[Gradient, Array]:
         """Takes the head's gradient and `dL/dZ`, in mode exact."""
         head_key = _of_part(named_key(key, "head"), part)
         problem, both = self._closed(weights, part)
@@ -283,14 +262,8 @@ class StreamedPrograms:
         return _scaled(gradient, part), dz if part.share is None else dz * part.share
 
     def _back(
-        self,
-        weights: SplitWeights,
-        total: Params,
-        dz: jax.Array,
-        chunk: Chunk,
-        part: Part,
-        key: jax.Array,
-    ) -> tuple[Params, jax.Array]:
+        self, weights: SplitWeights, total: Params, dz: Array, chunk: Chunk, part: Part, key: Array
+    ) -> tuple[Params, Array]:
         """Adds the encoder's gradient through one chunk; the last result is for waiting only."""
         problem, both = self._closed(weights, part)
         patches = _augmented(problem, chunk, key, "augment")
@@ -303,9 +276,9 @@ class StreamedPrograms:
         trained: Params,
         opt_state: PyTree,
         total: Params,
-        losses: jax.Array,
-        logits: jax.Array,
-        batch: dict[str, jax.Array],
+        losses: Array,
+        logits: Array,
+        batch: dict[str, Array],
     ) -> tuple[Params, PyTree, Params, Metrics]:
         """Makes one optimizer update; the third result is zeros for the next gradient."""
         state = TrainState(jnp.zeros((), jnp.int32), trained, {}, opt_state)
@@ -316,13 +289,13 @@ class StreamedPrograms:
         )
         return state.params, state.opt_state, jax.tree.map(jnp.zeros_like, total), metrics
 
-    def _staleness(self, ids: jax.Array, moved: jax.Array, batch: dict[str, jax.Array]) -> Metrics:
+    def _staleness(self, ids: Array, moved: Array, batch: dict[str, Array]) -> Metrics:
         """Measures how stale Z was, from groups `int [J, B, k]` and their `float [J, 2]`."""
         grid = self.problem.grid
         age = mean_age(ids, grid.num_patches, real_mask(batch, grid))
         return {"z_age": age, "z_drift": drift(moved)}
 
-    def _summary(self, trained: Params, frozen: Params, history: dict[str, jax.Array]) -> Metrics:
+    def _summary(self, trained: Params, frozen: Params, history: dict[str, Array]) -> Metrics:
         metric = self.problem.task.training_metric
         params = combine_frozen(trained, frozen) if self.problem.frozen else trained
         return {
@@ -332,17 +305,17 @@ class StreamedPrograms:
             "param_norm": global_norm(params),
         }
 
-    def _read(self, weights: Weights, z: jax.Array, labels: dict[str, jax.Array]) -> Metrics:
+    def _read(self, weights: Weights, z: Array, labels: dict[str, Array]) -> Metrics:
         key = jax.random.key(0)
         logits, _ = apply_head(self.problem, weights, z, labels, key, train=False)
         return score_logits(self.problem, logits, labels)
 
 
-def _of_part(key: jax.Array, part: Part) -> jax.Array:
+def _of_part(key: Array, part: Part) -> Array:
     return key if part.first is None else jax.random.fold_in(key, part.first)
 
 
-def _augmented(problem: Problem, chunk: Chunk, key: jax.Array, name: str) -> Any:
+def _augmented(problem: Problem, chunk: Chunk, key: Array, name: str) -> Any:
     augment = problem.augmentation(key, name, len(chunk.patches))
     return chunk.patches if augment is None else augment(chunk.patches, chunk.group.ids)
 

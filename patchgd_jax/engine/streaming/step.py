@@ -1,7 +1,6 @@
 """Outer steps on images that stay in host memory or on disk: only chunks of patches travel.
 
-The mathematics, sampling and random draws of `core.step.train_step`, with the host between the
-chunks. Z, the parameters and the optimizer state stay on the device.
+Z, the parameters and the optimizer state stay on the device.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax import Array
 
 from patchgd_jax.config import StreamConfig
 from patchgd_jax.core.freezing import combine_frozen, partition_frozen
 from patchgd_jax.core.grid import PatchGrid
 from patchgd_jax.core.model import Params, PyTree
+from patchgd_jax.core.optimizer import Optimizer
 from patchgd_jax.core.patch_ids import PatchIds, valid_ids
 from patchgd_jax.core.problem import Problem, Weights
 from patchgd_jax.core.update import Gradient, Metrics, TrainState
@@ -37,7 +37,7 @@ from patchgd_jax.engine.streaming.programs import (
 from patchgd_jax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from patchgd_jax.data.images.regions import RegionSource
+    from patchgd_jax.data.images.region_base import RegionSource
 
 
 class _Fill(NamedTuple):
@@ -52,7 +52,7 @@ class _Outer(NamedTuple):
     """What an outer step works on."""
 
     number: int
-    batch: dict[str, jax.Array]
+    batch: dict[str, Array]
     parts: list[Part]
     drawn: Draw
     reader: PatchReader
@@ -68,10 +68,9 @@ class StreamedStep:
     neither read nor encoded. Padding slots, where a chunk or group is not full, carry background.
 
     Args:
-        problem: the static part, on one device, in any mode but full. `config.fill_chunk` patches
-            of each image travel at a time, and k in an inner step. An image may be smaller than the
-            grid if the batch has `size` or `patches`.
-        optimizer: any optax transformation.
+        problem: on one device, in any mode but full. `config.fill_chunk` patches of each image
+            travel at a time, and k in an inner step. An image may be smaller than the grid if the
+            batch has `size` or `patches`.
         stream: `buffers`, `readers`, `micro_batch` and `max_age`. A buffer takes `b * k * p * p *
             C` bytes of the host, and while it is computed on, of the device. The gradients of
             micro-batches are added up; dropout and batch statistics are those of each.
@@ -85,7 +84,7 @@ class StreamedStep:
     def __init__(
         self,
         problem: Problem,
-        optimizer: optax.GradientTransformation,
+        optimizer: Optimizer,
         stream: StreamConfig = StreamConfig(),  # noqa: B008  frozen
         *,
         level: int = 0,
@@ -126,13 +125,13 @@ class StreamedStep:
         state: TrainState,
         images: Sequence[RegionSource],
         batch: Labels,
-        key: jax.Array,
+        key: Array,
         names: Sequence[str] | None = None,
     ) -> tuple[TrainState, Metrics]:
         """Makes one outer step on one batch of images.
 
-        Returns before the device has finished. If it raises, `state` is as it was; else it may
-        have been consumed (donated).
+        Returns before the device has finished. If it raises, `state` is as it was; else it may have
+        been consumed (donated).
 
         Args:
             state: from `init_state` or an earlier step.
@@ -143,10 +142,10 @@ class StreamedStep:
                 visit, and no other image's. Needed with `max_age`.
 
         Returns:
-            The new state and metrics as `train_step` has them; with `max_age` also `z_age_mean`
-            and `z_age_max`: outer steps since the entries of Z were computed, as the inner steps
-            begin (0 for those of this step's fill). In `z_age` reused entries are as old as those
-            of the fill; their `z_drift` is that since they were computed.
+            The new state and metrics as `train_step` has them; with `max_age` also `z_age_mean` and
+            `z_age_max`: outer steps since the entries of Z were computed, as the inner steps begin
+            (0 for those of this step's fill). In `z_age` reused entries are as old as those of the
+            fill; their `z_drift` is that since they were computed.
 
         Raises:
             DataError: if a patch cannot be read, or an image does not fit the grid. It names the
@@ -178,21 +177,7 @@ class StreamedStep:
         batch: Labels,
         names: Sequence[str] | None = None,
     ) -> Metrics:
-        """Evaluates a batch: one fill in eval mode and one head pass.
-
-        Args:
-            weights: of encoder and head, such as `ema_params(state)` with the batch statistics.
-            images: B sources.
-            batch: as for `train`.
-            names: of the images, for errors.
-
-        Returns:
-            As `eval_step`: for each example `loss`, `prediction` and `logits`.
-
-        Raises:
-            DataError: as `train`.
-            ConfigError: if the micro-batch does not divide the batch.
-        """
+        """Evaluates a batch as `eval_step`; arguments and errors as `train`'s."""
         filled = self._fill_to_read(weights, images, batch, names)
         rows = [self._programs.read(weights, z, part.labels) for part, z in filled]
         return rows[0] if len(rows) == 1 else jax.tree.map(lambda *r: jnp.concatenate(r), *rows)
@@ -203,13 +188,8 @@ class StreamedStep:
         images: Sequence[RegionSource],
         batch: Labels,
         names: Sequence[str] | None = None,
-    ) -> jax.Array:
-        """Computes the head's attention `float [B, rows, cols]`, as `forward.attention_map`.
-
-        Raises:
-            DataError: as `train`.
-            ConfigError: if the head has no attention, or the micro-batch does not divide the batch.
-        """
+    ) -> Array:
+        """Computes attention as `forward.attention_map`; arguments and errors as `train`'s."""
         filled = self._fill_to_read(weights, images, batch, names)
         maps = [self._programs.attend(weights, z, part.labels) for part, z in filled]
         return jnp.concatenate(maps)
@@ -219,14 +199,8 @@ class StreamedStep:
     ) -> dict[str, jax.stages.Lowered]:
         """Lowers the programs of a train step, to compile them without running any.
 
-        Args:
-            state: of arrays or `jax.ShapeDtypeStruct`.
-            batch: as for `train`; of arrays or `jax.ShapeDtypeStruct`.
-            channels: C.
-
-        Returns:
-            `fill`, `update` and `inner`, or in mode exact `head` and `back` for the latter. A step
-            needs the device memory of the largest.
+        Arrays may be `jax.ShapeDtypeStruct`. Returns `fill`, `update` and `inner`, or in mode exact
+        `head` and `back` for the latter. A step needs the device memory of the largest.
         """
         struct = jax.ShapeDtypeStruct
         count = batch["label"].shape[0]
@@ -300,11 +274,11 @@ class StreamedStep:
         self,
         feed: PatchFeed,
         weights: SplitWeights,
-        z: jax.Array,
+        z: Array,
         part: Part,
         chunks: Iterator[Chunk],
-        key: jax.Array | None,
-    ) -> tuple[jax.Array, Params]:
+        key: Array | None,
+    ) -> tuple[Array, Params]:
         """Writes all chunks of a part's fill into Z; without a key in eval mode."""
         batch_stats = weights.batch_stats
         for chunk in chunks:
@@ -319,7 +293,7 @@ class StreamedStep:
             feed.used(done)
         return z, batch_stats
 
-    def _zeros(self, weights: SplitWeights, part: Part, channels: int) -> jax.Array:
+    def _zeros(self, weights: SplitWeights, part: Part, channels: int) -> Array:
         form = self._programs.empty_z(weights, len(part.labels["label"]), channels)
         return jnp.zeros(form.shape, form.dtype)
 
@@ -329,7 +303,7 @@ class StreamedStep:
         images: Sequence[RegionSource],
         batch: Labels,
         names: Sequence[str] | None,
-    ) -> Iterator[tuple[Part, jax.Array]]:
+    ) -> Iterator[tuple[Part, Array]]:
         """Yields each part and its Z in eval mode."""
         reader, parts = self._open(images, batch, names)
         order = self._programs.order({k: jnp.asarray(v) for k, v in batch.items()})
@@ -396,9 +370,9 @@ class StreamedStep:
 
         steps, epsilon, updates = len(drawn.inner.ids), programs.epsilon, programs.updates
         total = jax.tree.map(jnp.zeros_like, weights.trained)
-        losses: jax.Array | None = None
-        changes: jax.Array | None = None
-        history: dict[str, jax.Array] = {}
+        losses: Array | None = None
+        changes: Array | None = None
+        history: dict[str, Array] = {}
         with self._feed(reader, plan()) as feed:
             for i, part in enumerate(parts):
                 chunks = _chunks(feed, plans[i], drawn.fill.padded)
@@ -437,14 +411,14 @@ class StreamedStep:
         stale = {**programs.staleness(drawn.inner.ids, changes, batch), **ages}
         return weights, opt_state, history, stale
 
-    def _visit(self, outer: _Outer, z: jax.Array) -> Visit | None:
+    def _visit(self, outer: _Outer, z: Array) -> Visit | None:
         """Looks up the entries of Z that are reused; `z` has their width and dtype."""
         if self._reuse is None:
             return None
         counted = self._valid(outer.batch)
         return self._reuse.begin(outer.number, outer.reader.names, counted, z.shape[-1], z.dtype)
 
-    def _keep(self, outer: _Outer, visit: Visit, z: list[jax.Array]) -> None:
+    def _keep(self, outer: _Outer, visit: Visit, z: list[Array]) -> None:
         """Keeps the Z of each part for later visits."""
         assert self._reuse is not None
         for group in outer.drawn.inner.ids:
@@ -454,13 +428,13 @@ class StreamedStep:
             rows = _rows(part)
             self._reuse.finish(outer.reader.names[rows], part_z, visit.when[rows])
 
-    def _entry(self, row: jax.Array | None, value: jax.Array, index: int, length: int) -> jax.Array:
+    def _entry(self, row: Array | None, value: Array, index: int, length: int) -> Array:
         """Puts an entry in its place of a row that stays on the device."""
         if row is None:
             row = jnp.zeros((length, *value.shape), value.dtype)
         return self._programs.set_entry(row, value, np.int32(index))
 
-    def _valid(self, batch: dict[str, jax.Array]) -> np.ndarray:
+    def _valid(self, batch: dict[str, Array]) -> np.ndarray:
         """Marks the valid patches, `bool [B, N]`."""
         ids, shape = valid_ids(batch, self._grid), (len(batch["label"]), self._grid.num_patches)
         if ids is None:
@@ -481,7 +455,7 @@ class StreamedStep:
         return ids.reshape(len(chosen), count, chunk).swapaxes(0, 1)
 
 
-def _on_host(leaf: jax.Array) -> jax.Array | np.ndarray:
+def _on_host(leaf: Array) -> Array | np.ndarray:
     return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
 
 
@@ -497,7 +471,7 @@ def _rows(part: Part) -> slice:
     return slice(first, first + len(part.labels["label"]))
 
 
-def _joined(parts: list[Gradient]) -> tuple[jax.Array, jax.Array]:
+def _joined(parts: list[Gradient]) -> tuple[Array, Array]:
     """Joins the loss and the logits of a batch's parts."""
     if len(parts) == 1:
         return parts[0].loss, parts[0].logits

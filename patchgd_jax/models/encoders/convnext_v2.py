@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import Array
 
-from patchgd_jax.models.layers.conv import DepthwiseConv, Patchify
+from patchgd_jax.models.encoders.base import CNN
+from patchgd_jax.models.layers.conv import Patchify
+from patchgd_jax.models.layers.dense import SMALL, dense
 from patchgd_jax.models.layers.drop_path import drop_path, drop_rates
+from patchgd_jax.models.layers.factory import LayerFactory
 from patchgd_jax.models.layers.norm import layer_norm
 from patchgd_jax.models.layers.pool import mean_pool
-from patchgd_jax.models.layers.remat import Remat, keep, rematerialise
-
-_SMALL = nn.initializers.truncated_normal(0.02)
+from patchgd_jax.models.layers.remat import keep, rematerialise
 
 
 class GRN(nn.Module):
     """Global response normalisation (section 3.2): channels compete by their norms over the map."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         """Rescales `x [M, H, W, C]`; norms are taken in at least float32."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         zeros = nn.initializers.zeros_init()
@@ -38,59 +39,43 @@ class GRN(nn.Module):
 class Block(nn.Module):
     """A 7x7 convolution of each channel, LayerNorm, and two dense layers around GELU and GRN."""
 
-    dtype: Any
+    layers: LayerFactory
     drop_path: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
-        """Maps `x [M, H, W, C]` to the same shape; no norm here looks at the mask."""
-        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
-
-        def dense(features: int, y: jax.Array) -> jax.Array:
-            layer = nn.Dense(
-                features, dtype=self.dtype, param_dtype=param_dtype, kernel_init=_SMALL
-            )
-            return keep(layer(y))
-
-        channels = x.shape[-1]
-        y = DepthwiseConv(7, use_bias=True, kernel_init=_SMALL, dtype=self.dtype)(x)
-        y = dense(4 * channels, layer_norm(self.dtype)(y))
+    def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
+        """Maps `x [M, H, W, C]` to the same shape; LayerNorm needs no mask."""
+        channels, layers = x.shape[-1], self.layers
+        y = layers.depthwise(7, use_bias=True, kernel_init=SMALL)(x)
+        y = keep(dense(4 * channels, layers.dtype, kernel_init=SMALL)(layer_norm(layers.dtype)(y)))
         y = GRN()(nn.gelu(y, approximate=False))
-        return x + drop_path(self.drop_path, dense(channels, y), train)
+        y = keep(dense(channels, layers.dtype, kernel_init=SMALL)(y))
+        return x + drop_path(self.drop_path, y, train)
 
 
-class ConvNeXtV2(nn.Module):
+class ConvNeXtV2(CNN):
     """The network up to the norm of the pooled features, then a dense layer to the latent vector.
 
     Patches must have 32 px at least; pixels beyond the last multiple of four are not seen.
-    `drop_path` is the rate of stochastic depth in the last block; `window` and `stem_stride` (4 if
-    None) are as `models.build_encoder` has them.
     """
 
-    latent_dim: int
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...] = (2, 2, 6, 2)
     """Blocks of each stage."""
-    widths: tuple[int, ...]
+    widths: tuple[int, ...] = (40, 80, 160, 320)
     norm: Literal["layer"] = "layer"
-    dtype: Any = jnp.float32
-    remat: Remat = "none"
     drop_path: float = 0.0
-    window: int | None = None
-    stem_stride: int | None = None
+    """Rate of stochastic depth in the last block."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
         """Encodes `x float [M, p, p, C]` to `float [M, latent_dim]`."""
-        block = rematerialise(Block, self.remat)
-        layers = iter(enumerate(drop_rates(self.drop_path, sum(self.blocks))))
+        block, layers = rematerialise(Block, self.remat), self.layers()
+        rates = iter(enumerate(drop_rates(self.drop_path, sum(self.blocks))))
         for stage, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True)):
             if stage == 0:
                 x = layer_norm(self.dtype)(Patchify(width, self.stem_stride or 4, self.dtype)(x))
             else:
                 x = Patchify(width, 2, self.dtype)(layer_norm(self.dtype)(x))
-            for index, rate in islice(layers, count):
-                # Named here, so that the tree is the same under every policy.
-                x = block(self.dtype, rate, name=f"Block_{index}")(x, train, mask)
-        x = layer_norm(self.dtype)(mean_pool(x, self.window))
-        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
-        return nn.Dense(self.latent_dim, dtype=self.dtype, param_dtype=param_dtype)(x)
+            for index, rate in islice(rates, count):
+                x = block(layers, rate, name=f"Block_{index}")(x, train, mask)
+        return self.latents(layer_norm(self.dtype)(mean_pool(x, self.window)))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import Array
 
 from patchgd_jax.models.layers.conv import Conv
+from patchgd_jax.models.layers.dense import dense, param_dtype
 
 
-def adaptive_average_pool(x: jax.Array, mask: jax.Array, bins: int) -> jax.Array:
+def adaptive_average_pool(x: Array, mask: Array, bins: int) -> Array:
     """Means over `bins x bins` parts of each map, as torch.nn.AdaptiveAvgPool2d without a mask.
 
     Part `i` of a side of `n` is `floor(i n / bins)` up to, not including,
@@ -27,7 +28,7 @@ def adaptive_average_pool(x: jax.Array, mask: jax.Array, bins: int) -> jax.Array
         `float [B, bins, bins, F]`; a part in which nothing counts is zero.
     """
 
-    def members(used: jax.Array) -> jax.Array:
+    def members(used: Array) -> Array:
         place = jnp.arange(used.shape[1])
         length = jnp.max(jnp.where(used, place + 1, 1), axis=1, keepdims=True)
         part = jnp.arange(bins)
@@ -57,17 +58,17 @@ class AdaptiveCNNHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, z: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
+    def __call__(self, z: Array, mask: Array | None, *, train: bool) -> Array:
         """Classifies `z float [B, rows, cols, D]`; entries where `mask` is False do not count."""
-        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
         if mask is None:
             mask = jnp.ones(z.shape[:3], bool)
         for stride in self.strides:
             # Padding of a map must look to a convolution like the end of the map.
             z = jnp.where(mask[..., None], z, 0)
             z = Conv(self.features, stride=stride, use_bias=True, dtype=self.dtype)(z)
-            z = nn.relu(nn.LayerNorm(1e-6, dtype=self.dtype, param_dtype=param_dtype)(z))
+            norm = nn.LayerNorm(1e-6, dtype=self.dtype, param_dtype=param_dtype(self.dtype))
+            z = nn.relu(norm(z))
             z = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(z)
             mask = mask[:, ::stride, ::stride]
         pooled = adaptive_average_pool(z, mask, self.bins).reshape(z.shape[0], -1)
-        return nn.Dense(self.classes, dtype=self.dtype, param_dtype=param_dtype)(pooled)
+        return dense(self.classes, self.dtype)(pooled)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import Array
 
 from patchgd_jax.models.layers.conv import Conv
+from patchgd_jax.models.layers.dense import dense
 from patchgd_jax.models.layers.norm import Normalize
 
 
@@ -25,22 +26,23 @@ class CNNHead(nn.Module):
     features: int = 256
     dropout: float = 0.2
     dtype: Any = jnp.float32
+    axis_name: tuple[str, ...] = ()
+    """Mesh axes over which batch statistics are taken in training."""
 
     @nn.compact
-    def __call__(self, z: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
+    def __call__(self, z: Array, mask: Array | None, *, train: bool) -> Array:
         """Classifies `z float [B, rows, cols, D]`; entries where `mask` is False are zeroed."""
         if mask is not None:
             z = jnp.where(mask[..., None], z, 0)
-        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
         strides = [1] * self.same_size_blocks + [2] * self.stride_2_blocks
         for stride in strides:
             z = Conv(self.features, stride=stride, use_bias=True, dtype=self.dtype)(z)
             z = nn.relu(z)
-            z = Normalize("batch", self.dtype)(z, train=train)
+            z = Normalize("batch", self.dtype, axis_name=self.axis_name)(z, train=train)
             # Dropout2d drops whole maps.
             z = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(z)
         z = z.reshape(z.shape[0], -1)
-        return nn.Dense(self.classes, dtype=self.dtype, param_dtype=param_dtype)(z)
+        return dense(self.classes, self.dtype)(z)
 
 
 class LinearHead(nn.Module):
@@ -51,20 +53,19 @@ class LinearHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, z: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
+    def __call__(self, z: Array, mask: Array | None, *, train: bool) -> Array:
         """Classifies `z float [B, rows, cols, D]`; patches where `mask` is False do not count."""
         where = None if mask is None else mask[..., None]
         pooled = z.mean((1, 2), where=where)
         pooled = nn.Dropout(self.dropout, deterministic=not train)(pooled)
-        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
-        return nn.Dense(self.classes, dtype=self.dtype, param_dtype=param_dtype)(pooled)
+        return dense(self.classes, self.dtype)(pooled)
 
 
 class AttentionHead(nn.Module):
     """Gated attention pooling over the patches of Z, for any grid.
 
-    Attention starts uniform, as a mean: until the encoder has learned something, any other weights
-    only hide patches from it (training accuracy after 3,200 images: 63 % against 31 %).
+    Attention starts uniform, as a mean: before the encoder has learned anything, other weights only
+    hide patches from it (training accuracy after 3,200 images: 63 % against 31 %).
 
     Source: Ilse et al., Attention-based Deep Multiple Instance Learning, arXiv 1802.04712, eq. 9.
     """
@@ -75,32 +76,25 @@ class AttentionHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, z: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
+    def __call__(self, z: Array, mask: Array | None, *, train: bool) -> Array:
         """Classifies `z float [B, rows, cols, D]`; patches where `mask` is False have no weight.
 
         Sows `attention`, `[B, rows, cols]`: the weight of each patch, which sum to one.
         """
-        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
-
-        def dense(features: int, x: jax.Array, **options: Any) -> jax.Array:
-            return nn.Dense(features, dtype=self.dtype, param_dtype=param_dtype, **options)(x)
-
+        zeros = nn.initializers.zeros_init()
         batch, rows, cols, width = z.shape
         z = z.reshape(batch, rows * cols, width)
-        x = nn.relu(dense(self.features, z))
-        gate = nn.sigmoid(dense(self.features // 2, x))
-        score = dense(
-            1,
-            nn.tanh(dense(self.features // 2, x)) * gate,
-            kernel_init=nn.initializers.zeros_init(),
-        )
+        x = nn.relu(dense(self.features, self.dtype)(z))
+        gate = nn.sigmoid(dense(self.features // 2, self.dtype)(x))
+        gated = nn.tanh(dense(self.features // 2, self.dtype)(x)) * gate
+        score = dense(1, self.dtype, kernel_init=zeros)(gated)
         if mask is not None:
             score = jnp.where(mask.reshape(batch, rows * cols, 1), score, -jnp.inf)
         weights = nn.softmax(score, axis=1)
         self.sow("intermediates", "attention", weights.reshape(batch, rows, cols))
         pooled = (weights * x).sum(1)
         pooled = nn.Dropout(self.dropout, deterministic=not train)(pooled)
-        return dense(self.classes, pooled)
+        return dense(self.classes, self.dtype)(pooled)
 
 
 class ConvHead(nn.Module):
@@ -115,7 +109,7 @@ class ConvHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, z: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
+    def __call__(self, z: Array, mask: Array | None, *, train: bool) -> Array:
         """Classifies `z float [B, rows, cols, D]`; entries where `mask` is False do not count."""
         where = None if mask is None else mask[..., None]
         if where is not None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import Array
 
 from patchgd_jax.errors import ConfigError
+from patchgd_jax.models.layers.dense import dense, param_dtype
 
 
-def position_codes(rows: int, cols: int, features: int) -> jax.Array:
+def position_codes(rows: int, cols: int, features: int) -> Array:
     """Sine and cosine codes of the places of a grid.
 
     One half of the features encodes the row and the other the column, each as in Vaswani et al.,
@@ -34,7 +35,7 @@ def position_codes(rows: int, cols: int, features: int) -> jax.Array:
         raise ConfigError(f"2-D position codes need a multiple of 4 features, not {features}")
     frequency = 10_000.0 ** (-jnp.arange(features // 4) / (features // 4))
 
-    def axis(length: int) -> jax.Array:
+    def axis(length: int) -> Array:
         angle = jnp.arange(length)[:, None] * frequency
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
@@ -59,30 +60,29 @@ class TransformerHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, z: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
-        """Classifies `z float [B, rows, cols, D]`; none attends to patches where `mask` is False.
+    def __call__(self, z: Array, mask: Array | None, *, train: bool) -> Array:
+        """Classifies `z float [B, rows, cols, D]`; patches where `mask` is False get no attention.
 
-        Sows `attention`, `[B, rows, cols]`: what the class token takes from each patch in the last
-        layer, as a share of what it takes from all of them, on the mean over the heads.
+        Sows `attention`, `[B, rows, cols]`: the class token's attention to each patch in the last
+        layer, averaged over the heads and normalised over the patches.
         """
-        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
+        wide = param_dtype(self.dtype)
 
-        def dense(features: int, x: jax.Array) -> jax.Array:
-            return nn.Dense(features, dtype=self.dtype, param_dtype=param_dtype)(x)
+        def layer(features: int, x: Array) -> Array:
+            return dense(features, self.dtype)(x)
 
-        def norm(x: jax.Array) -> jax.Array:
-            return nn.LayerNorm(1e-6, dtype=self.dtype, param_dtype=param_dtype)(x)
+        def norm(x: Array) -> Array:
+            return nn.LayerNorm(1e-6, dtype=self.dtype, param_dtype=wide)(x)
 
-        def drop(x: jax.Array) -> jax.Array:
+        def drop(x: Array) -> Array:
             return nn.Dropout(self.dropout, deterministic=not train)(x)
 
         batch, rows, cols, _ = z.shape
-        x = dense(self.features, z)
+        x = layer(self.features, z)
         x += position_codes(rows, cols, self.features).astype(x.dtype)
         x = x.reshape(batch, rows * cols, self.features)
-        token = self.param(
-            "token", nn.initializers.normal(0.02), (1, 1, self.features), param_dtype
-        ).astype(x.dtype)
+        token = self.param("token", nn.initializers.normal(0.02), (1, 1, self.features), wide)
+        token = token.astype(x.dtype)
         x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, self.features)), x], axis=1)
         seen = None
         if mask is not None:
@@ -91,17 +91,17 @@ class TransformerHead(nn.Module):
         for _ in range(self.layers):
             query, key, value = (
                 part.reshape(batch, -1, self.heads, self.features // self.heads)
-                for part in jnp.split(dense(3 * self.features, norm(x)), 3, axis=-1)
+                for part in jnp.split(layer(3 * self.features, norm(x)), 3, axis=-1)
             )
             scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
             if seen is not None:
                 scores = jnp.where(seen[:, None, None, :], scores, -jnp.inf)
-            weights = nn.softmax(scores.astype(param_dtype))
+            weights = nn.softmax(scores.astype(wide))
             read = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
-            x += drop(dense(self.features, read.reshape(x.shape)))
-            hidden = nn.gelu(dense(2 * self.features, norm(x)), approximate=False)
-            x += drop(dense(self.features, hidden))
+            x += drop(layer(self.features, read.reshape(x.shape)))
+            hidden = nn.gelu(layer(2 * self.features, norm(x)), approximate=False)
+            x += drop(layer(self.features, hidden))
         attention = weights[:, :, 0, 1:].mean(1)
         attention /= attention.sum(1, keepdims=True)
         self.sow("intermediates", "attention", attention.reshape(batch, rows, cols))
-        return dense(self.classes, drop(norm(x[:, 0])))
+        return layer(self.classes, drop(norm(x[:, 0])))

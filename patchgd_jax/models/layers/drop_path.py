@@ -1,9 +1,9 @@
-"""Stochastic depth: in training, a block's residual branch is left out for some of the patches."""
+"""Stochastic depth: in training, a block's residual branch is dropped for some patches."""
 
 from __future__ import annotations
 
-import jax
 from flax import linen as nn
+from jax import Array
 
 
 def drop_rates(last: float, blocks: int) -> tuple[float, ...]:
@@ -11,7 +11,7 @@ def drop_rates(last: float, blocks: int) -> tuple[float, ...]:
     return tuple(last * index / max(1, blocks - 1) for index in range(blocks))
 
 
-def drop_path(rate: float, branch: jax.Array, train: bool) -> jax.Array:
+def drop_path(rate: float, branch: Array, train: bool) -> Array:
     """Zeroes `branch [M, ...]` for a share `rate` of the patches and enlarges the others.
 
     Called inside a module's `__call__`; the draw is from the random stream `dropout`.

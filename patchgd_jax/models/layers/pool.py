@@ -1,18 +1,18 @@
-"""Pooling: whole maps or windows of them, and maxima whose gradient remembers where they were."""
+"""Pooling of whole maps or windows, with gradients of maxima by position."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
+from jax import Array, lax
 
 
 @jax.custom_vjp
-def max_pool_3x3(x: jax.Array) -> jax.Array:
+def max_pool_3x3(x: Array) -> Array:
     """The maximum of 3x3 windows at stride 2 with padding 1, as torch.nn.MaxPool2d(3, 2, 1).
 
-    Where several pixels of a window are the maximum, the first has all of the gradient.
+    Of several equal maxima in a window, the first gets all of the gradient.
 
     Args:
         x: `float [M, H, W, C]`.
@@ -23,7 +23,7 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
     return _forward(x)[0]
 
 
-def _forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
     lowest = jnp.array(-jnp.inf, x.dtype)
     height, width = x.shape[1:3]
     rows, cols = -(-height // 2), -(-width // 2)
@@ -31,18 +31,18 @@ def _forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         x, ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0)), constant_values=lowest
     )
     best = jnp.full((x.shape[0], rows, cols, x.shape[3]), lowest)
-    # One byte an output instead of both maps: all that the gradient needs.
+    # For the gradient, one byte per output replaces both maps.
     winner = jnp.zeros(best.shape, jnp.uint8)
     for tap in range(9):
         i, j = divmod(tap, 3)
         pixel = padded[:, i : i + 2 * rows : 2, j : j + 2 * cols : 2]
         winner = jnp.where(pixel > best, jnp.uint8(tap), winner)
-        # Unlike where, this hands a NaN on.
+        # Unlike where, this propagates NaN.
         best = jnp.maximum(best, pixel)
     return best, (winner, jnp.zeros((0, height, width, 0), x.dtype))
 
 
-def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+def _backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array]:
     winner, like = saved
     height, width = like.shape[1:3]
     rows, cols = dy.shape[1:3]
@@ -51,8 +51,8 @@ def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Ar
     # slower (measured).
     winner, dy = lax.optimization_barrier((jnp.pad(winner, margin), jnp.pad(dy, margin)))
 
-    def routed(i: int, j: int) -> jax.Array:
-        """What goes to tap `(i, j)`: for tap 0, of the window in the next row (column)."""
+    def routed(i: int, j: int) -> Array:
+        """The gradient of tap `(i, j)`; tap 0 is that of the window in the next row (column)."""
         window = (
             slice(None),
             slice(int(i == 0), rows + int(i == 0)),
@@ -76,12 +76,12 @@ max_pool_3x3.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
-def global_max_pool(x: jax.Array) -> jax.Array:
-    """The maximum over each map; the first of several has all of the gradient.
+def global_max_pool(x: Array) -> Array:
+    """The maximum over each map; of several, the first gets all of the gradient.
 
-    The gradient of `x.max((1, 2))` looks for values equal to the maximum and divides by their
-    number. A compiler that computes `x` twice, with another rounding, finds none, and divides zero
-    by zero (seen on the CPU).
+    The gradient of `x.max((1, 2))` compares with the maximum and divides by the number of equal
+    values. If the compiler computes `x` twice with different rounding, there is none: 0 / 0 (seen
+    on the CPU).
 
     Args:
         x: `float [M, H, W, C]`.
@@ -92,7 +92,7 @@ def global_max_pool(x: jax.Array) -> jax.Array:
     return _global_forward(x)[0]
 
 
-def _global_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _global_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
     count, height, width, channels = x.shape
     pixels = x.reshape(count, height * width, channels)
     index = pixels.argmax(1)
@@ -100,7 +100,7 @@ def _global_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array
     return y, (index, jnp.zeros((0, height, width, 0), x.dtype))
 
 
-def _global_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+def _global_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array]:
     index, like = saved
     height, width = like.shape[1:3]
     chosen = jnp.arange(height * width)[:, None] == index[:, None]
@@ -111,12 +111,12 @@ def _global_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple
 global_max_pool.defvjp(_global_forward, _global_backward)
 
 
-def mean_pool(x: jax.Array, window: int | None = None) -> jax.Array:
-    """The mean over each map, or over every square window of it.
+def mean_pool(x: Array, window: int | None = None) -> Array:
+    """The mean over each map, or over its square windows at every position.
 
     Args:
         x: `float [M, H, W, C]`.
-        window: side of the windows, which stand at every position. None: the whole map is one.
+        window: side of the windows; None for the whole map.
 
     Returns:
         `float [M, C]`, or with a window `[M, H - window + 1, W - window + 1, C]`.
@@ -124,6 +124,6 @@ def mean_pool(x: jax.Array, window: int | None = None) -> jax.Array:
     return x.mean((1, 2)) if window is None else nn.avg_pool(x, (window, window))
 
 
-def max_pool(x: jax.Array, window: int | None = None) -> jax.Array:
-    """As `mean_pool`, the maximum."""
+def max_pool(x: Array, window: int | None = None) -> Array:
+    """The maximum, as `mean_pool`."""
     return global_max_pool(x) if window is None else nn.max_pool(x, (window, window))

@@ -30,8 +30,8 @@ def interpolate_positions(table: np.ndarray, rows: int, cols: int) -> np.ndarray
     """Resamples a table of position embeddings bicubically, as DeiT does to change resolution.
 
     It equals `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)` on the square
-    of tokens (arXiv 2012.12877, section 6). The class token's entry is handed on, and a table that
-    has the wanted grid already is returned as it is.
+    of tokens (arXiv 2012.12877, section 6). The class token's entry stays, and so does a table that
+    already has the grid.
 
     Args:
         table: `float [1, 1 + side * side, D]`, the class token first, then the tokens row by row.
@@ -42,7 +42,7 @@ def interpolate_positions(table: np.ndarray, rows: int, cols: int) -> np.ndarray
         `[1, 1 + rows * cols, D]` in the table's dtype.
 
     Raises:
-        ValueError: if the table's tokens are no square.
+        ValueError: if the table's tokens do not form a square.
     """
     side = round((table.shape[1] - 1) ** 0.5)
     if side < 1 or side * side + 1 != table.shape[1]:

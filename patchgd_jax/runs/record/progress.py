@@ -27,13 +27,13 @@ class Progress:
         """Encloses the training steps."""
         yield
 
-    def trained(self, step: int, values: Values, perf: Values) -> None:
+    def log_train(self, step: int, values: Values, perf: Values) -> None:
         """A step's `loss`, `grad_norm` and training metric, and its speed."""
 
     def evaluating(self, done: int, total: int) -> None:
         """Examples evaluated so far."""
 
-    def scored(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def log_eval(self, step: int, metrics: Mapping[str, Any]) -> None:
         """An evaluation's metrics."""
 
     def shortcuts(self, scores: Mapping[str, float]) -> None:
@@ -100,7 +100,7 @@ class ConsoleProgress(Progress):
             yield
         self._bar = None
 
-    def trained(self, step: int, values: Values, perf: Values) -> None:
+    def log_train(self, step: int, values: Values, perf: Values) -> None:
         self._mean.add({**values, **perf})
         mean = self._mean.values
         info = (
@@ -122,7 +122,7 @@ class ConsoleProgress(Progress):
         if self._bar is not None:
             self._bar.update(self._task, description="evaluate", info=f"{done}/{total} images")
 
-    def scored(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def log_eval(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.message(f"step {step}  validation {describe(metrics)}")
 
     def shortcuts(self, scores: Mapping[str, float]) -> None:

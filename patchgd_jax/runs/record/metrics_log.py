@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from patchgd_jax.config import SCHEMA
 from patchgd_jax.io.files import atomic_file, disk_errors
 
 
 class MetricsLog:
     """`metrics.jsonl`: one JSON object a line, `kind` `train` or `eval`, with its `step`.
 
-    Wall-clock figures stand under `perf`; everything else is the same for every run of a seed.
+    Wall-clock figures stand under `perf`; everything else is the same for every run of a seed. In
+    the file, each line also has its `schema`.
 
     Args:
         path: the file.
@@ -31,15 +33,14 @@ class MetricsLog:
             return
         with disk_errors(f"cannot write {path}"):
             with atomic_file(path) as partial:
-                text = "".join(json.dumps(line) + "\n" for line in self.lines)
-                partial.write_text(text, encoding="utf-8")
+                partial.write_text("".join(map(_text, self.lines)), encoding="utf-8")
             # By line, so that whoever follows the file sees every step at once.
             self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line."""
         self.lines.append(line)
-        self._guard(lambda file: file.write(json.dumps(line) + "\n"))
+        self._guard(lambda file: file.write(_text(line)))
 
     def sync(self) -> None:
         """Puts every line on disk; a checkpoint must not be ahead of its log."""
@@ -62,7 +63,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return lines
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             continue
+        line.pop("schema", None)
+        lines.append(line)
     return lines
+
+
+def _text(line: dict[str, Any]) -> str:
+    return json.dumps({"schema": SCHEMA, **line}) + "\n"
