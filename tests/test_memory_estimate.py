@@ -20,10 +20,12 @@ from patchgd_jax import (
     PatchGrid,
     TrainConfig,
 )
+from patchgd_jax.config import METHODS
 from patchgd_jax.models.registry import build_encoder, build_model
 from patchgd_jax.planner import (
     Estimator,
     PlanRequest,
+    compile_program,
     encoder_table,
     step_of,
 )
@@ -216,3 +218,18 @@ print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[-1]) * 1024 < 2**30
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "patchgd"])
+def test_the_planner_has_a_row_for_each(method):
+    """By estimate near the compiled figure of the step that trains, even for a small one."""
+    config = TrainConfig(
+        data=DataConfig(channels=3),
+        batch_size=4,
+        eval_batch_size=4,
+        model=ModelConfig(latent_dim=16, norm="group"),
+        patchgd=PatchGDConfig(patch=32),
+    )
+    request = PlanRequest(config, (128, 128))
+    compiled = compile_program(step_of(request, method).train)[0].total
+    assert Estimator(request).row(method).total == pytest.approx(compiled, rel=0.25)

@@ -141,8 +141,8 @@ class Estimator:
             kept = 0
         if method in WITH_Z:
             kept += request.batch * head_kept + z
-        # When the backward pass begins there are residuals and no gradients; at its end, gradients.
-        peak = max(kept + working, gradients)
+        # Gradients come as residuals go: about half of them stand beside the most residuals.
+        peak = max(kept + working + gradients // 2, gradients)
         if method in PATCHGD and (method != "full" or patchgd.remat):
             # The sum over groups of patches, beside the gradients of one.
             peak += gradients
