@@ -7,10 +7,11 @@ import json
 import math
 
 import jax
+import micro
 import pytest
 from test_files import config_for, write_csv, write_images
 
-from patchgd_jax import ConfigError, DataConfig, ModelConfig, PatchGDConfig, TrainConfig
+from patchgd_jax import ConfigError, PatchGDConfig
 from patchgd_jax.config import StreamConfig
 from patchgd_jax.planner import (
     MemoryBudgetError,
@@ -25,16 +26,7 @@ from patchgd_jax.runs.cross_validation import cross_validate
 from patchgd_jax.runs.folder import RunFolder
 
 MIB = 2**20
-BASE = TrainConfig(
-    data=DataConfig(
-        digits="font", size=(64, 64), digit_count=1, label_share=1.0, object_ratio=(0.8, 1.0),
-        train_size=32, val_size=5,
-    ),
-    model=ModelConfig(latent_dim=8),
-    patchgd=PatchGDConfig(patch=16, fraction=0.5),
-    batch_size=8,
-    eval_batch_size=4,
-)  # fmt: skip
+BASE = dataclasses.replace(micro.BASE, data=dataclasses.replace(micro.BASE.data, size=(64, 64)))
 
 
 def auto(batch=False, fraction=False, **changes):

@@ -22,7 +22,7 @@ from patchgd_jax import (
 from patchgd_jax.config import BackgroundConfig, ColumnsConfig, SplitConfig
 from patchgd_jax.data.preprocess import Preprocess
 from patchgd_jax.data.run_data import make_data, read_files
-from patchgd_jax.data.sources import file_images
+from patchgd_jax.data.sources import file_reader
 from patchgd_jax.data.sources.channels import resolve_channels
 from patchgd_jax.data.tables import csv_table
 from patchgd_jax.engine.setup import training_grids
@@ -326,8 +326,8 @@ def test_every_header_is_opened_once_and_the_labels_are_read_once(tmp_path, monk
         texts.append(path)
         return read_text(path)
 
-    open_regions, read_text = file_images.open_regions, csv_table._read_text
-    monkeypatch.setattr(file_images, "open_regions", counted)
+    open_regions, read_text = file_reader.open_regions, csv_table._read_text
+    monkeypatch.setattr(file_reader, "open_regions", counted)
     monkeypatch.setattr(csv_table, "_read_text", counted_text)
     files = read_files(config)
     data = make_data(resolve_channels(config, files), files)

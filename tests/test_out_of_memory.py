@@ -8,26 +8,16 @@ import subprocess
 import sys
 
 import jax
+import micro
 import pytest
 
-from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig
+from patchgd_jax import ModelConfig, PatchGDConfig
 from patchgd_jax.cli.main import main
 from patchgd_jax.planner import MemoryBudgetError
 from patchgd_jax.runs.out_of_memory import out_of_memory_told
 from patchgd_jax.runs.train import train
 
-BASE = TrainConfig(
-    data=DataConfig(
-        digits="font", size=(32, 32), digit_count=1, label_share=1.0, object_ratio=(0.8, 1.0),
-        train_size=32, val_size=5,
-    ),
-    model=ModelConfig(latent_dim=8),
-    patchgd=PatchGDConfig(patch=16, fraction=0.5),
-    batch_size=8,
-    eval_batch_size=4,
-    save_every=1,
-    device="cpu",
-)  # fmt: skip
+BASE = dataclasses.replace(micro.BASE, save_every=1, device="cpu")
 FAILURE = "RESOURCE_EXHAUSTED: Out of memory allocating 123456 bytes."
 
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from patchgd_jax.cli.options import parse_options
 from patchgd_jax.config import TrainConfig
-from patchgd_jax.config.presets import PRESETS, preset_argument
 from patchgd_jax.errors import ConfigError, DataError, unknown_name
 
 PROGRAM = "patchgd-jax data"
@@ -225,17 +225,10 @@ def data_command(arguments: Sequence[str]) -> None:
 
 def _with_config(cls: type[T], command: str, arguments: Sequence[str]) -> T:
     """Parses options that hold a whole run's settings, from a preset on."""
-    preset, config, rest = preset_argument(arguments)
-    required = [
-        f.name
+    required = {
+        f.name: tyro.MISSING
         for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-        if f.default is dataclasses.MISSING
-    ]
-    given: dict[str, Any] = {name: tyro.MISSING for name in required} | {"config": config}
-    return tyro.cli(
-        cls,
-        prog=f"{PROGRAM} {command} {preset}",
-        description=f"{COMMANDS[command].__doc__} Presets: {', '.join(PRESETS)}.",
-        args=rest,
-        default=cls(**given),
-    )
+        if f.default is dataclasses.MISSING and f.name != "config"
+    }
+    about = str(COMMANDS[command].__doc__)
+    return parse_options(cls, f"data {command}", about, arguments, **required)[0]

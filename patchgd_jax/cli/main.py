@@ -18,15 +18,15 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from patchgd_jax._version import __version__
 from patchgd_jax.cli.data import data_command
+from patchgd_jax.cli.options import PROGRAM, parse_options
 from patchgd_jax.cli.plan import plan_command
 from patchgd_jax.config import TrainConfig, to_dict
-from patchgd_jax.config.presets import PRESETS, get_preset, preset_argument
+from patchgd_jax.config.presets import PRESETS, get_preset
 from patchgd_jax.errors import PatchGDError, unknown_name
 
 if TYPE_CHECKING:
     from patchgd_jax.runs.record.progress import Progress
 
-PROGRAM = "patchgd-jax"
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 
 
@@ -76,7 +76,7 @@ class TrainOptions(RunOptions):
 
 def train_command(arguments: Sequence[str]) -> None:
     """Train a model: train [PRESET] [--SETTING VALUE ...]."""
-    options, run_dir = run_options(TrainOptions, "train", "Train a model", arguments)
+    options, run_dir = run_options(TrainOptions, "train", "Train a model.", arguments)
     progress = options.peers.join(options.config.device)
 
     if options.dry_run:
@@ -107,17 +107,7 @@ def run_options(
     kind: type[Options], command: str, about: str, arguments: Sequence[str]
 ) -> tuple[Options, str]:
     """Parses options on top of a preset's settings; returns them and the run folder."""
-    preset, default, rest = preset_argument(arguments)
-    options = tyro.cli(
-        kind,
-        prog=f"{PROGRAM} {command} {preset}",
-        description=(
-            f"{about}: {PROGRAM} {command} [PRESET] [--SETTING VALUE ...]. Presets: "
-            f"{', '.join(PRESETS)}. The defaults shown are those of the preset {preset!r}."
-        ),
-        args=rest,
-        default=kind(config=default),
-    )
+    options, preset = parse_options(kind, command, about, arguments)
     run_dir = options.config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{preset}"
     config = dataclasses.replace(options.config, run_dir=run_dir)
     return dataclasses.replace(options, config=config), run_dir
@@ -126,7 +116,7 @@ def run_options(
 def cross_validate_command(arguments: Sequence[str]) -> None:
     """Train a run for each fold of your images, and average their scores."""
     options, folder = run_options(
-        RunOptions, "cross-validate", "Train a run for each fold", arguments
+        RunOptions, "cross-validate", "Train a run for each fold.", arguments
     )
 
     from patchgd_jax.runs.cross_validation import RESULT, cross_validate

@@ -9,17 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
 from tyro.conf import FlagCreatePairsOff, arg
 
+from patchgd_jax.cli.options import PROGRAM, parse_options
 from patchgd_jax.config import TrainConfig, flatten, to_dict
-from patchgd_jax.config.presets import PRESETS, get_preset, preset_argument
+from patchgd_jax.config.presets import get_preset
 
 if TYPE_CHECKING:
     from patchgd_jax.planner import Estimator, Method, PlanRequest
     from patchgd_jax.planner.report import PlanRow
-
-_PROGRAM = "patchgd-jax"
 
 
 @dataclass(frozen=True)
@@ -51,17 +49,8 @@ class PlanOptions:
 
 def plan_command(arguments: Sequence[str]) -> None:
     """Say what memory a run takes by every method, and the largest setting that fits."""
-    preset, default, rest = preset_argument(arguments)
-    options = tyro.cli(
-        PlanOptions,
-        prog=f"{_PROGRAM} plan {preset}",
-        description=(
-            f"Plan a run: {_PROGRAM} plan [PRESET] [--budget 8GiB] [--SETTING VALUE ...]. Presets: "
-            f"{', '.join(PRESETS)}. Only --tier profile allocates memory."
-        ),
-        args=rest,
-        default=PlanOptions(config=default),
-    )
+    about = "Plan a run; --budget 8GiB says what it must fit, only --tier profile allocates memory."
+    options, preset = parse_options(PlanOptions, "plan", about, arguments)
     result = make_plan(options, preset)
     print(json.dumps(result.pop("json"), indent=2) if options.as_json else result["text"])
 
@@ -238,7 +227,7 @@ def train_arguments(config: TrainConfig, request: Any, preset: str) -> str:
         data = dataclasses.replace(data, size=(height, width))
     wanted = dataclasses.replace(config, data=data, patchgd=request.patchgd, **batch)
     base, now = flatten(to_dict(get_preset(preset))), flatten(to_dict(wanted))
-    words = [_PROGRAM, "train", *([preset] if preset != "default" else [])]
+    words = [PROGRAM, "train", *([preset] if preset != "default" else [])]
     for name, value in now.items():
         if value != base[name]:
             values = value if isinstance(value, list) else [value]

@@ -11,13 +11,9 @@ import numpy as np
 from patchgd_jax.config import DataConfig, TrainConfig
 from patchgd_jax.core.grid import Grid
 from patchgd_jax.data.protocols import ExampleSource
-from patchgd_jax.data.sources.file_images import (
-    FileImages,
-    FileReader,
-    Header,
-    plan_layout,
-    read_headers,
-)
+from patchgd_jax.data.sources.file_images import FileImages
+from patchgd_jax.data.sources.file_layout import plan_layout
+from patchgd_jax.data.sources.file_reader import FileReader, Header, read_headers
 from patchgd_jax.data.synthetic.trivial_baselines import label_baselines, plan_baselines
 from patchgd_jax.data.synthetic.ultramnist import UltraMnist
 from patchgd_jax.data.tables.class_folders import read_class_folders

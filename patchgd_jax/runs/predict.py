@@ -22,7 +22,7 @@ from patchgd_jax.data.images.safe_image import read_image
 from patchgd_jax.data.images.shrink import shrink
 from patchgd_jax.data.protocols import ExampleSource
 from patchgd_jax.data.run_data import RunData, file_reader, make_data
-from patchgd_jax.data.sources.file_images import used_patches
+from patchgd_jax.data.sources.file_reader import used_patches
 from patchgd_jax.engine.build import build
 from patchgd_jax.engine.setup import (
     make_grid,

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.data.run_data import ImageFiles, read_files
-from patchgd_jax.data.sources.file_images import Header
+from patchgd_jax.data.sources.file_reader import Header
 from patchgd_jax.data.sources.tfds_source import stored_channels
 from patchgd_jax.data.tables.image_paths import Problems
 from patchgd_jax.io.text import printable

@@ -18,7 +18,7 @@ import numpy as np
 from patchgd_jax.config import DataConfig, PandaConfig
 from patchgd_jax.data.images.fitting import read_resized
 from patchgd_jax.data.images.region_base import RegionSource
-from patchgd_jax.data.sources.file_images import FileReader
+from patchgd_jax.data.sources.file_reader import FileReader
 from patchgd_jax.data.tables.csv_table import read_rows, table_of_rows
 from patchgd_jax.data.tables.image_paths import Problems
 from patchgd_jax.data.tables.table import ImageTable
