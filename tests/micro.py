@@ -8,14 +8,21 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
 from PIL import Image
 
-from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig
+from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig, register_encoder
 from patchgd_jax.cli.main import main
+from patchgd_jax.models.encoders.small_cnn import SmallCNN
 from patchgd_jax.runs.checkpoint import Checkpoints
+
+ENCODER = "micro"
+"""The default encoder with one stage: its steps take half as long to compile."""
+
+register_encoder(ENCODER, partial(SmallCNN, widths=(8,)), norms=("batch", "group"), features=16)
 
 MICRO = [
     "--data.size", 32, 32, "--data.digits", "font", "--data.digit-count", 1,
@@ -29,14 +36,14 @@ BASE = TrainConfig(
         digits="font", size=(32, 32), digit_count=1, label_share=1.0, object_ratio=(0.8, 1.0),
         train_size=32, val_size=5,
     ),
-    model=ModelConfig(latent_dim=8),
+    model=ModelConfig(ENCODER, latent_dim=8),
     patchgd=PatchGDConfig(patch=16, fraction=0.5),
     batch_size=8,
     eval_batch_size=4,
 )  # fmt: skip
 
 TINY = {
-    "model": ModelConfig(latent_dim=8),
+    "model": ModelConfig(ENCODER, latent_dim=8),
     "patchgd": PatchGDConfig(patch=16, fraction=0.5),
     "batch_size": 4,
     "eval_batch_size": 4,

@@ -15,7 +15,7 @@ from micro import BASE, MICRO, changed, final, lines_of, run_here, start
 from PIL import Image
 from virtual_devices import several_devices
 
-from patchgd_jax import ConfigError
+from patchgd_jax import ConfigError, OptimizerConfig
 from patchgd_jax.config import DataConfig, StreamConfig
 from patchgd_jax.data.images import regions
 from patchgd_jax.data.loading.bands import Band, BandExamples
@@ -51,6 +51,8 @@ def folders(tmp_path):
     return dataclasses.replace(
         BASE,
         data=DataConfig(root=str(tmp_path / "images"), fit="native", channels=3),
+        # Adam would make much of the rounding of gradients that are zero.
+        optimizer=OptimizerConfig(name="sgd"),
         batch_size=2,
         eval_batch_size=4,
     )

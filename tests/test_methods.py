@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from toy import init_weights, max_relative, recording_sgd, toy_batch, toy_params, toy_problem
+from micro import changed
+from toy import init_weights, max_relative, quick, recording_sgd, toy_batch, toy_params, toy_problem
 
 from patchgd_jax import (
-    ENCODERS,
     AugmentConfig,
     BaselineConfig,
     ConfigError,
@@ -34,7 +34,6 @@ from patchgd_jax import (
     from_linen,
     init_state,
     make_task,
-    register_encoder,
 )
 from patchgd_jax.baselines.fully_conv import fully_conv_gradient
 from patchgd_jax.baselines.ips import restrict_to_patches, select_patches
@@ -81,12 +80,17 @@ def one_step(problem, batch, **settings):
     """The state, with the gradient, and the metrics after a step of a method."""
     config = resolve_method(TrainConfig(**settings))
     problem, optimizer = dataclasses.replace(problem, config=config.patchgd), recording_sgd(0.1)
-    state = init_state(problem, optimizer, KEY)
-    return algorithm_of(config).train_step(problem, optimizer, state, batch, KEY)
+    state = quick(partial(init_state, problem, optimizer))(KEY)
+    step = partial(algorithm_of(config).train_step, problem, optimizer)
+    return quick(step)(state, batch, KEY)
 
 
-patchwise = partial(patchwise_gradient, pooling="mean")
-fully_conv = partial(fully_conv_gradient, pooling="mean")
+def patchwise(problem, *arguments):
+    return quick(partial(patchwise_gradient, problem, pooling="mean"))(*arguments)
+
+
+def fully_conv(problem, *arguments, **options):
+    return quick(partial(fully_conv_gradient, problem, pooling="mean", **options))(*arguments)
 
 
 def cross_entropy(logits, labels):
@@ -150,8 +154,9 @@ def test_patches_that_are_padding_have_no_loss(float64):
         return (4 * first_loss + 2 * every_patch_loss(params, second, small)) / 6
 
     assert max_relative(got.grads, jax.grad(loss)(weights.params)) < 1e-12
-    scored = patchwise_eval(problem, weights, batch)
-    alone = patchwise_eval(dataclasses.replace(problem, grid=small), weights, second)
+    scored = quick(partial(patchwise_eval, problem))(weights, batch)
+    alone = dataclasses.replace(problem, grid=small)
+    alone = quick(partial(patchwise_eval, alone))(weights, second)
     np.testing.assert_allclose(scored["logits"][1], alone["logits"][0], rtol=1e-12)
 
 
@@ -160,7 +165,7 @@ def test_whole_image_is_plain_training(float64):
     model_config = ModelConfig(latent_dim=3, norm="group", head="linear", remat="none")
     grid = WholeImage(16, 24)
     model = build_model(model_config, grid=grid, channels=1, classes=3, mean=0.0, std=1.0)
-    weights = jax.tree.map(lambda x: x.astype(float), model.init(KEY))
+    weights = jax.tree.map(lambda x: x.astype(float), quick(model.init)(KEY))
     problem = Problem(model._replace(init=lambda key: weights), grid, PatchGDConfig())
     batch = {"image": np.random.default_rng(0).random((2, 16, 24, 1)), "label": np.array([0, 2])}
     new, _ = one_step(problem, batch, method="gd")
@@ -173,7 +178,7 @@ def test_whole_image_is_plain_training(float64):
         return cross_entropy(logits, jnp.asarray(batch["label"])).mean()
 
     # The network computes in float32.
-    assert max_relative(new.opt_state, jax.grad(loss)(weights[0])) < 1e-5
+    assert max_relative(new.opt_state, quick(jax.grad(loss))(weights[0])) < 1e-5
 
 
 class Valid(nn.Module):
@@ -220,7 +225,7 @@ def valid_problems(seed):
 def test_fully_conv_is_patchwise_where_no_field_reaches_out(float64):
     """Positions 2 px apart are the patches of stride 2: the same latents, loss and gradient."""
     by_patch, at_once, weights, batch = valid_problems(1)
-    z = encode_all(by_patch, weights, batch)
+    z = quick(partial(encode_all, by_patch))(weights, batch)
     latents, _ = at_once.model.encode(*weights, batch["image"], train=False, rng=KEY)
     assert latents.shape == (2, by_patch.grid.rows, by_patch.grid.cols, 4)
     np.testing.assert_allclose(latents.reshape(z.shape), z, rtol=1e-12, atol=1e-14)
@@ -250,15 +255,21 @@ def test_shipped_encoders_as_fully_convolutional_networks(encoder):
     config = ModelConfig(encoder=encoder, latent_dim=3)
     patch = build_encoder(config, 32)
     image = jax.random.uniform(KEY, (1, 32, 32, 1))
-    variables = patch.init(KEY, image, train=False)
-    entries = build_encoder(config, 32, window=1).apply(variables, image, train=False)
+    variables = quick(partial(patch.init, train=False))(KEY, image)
+
+    def encode(image, **options):
+        return quick(partial(build_encoder(config, 32, **options).apply, train=False))(
+            variables, image
+        )
+
+    entries = encode(image, window=1)
     window = entries.shape[1]
-    positions = build_encoder(config, 32, window=window).apply(variables, image, train=False)
+    positions = encode(image, window=window)
     assert positions.shape == (1, 1, 1, 3)
-    wanted = patch.apply(variables, image, train=False)
+    wanted = encode(image)
     np.testing.assert_allclose(positions[0, 0], wanted, rtol=1e-4, atol=1e-5)
     wide = jnp.zeros((1, 64, 96, 1))
-    many = build_encoder(config, 32, window=window).apply(variables, wide, train=False)
+    many = encode(wide, window=window)
     assert many.shape[1] > 1
     assert many.shape[2] > many.shape[1]
 
@@ -313,7 +324,7 @@ def test_ips_selects_by_attention_and_trains_nothing_else():
         "label": np.array([0, 2]),
         "patches": np.array([[0, 1, 2, 3, 4, 5], [5, 1, 6, 7, 8, 9]], np.int32),
     }
-    z = encode_all(problem, weights, batch)
+    z = quick(partial(encode_all, problem))(weights, batch)
     z_map = z.reshape(2, 2, 3, -1)
     mask = jnp.asarray([[1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 1]], bool).reshape(2, 2, 3)
     attention = np.asarray(model.attend(*weights, z_map, mask))
@@ -327,11 +338,13 @@ def test_ips_selects_by_attention_and_trains_nothing_else():
     settings = {"method": "ips", "baseline": BaselineConfig(top_patches=3)}
     new, _ = one_step(problem, batch, **settings)
     key = jax.random.fold_in(KEY, 0)
-    wanted = full_gradient(problem, weights, restrict_to_patches(batch, ids), key)
+    gradient = quick(partial(full_gradient, problem))
+    wanted = gradient(weights, restrict_to_patches(batch, ids), key)
     assert max_relative(new.opt_state, wanted.grads) < 1e-5
-    every = full_gradient(problem, weights, batch, key)
+    every = gradient(weights, batch, key)
     assert max_relative(new.opt_state, every.grads) > 1e-2
-    scored = algorithm_of(TrainConfig(**settings)).eval_step(problem, weights, batch)
+    evaluate = partial(algorithm_of(TrainConfig(**settings)).eval_step, problem)
+    scored = quick(evaluate)(weights, batch)
     seen = jnp.zeros((2, 6), bool).at[jnp.arange(2)[:, None], ids].set(True, mode="drop")
     logits, _ = model.classify(*weights, z_map, seen.reshape(2, 2, 3), train=False, rng=KEY)
     np.testing.assert_allclose(scored["logits"], logits, rtol=1e-5)
@@ -352,11 +365,11 @@ def test_mil_is_the_heads_part_of_the_gradient(float64):
     encoder = frozenset(toy_params(0, pixels=32)["encoder"])
     problem, weights, batch = toy_parts(grid, frozen=encoder)
     new, _ = one_step(problem, batch, method="mil")
-    whole = full_gradient(problem, weights, batch, KEY)
+    whole = quick(partial(full_gradient, problem))(weights, batch, KEY)
     assert new.opt_state["encoder"] == {}
     assert max_relative(new.opt_state["head"], whole.grads["head"]) < 1e-12
     assert max_relative(new.params["encoder"], weights.params["encoder"]) == 0
-    features = {"z": encode_all(problem, weights, batch), "label": batch["label"]}
+    features = {"z": quick(partial(encode_all, problem))(weights, batch), "label": batch["label"]}
     stored, _ = one_step(problem, features, method="mil")
     assert max_relative(stored.params, new.params) < 1e-12
 
@@ -382,7 +395,8 @@ def test_a_large_stride_passes_over_no_pixel():
     network = build_encoder(ModelConfig(latent_dim=2, stem_stride=8), 32, 1)
     image = jax.random.uniform(KEY, (1, 32, 32, 1))
     variables = network.init(KEY, image, train=False)
-    slope = jax.grad(lambda image: network.apply(variables, image, train=False).std())(image)
+    slope = jax.grad(lambda image: network.apply(variables, image, train=False).std())
+    slope = quick(slope)(image)
     assert (np.asarray(slope) != 0).mean() > 0.95
 
 
@@ -394,40 +408,13 @@ def test_a_stem_that_is_none():
 # The training loop
 
 
-class Tiny(nn.Module):
-    """A convolution and a dense layer, which compile fast."""
-
-    latent_dim: int
-    window: int | None = None
-
-    @nn.compact
-    def __call__(self, x, *, train):
-        """Maps `[M, H, W, C]` to `[M, latent_dim]`."""
-        x = nn.relu(nn.Conv(8, (4, 4), (4, 4), "VALID")(x))
-        x = jnp.concatenate([mean_pool(x, self.window), max_pool(x, self.window)], -1)
-        return nn.Dense(self.latent_dim)(x)
-
-
-@pytest.fixture
-def tiny_encoder(monkeypatch):
-    """The encoder `tiny`, as a user registers one."""
-    monkeypatch.setattr("patchgd_jax.models.registry._ENCODERS", dict(ENCODERS))
-    register_encoder("tiny", Tiny)
-
-
-BASE = TrainConfig(
-    data=DataConfig(
-        digits="font", size=(32, 32), digit_count=1, label_share=1.0, object_ratio=(0.8, 1.0),
-        train_size=16, val_size=5,
-    ),
-    model=ModelConfig(encoder="tiny", latent_dim=8),
+BASE = dataclasses.replace(
+    changed({"train_size": 16}),
     optimizer=OptimizerConfig(learning_rate=1e-2),
-    patchgd=PatchGDConfig(patch=16, fraction=0.5),
     batch_size=8,
-    eval_batch_size=4,
     epochs=8,
     save_every=8,
-)  # fmt: skip
+)
 
 
 def run_of(method):
@@ -442,7 +429,7 @@ class KilledError(Exception):
     "method",
     [m if m in ("gd", "mil") else pytest.param(m, marks=pytest.mark.slow) for m in BASELINES],
 )
-def test_loss_falls_and_a_resumed_run_is_the_same(method, tiny_encoder, tmp_path):
+def test_loss_falls_and_a_resumed_run_is_the_same(method, tmp_path):
     config = run_of(method)
     summary = train(config, tmp_path / "straight")
     lines = [json.loads(li) for li in (tmp_path / "straight/metrics.jsonl").open()]
@@ -485,14 +472,14 @@ def test_the_largest_batch_of_a_method():
 
 
 @pytest.mark.parametrize("method", ["gd", "downscale", "mil"])
-def test_a_rehearsal_of_a_method(method, tiny_encoder):
+def test_a_rehearsal_of_a_method(method):
     """Also where the images have fewer patches than PatchGD would have inner steps."""
     config = dataclasses.replace(run_of(method), patchgd=PatchGDConfig(patch=16, fraction=0.2))
     figures = dry_run(config)
     assert figures["compiled"] > 0
 
 
-def test_folds_of_a_method_go_on(tiny_encoder, tmp_path):
+def test_folds_of_a_method_go_on(tmp_path):
     """A second call finds the runs of the first."""
     from PIL import Image
 
@@ -520,7 +507,7 @@ def test_patchwise_on_images_with_fewer_patches_than_groups():
     np.testing.assert_array_equal(nothing, np.zeros((1, 3)))
 
 
-def test_mil_keeps_features_and_the_encoder(tiny_encoder, tmp_path, monkeypatch):
+def test_mil_keeps_features_and_the_encoder(tmp_path, monkeypatch):
     """What is kept is neither encoded nor read again; the encoder is what it was."""
     from patchgd_jax.data.synthetic.ultramnist import UltraMnist
     from patchgd_jax.engine.build import FeatureExecutor
@@ -664,12 +651,12 @@ def test_settings_that_a_method_cannot_have(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "ips", "model": ModelConfig(encoder="tiny", head="linear")}, "no attention"),
+        ({"method": "ips", "model": ModelConfig(encoder="micro", head="linear")}, "no attention"),
         ({"method": "gd", "augment": AugmentConfig(turns=True),
           "data": dataclasses.replace(BASE.data, size=(32, 48))}, "cannot be turned"),
     ],
 )  # fmt: skip
-def test_what_shows_before_a_run_folder_is_made(changes, message, tiny_encoder, tmp_path):
+def test_what_shows_before_a_run_folder_is_made(changes, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         train(dataclasses.replace(BASE, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from micro import Stopped, assert_same_run, lines_of, stop_at
+from micro import ENCODER, Stopped, assert_same_run, lines_of, stop_at
 
 from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig
 from patchgd_jax.runs import checkpoint
@@ -23,7 +23,7 @@ CONFIG = TrainConfig(
         digits="font", size=(32, 32), digit_count=1, label_share=1.0, object_ratio=(0.8, 1.0),
         train_size=100, val_size=10,
     ),
-    model=ModelConfig(latent_dim=16, dropout=0.2),
+    model=ModelConfig(ENCODER, latent_dim=16, dropout=0.2),
     patchgd=PatchGDConfig(patch=16, fraction=0.5, mode="patchgd"),
     batch_size=8, eval_batch_size=10, epochs=2, eval_every=9, save_every=4, reader_threads=2,
 )  # fmt: skip

@@ -1,12 +1,14 @@
 """How tests start a process with several devices on a machine that has one."""
 
+import os
+
 
 def several_devices(count):
     """Variables of the environment of a process with that many virtual devices."""
     return {
         # They share the machine's cores: a collective may wait for long.
         "XLA_FLAGS": (
-            f"--xla_force_host_platform_device_count={count} "
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count} "
             "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 "
             "--xla_cpu_collective_call_terminate_timeout_seconds=900"
         ),
