@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from patchgd_jax.config import DataConfig
+from patchgd_jax.data.images.pixels import shrink
 from patchgd_jax.data.images.region_base import RegionSource
-from patchgd_jax.data.images.shrink import shrink
 from patchgd_jax.data.synthetic.digits import SIDE, DigitPool, Split, load_digits, logistic
 from patchgd_jax.errors import ConfigError, DataError
 
@@ -251,7 +251,7 @@ class DigitRegions(RegionSource):
     def __init__(self, source: UltraMnist, index: int) -> None:
         self._source, self._plan = source, source.plan(index)
         height, width, channels = source.config.image_shape
-        super().__init__([(height, width)], channels=channels, background=0)
+        super().__init__([(height, width)], channels, background=0)
 
     def _inside(self, level: int, y: int, x: int, height: int, width: int) -> np.ndarray:
         by = self._source.config.downscale
