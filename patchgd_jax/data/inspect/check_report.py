@@ -1,4 +1,4 @@
-"""What `patchgd-jax data check` found, as text, as JSON and as a list of bad images."""
+"""The report of `patchgd-jax data check`, as text, as JSON and as a list of bad images."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class CheckReport:
     images: dict[str, int]
     """Number of images of each split."""
     labels: dict[str, dict[str, float]]
-    """For each split the number of images of each class; for regression min, mean and max."""
+    """By split the number of images of each class; for regression min, mean and max."""
     sizes: dict[str, tuple[int, float, int]]
-    """`height` and `width`: smallest, median and largest, in pixels, of the files that open."""
+    """`height` and `width` of readable files: smallest, median and largest, in pixels."""
     longer_sides: dict[str, int]
-    """Number of images by the power of two that their longer side reaches, such as `512-1023`."""
+    """Number of images by powers of two of their longer side, such as `512-1023 px`."""
     formats: dict[str, int]
-    """Number of images of each file format; `regions` for those that are read by regions."""
+    """Number of images by file format; `regions` for those read by regions."""
     decoded: bool
     """Whether all pixels were decoded, or only the headers read."""
     problems: tuple[Problem, ...]
@@ -45,7 +45,7 @@ class CheckReport:
     """Remarks."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in JSON's types."""
+        """Converts the report to JSON's types."""
         return {
             **asdict(self),
             "sizes": {side: list(values) for side, values in self.sizes.items()},
@@ -54,7 +54,7 @@ class CheckReport:
         }
 
     def text(self) -> str:
-        """The report in plain lines, safe to print; of the problems the first twenty."""
+        """Formats the report as lines that are safe to print, with the first twenty problems."""
         total = sum(self.images.values())
         counts = ", ".join(f"{count} {name}" for name, count in self.images.items())
         lines = [f"{total} images: {counts}", *_columns(self.labels)]
@@ -76,7 +76,7 @@ class CheckReport:
 
 
 def _columns(labels: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A table with a column for each split and a line for each class."""
+    """Formats a table with a column for each split and a line for each class."""
     splits = [name for name in labels if labels[name]]
     names = list(dict.fromkeys(name for split in splits for name in labels[split]))
     rows = [["", *splits]]
@@ -90,7 +90,7 @@ def _columns(labels: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def write_bad_list(path: str | Path, problems: Iterable[Problem]) -> None:
-    """Writes problems to a CSV file with the columns row, path and reason; whole or not at all.
+    """Writes problems atomically to a CSV file with the columns row, path and reason.
 
     Cells that a spreadsheet would compute begin with `'`.
 

@@ -142,6 +142,6 @@ def _prepared_mnist(root: Path, split: Split) -> DigitPool:
         glyphs = np.stack([record["image"][..., 0] for record in records])
         labels = np.array([record["label"] for record in records], np.int64)
     except Exception as error:
-        # tfds raises its own, undocumented kinds for anything wrong inside a folder.
+        # tfds raises undocumented classes of errors for damaged folders.
         raise DataError(f"{root} cannot be read as a prepared MNIST: {error}") from error
     return DigitPool(glyphs, labels)
