@@ -79,9 +79,7 @@ LOSSY = ("jpeg pages", "svs", "ndpi", "jpeg")
 OTHERS = {
     "array": lambda d: ArrayRegions(IMAGE, 200),
     "digits": lambda d: DigitRegions(UltraMnist(DIGITS, "train", 3), 5),
-    "openslide": lambda d: OpenSlideRegions(
-        write_svs(d / "a.svs", LEVELS), channels=3, background=200
-    ),
+    "openslide": lambda d: OpenSlideRegions(write_svs(d / "a.svs", LEVELS), 3, 200, 2**26),
 }
 
 

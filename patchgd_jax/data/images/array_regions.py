@@ -62,23 +62,17 @@ class ArrayRegions(RegionSource):
 
 
 class NpyRegions(ArrayRegions):
-    """Regions of a memory-mapped `.npy` file.
+    """Regions of a memory-mapped `.npy` file with an array as of `ArrayRegions`.
 
-    Args:
-        path: the file, with an array as of `ArrayRegions`.
-        channels: 1 or 3. None: the file's own.
-        background: uint8 value outside the image.
+    The arguments are those of `open_regions`.
 
     Raises:
         ImageReadError: if the file is truncated, no array, or no image.
     """
 
-    def __init__(
-        self, path: str | Path, *, channels: Literal[1, 3] | None, background: int = 0
-    ) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, channels: Literal[1, 3] | None, background: int) -> None:
         try:
-            super().__init__(np.load(self.path, mmap_mode="r"), background, channels=channels)
+            super().__init__(np.load(path, mmap_mode="r"), background, channels=channels)
         except (OSError, ValueError, EOFError, SyntaxError, DataError) as error:
             raise ImageReadError(path, str(error)) from error
 
@@ -86,13 +80,8 @@ class NpyRegions(ArrayRegions):
 class FlatRegions(RegionSource):
     """Regions of an image file that can only be decoded as a whole; a single level.
 
-    The first region decodes the image, which stays in memory.
-
-    Args:
-        path: PNG, JPEG, WebP, BMP or TIFF.
-        channels: 1 or 3. None: the file's own.
-        background: uint8 value outside the image and under transparent pixels.
-        max_pixels: largest accepted height times width.
+    The first region decodes the image, which stays in memory. The arguments are those of
+    `open_regions` and `read_image`.
 
     Raises:
         ImageReadError: as `read_header`.
@@ -100,13 +89,12 @@ class FlatRegions(RegionSource):
 
     def __init__(
         self,
-        path: str | Path,
-        *,
+        path: Path,
         channels: Literal[1, 3] | None,
-        background: int = 0,
+        background: int,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.path = Path(path)
+        self.path = path
         self._lock = threading.Lock()
         self._pixels: np.ndarray | None = None
         self._closed = False

@@ -17,13 +17,8 @@ class OpenSlideRegions(RegionSource):
     """Regions of a slide of any format that OpenSlide reads.
 
     OpenSlide takes positions in pixels of level 0 only. Where a level's downsample is no whole
-    number, a region of that level can therefore be off by less than one pixel of level 0.
-
-    Args:
-        path: the slide's file.
-        channels: 1 or 3. None: 3.
-        background: uint8 value outside the image and in missing tiles.
-        cache_bytes: bytes of decoded tiles to keep.
+    number, a region of that level can therefore be off by less than one pixel of level 0. Missing
+    tiles are background. The arguments are those of `open_regions`; channels None is 3.
 
     Raises:
         ImageReadError: if OpenSlide cannot read the file.
@@ -31,12 +26,7 @@ class OpenSlideRegions(RegionSource):
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        *,
-        channels: Literal[1, 3] | None,
-        background: int = 0,
-        cache_bytes: int = 64 * 2**20,
+        self, path: Path, channels: Literal[1, 3] | None, background: int, cache_bytes: int
     ) -> None:
         try:
             import openslide
@@ -44,9 +34,9 @@ class OpenSlideRegions(RegionSource):
             raise ConfigError(
                 f"{path} needs OpenSlide; install it with: pip install 'patchgd-jax[openslide]'"
             ) from error
-        self.path = Path(path)
+        self.path = path
         try:
-            self._slide: Any = openslide.OpenSlide(self.path)
+            self._slide: Any = openslide.OpenSlide(path)
         except (openslide.OpenSlideError, OSError) as error:
             reason = str(error) or "OpenSlide does not know its format"
             raise ImageReadError(path, reason) from error

@@ -54,11 +54,11 @@ def open_regions(
     path = Path(path)
     kind = _opened_as(path)
     if kind in _FLAT_KINDS:
-        return FlatRegions(path, channels=channels, background=background)
+        return FlatRegions(path, channels, background)
     if kind == "npy":
-        return NpyRegions(path, channels=channels, background=background)
+        return NpyRegions(path, channels, background)
     opener = {"zarr": ZarrRegions, "tiff": TiffRegions}.get(kind, OpenSlideRegions)
-    return opener(path, channels=channels, background=background, cache_bytes=cache_bytes)
+    return opener(path, channels, background, cache_bytes)
 
 
 def is_flat(path: Path) -> bool:

@@ -26,6 +26,11 @@ MAX_PIXELS = 178_956_970
 _GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 _ORIENTATION = 0x0112
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+    7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
+"""Pillow's transposition for each EXIF orientation."""
 # TIFF tags.
 _BITS, _COMPRESSION, _PHOTOMETRIC, _TILE_SIDES = 258, 259, 262, (322, 323)
 _PARTS = ((273, 279), (324, 325))
@@ -312,17 +317,9 @@ def _to_uint8(opened: _Opened, channels: int, background: int) -> np.ndarray:
         over.alpha_composite(image.convert("RGBA"))
         image = over
     image = image.convert("L" if channels == 1 else "RGB")
-    turns = Image.Transpose
-    turned = {
-        2: turns.FLIP_LEFT_RIGHT,
-        3: turns.ROTATE_180,
-        4: turns.FLIP_TOP_BOTTOM,
-        5: turns.TRANSPOSE,
-        6: turns.ROTATE_270,
-        7: turns.TRANSVERSE,
-        8: turns.ROTATE_90,
-    }.get(opened.turn)
-    return np.asarray(image if turned is None else image.transpose(turned), np.uint8)
+    if opened.turn in _TURNS:
+        image = image.transpose(Image.Transpose[_TURNS[opened.turn]])
+    return np.asarray(image, np.uint8)
 
 
 def _from_16_bits(opened: _Opened, transparent: int | None) -> Image.Image:

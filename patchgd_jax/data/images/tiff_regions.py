@@ -67,13 +67,7 @@ class TiffRegions(RegionSource):
     """Regions of a TIFF; only the required tiles are read and decoded.
 
     Tiles missing in the file are background. The orientation must be upright; colour profiles are
-    ignored.
-
-    Args:
-        path: the file.
-        channels: 1 or 3. None: the file's own.
-        background: uint8 value outside the image, in missing tiles and under transparent pixels.
-        cache_bytes: bytes of decoded tiles to keep.
+    ignored. The arguments are those of `open_regions`.
 
     Raises:
         ImageReadError: if the file is truncated, damaged or unsupported.
@@ -81,18 +75,13 @@ class TiffRegions(RegionSource):
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        *,
-        channels: Literal[1, 3] | None,
-        background: int = 0,
-        cache_bytes: int = 64 * 2**20,
+        self, path: Path, channels: Literal[1, 3] | None, background: int, cache_bytes: int
     ) -> None:
-        self.path = Path(path)
-        self._pyramid = read_pyramid(self.path)
+        self.path = path
+        self._pyramid = read_pyramid(path)
         self._cache = TileCache(cache_bytes)
         try:
-            self._file = self.path.open("rb", buffering=0)
+            self._file = path.open("rb", buffering=0)
         except OSError as error:
             raise ImageReadError(path, str(error)) from error
         super().__init__(

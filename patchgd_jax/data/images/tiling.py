@@ -70,7 +70,7 @@ def tile_image(
     _refuse_existing(output)
     source: RegionSource
     if sniff(path) in ("flat", "flat-tiff"):
-        source = FlatRegions(path, channels=channels, background=background, max_pixels=max_pixels)
+        source = FlatRegions(path, channels, background, max_pixels)
     else:
         source = open_regions(path, channels=channels, background=background)
     with contextlib.closing(source), atomic_file(output) as partial:

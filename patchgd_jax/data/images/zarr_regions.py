@@ -33,29 +33,19 @@ class ZarrRegions(RegionSource):
     """Regions of a Zarr array, or of an OME-Zarr image with its levels.
 
     The array has axes y and x, may have a channel axis of 1 or 3 at either end, and others of
-    length 1. Chunks missing in the store have its fill value, as defined by Zarr.
-
-    Args:
-        path: the folder of the array or image.
-        channels: 1 or 3. None: the array's own.
-        background: uint8 value outside the image.
-        cache_bytes: bytes of decoded chunks to keep.
+    length 1. Chunks missing in the store have its fill value, as defined by Zarr. The arguments are
+    those of `open_regions`.
 
     Raises:
         ImageReadError: if the folder is damaged or holds anything else.
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        *,
-        channels: Literal[1, 3] | None,
-        background: int = 0,
-        cache_bytes: int = 64 * 2**20,
+        self, path: Path, channels: Literal[1, 3] | None, background: int, cache_bytes: int
     ) -> None:
-        self.path = Path(path)
+        self.path = path
         try:
-            layout = _layout(self.path)
+            layout = _layout(path)
             self._stores = _open_all(layout.folders, cache_bytes)
         except ImageReadError:
             raise
@@ -68,7 +58,7 @@ class ZarrRegions(RegionSource):
                 path, f"its pixels are {first.dtype.name}; it must be one of {', '.join(DTYPES)}"
             )
         self._axes = layout.axes or _guess_axes(first)
-        _check_axes(self.path, self._axes, [store.shape for store in self._stores])
+        _check_axes(path, self._axes, [store.shape for store in self._stores])
         rows, cols = self._axes.index("y"), self._axes.index("x")
         own = first.shape[self._axes.index("c")] if "c" in self._axes else 1
         chunk = first.chunk_layout.read_chunk.shape

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Generator, Iterator
-from typing import Self
 
 import numpy as np
 
@@ -25,7 +24,9 @@ BUFFER_BYTES = 256 * 2**20
 """Default memory of prefetched examples."""
 
 
-class TrainBatches:
+class TrainBatches(
+    Iterator[dict[str, np.ndarray]], contextlib.AbstractContextManager["TrainBatches"]
+):
     """An endless iterator of training batches; a context manager that stops its threads.
 
     `TrainOrder` chooses the examples of each batch, all of one bucket.
@@ -75,9 +76,6 @@ class TrainBatches:
         batches = (order(k, rows) for k in itertools.count(start))
         self._reads = reader.read_ahead(batches, size=size, buffer_bytes=buffer_bytes)
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -85,9 +83,6 @@ class TrainBatches:
         """Stops the threads and the iteration."""
         self._closed = True
         self._reads.close()
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         """Reads the next batch, of this process's rows.
