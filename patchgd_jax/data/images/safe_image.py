@@ -281,7 +281,7 @@ def _check_parts(path: str | Path, tags: Any, size: int, max_pixels: int) -> Non
         offsets = np.array(tags.get(offset_tag, ()), np.int64)
         counts = np.array(tags.get(count_tag, ()), np.int64)[: len(offsets)]
         if tags.get(_COMPRESSION, 1) == 1:
-            # Some programs write a wrong count here, which is not needed.
+            # Some programs write a wrong count here; decoding does not need it.
             counts = counts.clip(0, 1)
         end = (offsets[: len(counts)] + counts).max(initial=0, where=counts > 0)
         if end > size:
