@@ -8,8 +8,7 @@ import os
 import pytest
 
 from patchgd_jax import CheckpointError, DiskError
-from patchgd_jax.data.loading.bad_images import BadImages
-from patchgd_jax.data.loading.bad_records import BadRecord
+from patchgd_jax.data.loading.bad_images import BadImages, BadRecord
 
 ROWS = [
     (7, "images/7.png", "OSError: image file is truncated"),

@@ -17,8 +17,7 @@ from test_safe_image import bomb, tiff
 from patchgd_jax.data.images import regions
 from patchgd_jax.data.images.regions import open_regions
 from patchgd_jax.data.images.safe_image import ImageReadError, read_header
-from patchgd_jax.data.inspect.check import check_images
-from patchgd_jax.data.inspect.check_report import Problem, write_bad_list
+from patchgd_jax.data.inspect.check import Problem, check_images, write_bad_list
 from patchgd_jax.data.tables.table import make_table
 from patchgd_jax.errors import DiskError
 

@@ -18,8 +18,7 @@ from virtual_devices import several_devices
 from patchgd_jax import ConfigError, OptimizerConfig
 from patchgd_jax.config import DataConfig, StreamConfig
 from patchgd_jax.data.images import regions
-from patchgd_jax.data.loading.bands import Band, BandExamples
-from patchgd_jax.data.protocols import as_regions
+from patchgd_jax.data.protocols import Band, BandExamples, as_regions
 from patchgd_jax.data.run_data import make_data
 from patchgd_jax.runs.predict import TrainedModel
 from patchgd_jax.runs.train import resume, train

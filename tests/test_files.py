@@ -67,7 +67,7 @@ def test_a_run_is_scored_again_and_its_files_predicted(name, labels, tmp_path):
     assert recorded["loss"] == metrics["loss"]
     source = model.source("validation")
     answers = model.predict_files([source.table.paths[row] for row in source.rows])
-    names = [source.class_names[label] for label in source.labels]
+    names = [source.class_names[label] for label in source.table.labels[source.rows]]
     chances = [answer["probabilities"][name] for answer, name in zip(answers, names, strict=True)]
     np.testing.assert_allclose(-np.mean(np.log(chances)), metrics["loss"], rtol=1e-4)
 

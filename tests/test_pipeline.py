@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sources import Numbers, Watched
 
 from patchgd_jax import ConfigError, DataError
+from patchgd_jax.data.loading.bad_images import BadRecord
 from patchgd_jax.data.loading.order import TrainOrder, cipher_permutation
 from patchgd_jax.data.loading.pipeline import RecordError, TrainBatches, eval_batches
 
@@ -335,9 +336,8 @@ def test_an_unreadable_example_ends_the_run_at_its_batch(threads):
     text = "example 7 (images/7.png): OSError: image file is truncated; repair it"
     assert str(caught.value).startswith(text)
     assert caught.value.exit_code == 3
-    assert caught.value.index == 7
-    assert caught.value.description == "images/7.png"
-    assert caught.value.reason == "OSError: image file is truncated"
+    (record,) = caught.value.records
+    assert record == BadRecord(7, "images/7.png", "OSError: image file is truncated")
     with pytest.raises(RecordError, match="example 7"):
         list(eval_batches(source, 4, threads=threads))
 

@@ -30,8 +30,7 @@ from patchgd_jax.data.images.array_regions import ArrayRegions
 from patchgd_jax.data.images.openslide_regions import OpenSlideRegions
 from patchgd_jax.data.images.regions import open_regions
 from patchgd_jax.data.images.safe_image import ImageReadError, read_image
-from patchgd_jax.data.images.tiff_regions import TiffRegions
-from patchgd_jax.data.images.tile_cache import TileCache
+from patchgd_jax.data.images.tiff_regions import TiffRegions, TileCache
 from patchgd_jax.data.synthetic.ultramnist import DigitRegions, UltraMnist
 from patchgd_jax.errors import ConfigError, DataError
 
@@ -80,9 +79,7 @@ LOSSY = ("jpeg pages", "svs", "ndpi", "jpeg")
 OTHERS = {
     "array": lambda d: ArrayRegions(IMAGE, 200),
     "digits": lambda d: DigitRegions(UltraMnist(DIGITS, "train", 3), 5),
-    "openslide": lambda d: OpenSlideRegions(
-        write_svs(d / "a.svs", LEVELS), channels=3, background=200
-    ),
+    "openslide": lambda d: OpenSlideRegions(write_svs(d / "a.svs", LEVELS), 3, 200, 2**26),
 }
 
 
@@ -431,7 +428,7 @@ def test_zarr_of_other_shapes_is_explained(tmp_path):
     empty = tmp_path / "group"
     empty.mkdir()
     (empty / ".zgroup").write_text('{"zarr_format": 2}')
-    cases[empty] = "without an image of its own"
+    cases[empty] = "Zarr group without an image"
     for path, reason in cases.items():
         with pytest.raises(ImageReadError, match=reason):
             open_regions(path, channels=3)

@@ -359,7 +359,7 @@ def test_bad_files_are_errors_with_path_and_reason(tmp_path):
         gif: "none of PNG",
         deep: "32-bit",
         lab: "LAB",
-        none: "a PNG file of an unknown sort, or damaged",
+        none: "an unsupported PNG file, or damaged",
         tile_bomb: "its tiles claim 40000 x 40000",
         tail: "truncated",
         pipe: "it is not a file",

@@ -389,7 +389,7 @@ def test_bad_class_folders_are_told(tmp_path):
         read_class_folders(root)
     for reason in (
         "'top.png' is in no class folder",
-        "'b/1.gif' is of a kind that is not read",
+        "'b/1.gif' has an unsupported format",
         "the class folder 'b' holds no image",
         "the class folder 'empty' holds no image",
         "'a/twin.png' is a link to the image 'a/1.png'",

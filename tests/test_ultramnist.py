@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from patchgd_jax import ConfigError, DataConfig, DataError
-from patchgd_jax.data.images.shrink import shrink
+from patchgd_jax.data.images.pixels import shrink
 from patchgd_jax.data.synthetic.digits import load_digits
 from patchgd_jax.data.synthetic.trivial_baselines import plan_baselines
 from patchgd_jax.data.synthetic.ultramnist import UltraMnist, _enlarge, _noise, multisets

@@ -66,8 +66,7 @@ def check_command(arguments: Sequence[str]) -> None:
         )
 
     from patchgd_jax.data.images.regions import open_regions
-    from patchgd_jax.data.inspect.check import check_images
-    from patchgd_jax.data.inspect.check_report import write_bad_list
+    from patchgd_jax.data.inspect.check import check_images, write_bad_list
     from patchgd_jax.data.run_data import file_background, read_files
 
     files = read_files(config)

@@ -1,4 +1,4 @@
-"""What an image goes through before it reaches a model."""
+"""Preprocessing that belongs to a model's weights: channel statistics, background and classes."""
 
 from __future__ import annotations
 
@@ -14,24 +14,21 @@ from patchgd_jax.errors import CheckpointError, DataError
 
 _STATISTICS_EXAMPLES = 64
 _WHOLE_PIXELS = 2**24
-"""Pixels of an image up to which its statistics are taken of all of it."""
-_SAMPLES = 4
-"""Along each side of a larger image, windows that its statistics are taken of."""
-_WINDOW = 256
+"""Larger images are measured on `_SAMPLES` x `_SAMPLES` windows of `_WINDOW` px a side."""
+_SAMPLES, _WINDOW = 4, 256
 
 
 def _moments(image: np.ndarray) -> np.ndarray:
     """Mean and mean square of each channel of `uint8 [H, W, C]` over 255, `float64 [2, C]`."""
     # From the histogram: a float64 copy of a large image would be eight times its size.
-    values = np.arange(256) / 255
-    counts = np.stack(
-        [np.bincount(channel.reshape(-1), minlength=256) for channel in np.moveaxis(image, -1, 0)]
-    ) / (image.shape[0] * image.shape[1])
+    values, pixels = np.arange(256) / 255, image.shape[0] * image.shape[1]
+    channels = np.moveaxis(image, -1, 0)
+    counts = np.stack([np.bincount(c.reshape(-1), minlength=256) for c in channels]) / pixels
     return np.stack([counts @ values, counts @ values**2])
 
 
 def _example_moments(data: RunData, index: int) -> np.ndarray:
-    """Moments of an example, of windows spread over it if it is large; padding does not count."""
+    """Moments of an example without its padding; of evenly spread windows if it is large."""
     source = data.train
     if data.regions_level is None or max(h * w for h, w in data.shapes) <= _WHOLE_PIXELS:
         example = source[index]
@@ -55,7 +52,7 @@ def _example_moments(data: RunData, index: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What a model's input must go through; it belongs to the weights and stays with them."""
+    """Preprocessing of a model's input; it is stored with the weights."""
 
     mean: tuple[float, ...]
     """Per channel, of pixels in [0, 1]."""
@@ -64,18 +61,18 @@ class Preprocess:
     """uint8 value outside an image and under transparent pixels."""
     class_names: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
-    """Heights and widths that the training images were padded to."""
+    """Padded heights and widths of the training images."""
 
     @classmethod
     def measure(cls, data: RunData, *, leave_out_bad: bool = False) -> Preprocess:
-        """Statistics over some training examples, spread evenly; padding does not count.
+        """Measures mean and std on up to 64 evenly spread training examples, without padding.
 
         Args:
             data: of the run.
-            leave_out_bad: whether examples that cannot be read are left out.
+            leave_out_bad: whether to skip examples that cannot be read.
 
         Raises:
-            DataError: if one of them cannot be read, or none.
+            DataError: if an example cannot be read; with `leave_out_bad`, if none can.
         """
         source = data.train
         count = min(_STATISTICS_EXAMPLES, len(source))
@@ -89,7 +86,7 @@ class Preprocess:
                 raise DataError(f"{source.describe(int(i))}: {error}") from error
         if not moments:
             raise DataError(
-                "no training image that was tried can be read; run: patchgd-jax data check"
+                f"none of {count} sampled training images can be read; run: patchgd-jax data check"
             )
         mean, square = np.mean(moments, axis=0)
         std = np.sqrt(np.maximum(square - mean**2, 1e-6))
@@ -104,10 +101,10 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: Any) -> Preprocess:
-        """The inverse of `dataclasses.asdict`, from JSON.
+        """Inverts `dataclasses.asdict`, from JSON.
 
         Raises:
-            CheckpointError: if anything is missing.
+            CheckpointError: if a field is missing or of another type.
         """
         try:
             return cls(

@@ -1,8 +1,10 @@
-"""What the pipeline expects of a data set."""
+"""Interfaces of example sources, and wrappers of a source."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -15,53 +17,49 @@ class ExampleSource(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Name of each label."""
+        """Name of each class."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """A string that changes whenever an example would."""
+        """Changes whenever any example does."""
         ...
 
     @property
     def buckets(self) -> tuple[np.ndarray, ...]:
-        """A partition of the indices, `int64 [n]` each; examples of one have equal shapes."""
+        """A partition of the indices, `int64 [n]` each, into examples of equal shapes."""
         ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """An example.
+        """Reads an example.
 
         Returns:
             `image` `uint8 [H, W, C]`, `label`, and `id` (int64). Where a source has them also
-            `size` `int32 [2]` (the image's own height and width), `patches` `int32 [M]`, and
-            `weight` `float32 []` (a factor on the training loss).
+            `size` `int32 [2]` (the image's own height and width), `patches` `int32 [M]` (valid
+            patch ids), and `weight` `float32 []` (a factor on the training loss).
         """
         ...
 
     def describe(self, index: int) -> str:
-        """A path or name of an example for messages; needs no readable file."""
+        """Names an example in messages, by path or number; needs no readable file."""
         ...
 
 
 class RegionExamples(ExampleSource, Protocol):
-    """Examples whose images can also stay where they are, and be read by regions."""
+    """Examples whose images can also be read by regions."""
 
     def entry(self, index: int) -> dict[str, Any]:
-        """An example without its pixels.
-
-        Returns:
-            What `__getitem__` does, but for `image` and `size`.
-        """
+        """Returns the fields of `__getitem__` except `image` and `size`."""
         ...
 
     def padded_size(self, index: int) -> int:
-        """The number of an example's padded size, in the order of `RunData.shapes`."""
+        """Index of an example's padded size in `RunData.shapes`."""
         ...
 
     def open(self, index: int) -> RegionSource:
-        """An example's image; the caller closes it.
+        """Opens an example's image; the caller closes it.
 
         Raises:
             DataError: if it cannot be opened.
@@ -70,14 +68,14 @@ class RegionExamples(ExampleSource, Protocol):
 
 
 def as_regions(source: ExampleSource) -> RegionExamples:
-    """The source, which must be one whose images can be read by regions."""
+    """Narrows a source, whose images must be readable by regions, to `RegionExamples`."""
     assert hasattr(source, "entry")
     assert hasattr(source, "open")
     return cast(RegionExamples, source)
 
 
 class ReadOtherwise:
-    """The examples of a source, of which a subclass reads in another way.
+    """Wraps a source; a subclass defines how an example is read.
 
     Args:
         source: the examples.
@@ -91,21 +89,21 @@ class ReadOtherwise:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Name of each label."""
+        """Name of each class."""
         return self.source.class_names
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever an example would."""
+        """The source's fingerprint."""
         return self.source.fingerprint
 
     @property
     def buckets(self) -> tuple[np.ndarray, ...]:
-        """As of the source: `int64 [n]` each."""
+        """The source's buckets, `int64 [n]` each."""
         return self.source.buckets
 
     def describe(self, index: int) -> str:
-        """The source's name of the example."""
+        """Names an example in messages."""
         return self.source.describe(index)
 
 
@@ -122,5 +120,34 @@ class Unread(ReadOtherwise):
         super().__init__(source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The example's `entry`."""
+        """Returns the example's `entry`."""
         return self.source.entry(index)
+
+
+class Band(NamedTuple):
+    """Pixel rows of an image, over its whole width; they may reach beyond it."""
+
+    top: int
+    height: int
+    width: int
+
+
+class BandExamples(Unread):
+    """The examples of a source, with a band of pixel rows of each image; stateless.
+
+    Args:
+        source: the examples.
+        bands: by padded size, in pixels of `level`.
+        level: pyramid level to read.
+    """
+
+    def __init__(self, source: RegionExamples, bands: Sequence[Band], level: int) -> None:
+        super().__init__(source)
+        self._bands, self._level = tuple(bands), level
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns the example's `entry`, and `image` `uint8 [height, width, C]` of its band."""
+        band = self._bands[self.source.padded_size(index)]
+        with closing(self.source.open(index)) as image:
+            pixels = image.read(band.top, 0, band.height, band.width, self._level)
+        return {"image": pixels, **self.source.entry(index)}

@@ -1,10 +1,11 @@
-"""The data of a run: the source that the settings name, divided into splits."""
+"""Builds the data of a run from its settings: sources, splits and padded sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from patchgd_jax.data.tables.splits import Split, absent_labels, split_table
 from patchgd_jax.data.tables.table import ImageTable
 from patchgd_jax.errors import ConfigError, DataError
 
-WHITE_SUFFIXES = frozenset({".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm"})
+_WHITE_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm"}
 """Suffixes of slide scanners' files, whose background is white."""
 
 
@@ -38,7 +39,7 @@ class RunData:
     shapes: tuple[tuple[int, int], ...]
     """Padded heights and widths; each has a program for training and one for evaluation."""
     slots: tuple[int | None, ...]
-    """By shape the most patches that an image has; None: all of the grid's."""
+    """Largest number of patches of an image, by shape; None: the grid's."""
     score_baselines: Callable[[], dict[str, float]] = dict
     """Computes `trivial_baselines`, which can take seconds."""
     mean_slots: float | None = None
@@ -46,19 +47,19 @@ class RunData:
     weighted: bool = False
     """Whether training examples have weights."""
     regions_level: int | None = None
-    """The pyramid level whose pixels are the examples'; None: images can only be read whole."""
+    """Pyramid level of the examples' pixels; None: images can only be read whole."""
     notes: tuple[str, ...] = ()
     """Remarks for the user, a line each."""
     generated: bool = False
 
     @cached_property
     def trivial_baselines(self) -> dict[str, float]:
-        """Validation accuracy of guesses that need no training, `chance` among them; or empty."""
+        """Validation accuracy of untrained guesses by name, with `chance`; may be empty."""
         return self.score_baselines()
 
     @property
     def num_classes(self) -> int:
-        """Number of labels."""
+        """Number of classes."""
         return len(self.train.class_names)
 
     def mean_patches(self, grids: Sequence[Grid]) -> float:
@@ -67,7 +68,7 @@ class RunData:
 
 
 class ImageFiles:
-    """The labelled image files that a run's settings name.
+    """The labelled image files of a run.
 
     Args:
         table: paths and labels.
@@ -80,26 +81,26 @@ class ImageFiles:
 
     @cached_property
     def headers(self) -> tuple[Header | DataError, ...]:
-        """Each file's header, or why it cannot be read; every file is opened once."""
+        """Header of each file, or the error of opening it; every file is opened once."""
         return read_headers(self.table.paths)
 
 
 def make_data(config: TrainConfig, files: ImageFiles | None = None) -> RunData:
-    """Finds the images and labels that the settings name, and checks them.
+    """Finds and checks the images and labels of a run.
 
     Args:
         config: of the run, its channels resolved.
-        files: what `read_files(config)` gave. None: read them, if they are needed.
+        files: result of `read_files(config)`. None: calls it.
 
     Raises:
         ConfigError: for settings that do not fit together.
         DataError: for labels or files that cannot be used; it names their rows.
     """
-    files = files or read_files(config)
-    if files is not None:
-        data = _files(config, files)
+    if config.data.generated:
+        data = _generated(config)
     else:
-        data = _generated(config) if config.data.generated else _tfds(config)
+        files = files or read_files(config)
+        data = _tfds(config) if files is None else _files(config, files)
     if len(data.train) < config.images_per_step:
         raise ConfigError(
             f"batch_size {config.images_per_step} is more than the {len(data.train)} training "
@@ -131,15 +132,9 @@ def _tfds(config: TrainConfig) -> RunData:
     assert data.tfds is not None
     background = data.background or 0
     parts = tfds_splits(data.tfds)
+    options: dict[str, Any] = {"channels": data.num_channels, "size": data.size}
     sources = {
-        split: TfdsSource(
-            data.tfds,
-            split,
-            channels=data.num_channels,
-            size=data.size,
-            background=background,
-        )
-        for split in parts
+        split: TfdsSource(data.tfds, split, background=background, **options) for split in parts
     }
     instead = {"validation": None, "test": "its split test"}.get(
         parts["validation"], "the last fifth of its split train"
@@ -158,10 +153,10 @@ def _tfds(config: TrainConfig) -> RunData:
 
 
 def read_files(config: TrainConfig) -> ImageFiles | None:
-    """Reads the labels of the user's files, and divides them into splits; None without files.
+    """Reads the labels of a run's image files and splits them; None for other data.
 
     Raises:
-        ConfigError: if a fold and a column of splits are named.
+        ConfigError: if both a fold and a column of splits are named.
         DataError: for labels that cannot be used; it names their rows.
     """
     data = config.data
@@ -169,8 +164,8 @@ def read_files(config: TrainConfig) -> ImageFiles | None:
         return None
     if data.columns.split is not None and (data.split.fold, data.split.test_fold) != (None, None):
         raise ConfigError(
-            "data.split.fold and data.split.test_fold (and cross-validate) are about folds, but "
-            "data.columns.split names the split of each image; leave one of them out"
+            "data.split.fold and data.split.test_fold (and cross-validate) choose folds, but "
+            "data.columns.split gives the split of each image; leave one of them out"
         )
     if data.panda is not None:
         from patchgd_jax.data.sources.panda import read_panda
@@ -189,7 +184,7 @@ def read_files(config: TrainConfig) -> ImageFiles | None:
 
 
 def file_reader(config: DataConfig, background: int) -> FileReader:
-    """Makes the reader of image files of the kind that the settings name."""
+    """Makes the reader of image files, for PANDA or any other."""
     if config.panda is None:
         return FileReader(config, background)
     from patchgd_jax.data.sources.panda import panda_reader
@@ -198,21 +193,21 @@ def file_reader(config: DataConfig, background: int) -> FileReader:
 
 
 def file_background(config: DataConfig, table: ImageTable) -> int:
-    """The grey value outside an image: from the settings, or usual for files of that kind.
+    """Finds the uint8 value outside an image: from the settings, or usual for the files' format.
 
     Raises:
-        ConfigError: if empty patches are to be left out of files that may have either background.
+        ConfigError: if `data.empty` needs the background and neither gives it.
     """
     if config.background is not None:
         return config.background
     if table.background is not None:
         return table.background
-    if all(path.suffix.lower() in WHITE_SUFFIXES for path in table.paths):
+    if all(path.suffix.lower() in _WHITE_SUFFIXES for path in table.paths):
         return 255
     if config.empty.method != "none":
         raise ConfigError(
-            "data.empty must know the background of these files; set --data.background 255 "
-            "(white, as slides have) or 0 (black)"
+            "data.empty needs the background of these files; set --data.background 255 "
+            "(white, as in slides) or 0 (black)"
         )
     return 0
 
@@ -222,13 +217,13 @@ def _files(config: TrainConfig, files: ImageFiles) -> RunData:
     background = file_background(config.data, table)
     reader = file_reader(config.data, background)
     layout = plan_layout(table, files.headers, reader, config.patchgd)
+    split = files.split
     sources = {
-        name: FileImages(table, rows, layout, reader)
-        for name, rows in files.split.items()
-        if len(rows)
+        name: FileImages(table, rows, layout, reader) for name, rows in split.items() if len(rows)
     }
-    labels, classes = table.labels, len(table.class_names)
-    train, validation = (labels[files.split[name]] for name in ("train", "validation"))
+    train, validation = (table.labels[split[name]] for name in ("train", "validation"))
+    baselines = partial(label_baselines, train, validation, len(table.class_names))
+    patches = layout.patches
     return RunData(
         sources["train"],
         sources["validation"],
@@ -236,13 +231,9 @@ def _files(config: TrainConfig, files: ImageFiles) -> RunData:
         background=background,
         shapes=layout.shapes,
         slots=layout.slots,
-        score_baselines=partial(label_baselines, train, validation, classes)
-        if labels.dtype.kind == "i"
-        else dict,
-        mean_slots=None
-        if layout.patches is None
-        else float(np.mean([len(patches) for patches in layout.patches])),
+        score_baselines=baselines if train.dtype.kind == "i" else dict,
+        mean_slots=None if patches is None else float(np.mean([len(ids) for ids in patches])),
         weighted=table.weights is not None,
         regions_level=config.data.level if config.data.fit == "native" else None,
-        notes=(*absent_labels(table, files.split), *layout.notes),
+        notes=(*absent_labels(table, split), *layout.notes),
     )

@@ -17,7 +17,7 @@ from patchgd_jax.core.optimizer import Optimizer
 from patchgd_jax.core.problem import Problem, Weights
 from patchgd_jax.core.tasks import Task
 from patchgd_jax.core.update import Metrics, TrainState
-from patchgd_jax.data.loading.bad_records import OnBad
+from patchgd_jax.data.loading.bad_images import OnBad
 from patchgd_jax.data.loading.pipeline import TrainBatches, eval_batches
 from patchgd_jax.data.protocols import ExampleSource
 from patchgd_jax.data.run_data import RunData

@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 
 from patchgd_jax.core.problem import Problem, Weights
 from patchgd_jax.core.update import Metrics, TrainState
-from patchgd_jax.data.loading.bands import Band, BandExamples
-from patchgd_jax.data.protocols import ExampleSource, as_regions
+from patchgd_jax.data.protocols import Band, BandExamples, ExampleSource, as_regions
 from patchgd_jax.engine.base import HostBatch, Setup
 from patchgd_jax.engine.compiling import compiler_options
 from patchgd_jax.engine.resident import ResidentExecutor

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, also across a power cut."""
+"""Atomic writes of files and folders that survive a power cut."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _INCOMPLETE = ".incomplete-"
 
 
 def sha256(path: Path) -> str:
-    """Hashes a file's content; hexadecimal."""
+    """Computes the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync_path(path: Path) -> None:
-    """Makes a file's content, or a folder's entries, survive a power cut."""
+    """Flushes a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,7 +36,7 @@ def fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turns an `OSError` into a `DiskError` that begins with `what`."""
+    """Converts an `OSError` of the body to a `DiskError` that begins with `what`."""
     try:
         yield
     except OSError as error:
@@ -45,7 +45,7 @@ def disk_errors(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Replaces a file by the one that the body writes to the yielded path, beside it.
+    """Yields a temporary path beside a file, and replaces the file by it after the body.
 
     If the body raises, the new file is removed and the old one stays. A killed process leaves
     `.NAME.PID.tmp`. Raises `DiskError` if it cannot be written.
@@ -64,14 +64,14 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a JSON file with `atomic_file`."""
+    """Writes a JSON file atomically."""
     with atomic_file(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def atomic_folder(final: str | Path) -> Iterator[Path]:
-    """Makes a folder of what the body writes to the yielded one, which has the same name.
+    """Yields a temporary folder of the same name, and moves it to `final` after the body.
 
     If the body raises, nothing is left. A killed process leaves its `unfinished_folders`. Raises
     `ConfigError` if `final` is not empty, also if it became so meanwhile, and `DiskError` if it
@@ -86,7 +86,7 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
             except FileExistsError:
                 raise DiskError(f"cannot write {final}: {final.parent} is a file") from None
             _refuse_full(final)
-            # mkdtemp's own mode would keep everybody else out of the finished folder.
+            # The inner folder has the usual mode; mkdtemp's would exclude other users.
             outer = Path(tempfile.mkdtemp(prefix=f"{_INCOMPLETE}{final.name}-", dir=final.parent))
             work = outer / final.name
             work.mkdir()
@@ -107,7 +107,7 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
 
 
 def unfinished_folders(final: Path) -> list[Path]:
-    """Lists what processes that were killed, or still run, have of `atomic_folder(final)`."""
+    """Lists the temporary folders of `atomic_folder(final)` of killed or running processes."""
     return sorted(final.parent.glob(f"{_INCOMPLETE}{final.name}-*"))
 
 

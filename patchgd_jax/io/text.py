@@ -1,4 +1,4 @@
-"""Text from files and file names, made safe for a terminal, a picture or a spreadsheet."""
+"""Makes untrusted text safe for a terminal, a picture or a spreadsheet."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ def _is_control(character: str) -> bool:
 
 
 def has_control(text: str) -> bool:
-    """Whether text holds a control character, a line break, or half of a broken character."""
+    """Whether text has a control character, a line break, or a lone surrogate."""
     return not (text.isascii() and text.isprintable()) and any(map(_is_control, text))
 
 
 def printable(text: str) -> str:
-    """The text with a `?` for each character that could act on a terminal instead of showing."""
+    """Replaces control characters, which could act on a terminal, by `?`."""
     if not has_control(text):
         return text
     return "".join("?" if _is_control(character) else character for character in text)
 
 
 def csv_cell(text: str) -> str:
-    """Puts an apostrophe before text that a spreadsheet would compute, or that begins with one."""
+    """Prefixes an apostrophe to text that a spreadsheet would compute or that begins with one."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "'")) else text
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message (300 characters at most), or else its type."""
+    """Returns the first line of an error's message, 300 characters at most, or else its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

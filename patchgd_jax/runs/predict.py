@@ -17,9 +17,9 @@ from patchgd_jax.baselines.registry import WHOLE_IMAGE, make_algorithm, method_m
 from patchgd_jax.config import StreamConfig, TrainConfig
 from patchgd_jax.core.grid import Grid, PatchGrid
 from patchgd_jax.core.problem import Weights
+from patchgd_jax.data.images.pixels import shrink
 from patchgd_jax.data.images.region_base import RegionSource
 from patchgd_jax.data.images.safe_image import read_image
-from patchgd_jax.data.images.shrink import shrink
 from patchgd_jax.data.protocols import ExampleSource
 from patchgd_jax.data.run_data import RunData, file_reader, make_data
 from patchgd_jax.data.sources.file_reader import used_patches

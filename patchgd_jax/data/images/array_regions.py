@@ -1,4 +1,4 @@
-"""Regions of arrays, of `.npy` files, and of image files that are small enough to be one."""
+"""Regions of arrays, of `.npy` files, and of image files that are decoded as a whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from patchgd_jax.errors import DataError
 
 
 class ArrayRegions(RegionSource):
-    """Regions of an array in memory, or of a memory-mapped one; a single level.
+    """Regions of an array in memory or memory-mapped; a single level.
 
     Args:
         array: `bool`, `uint8` or `uint16`, `[H, W]` or `[H, W, C]` with C 1 or 3; not copied.
@@ -46,12 +46,8 @@ class ArrayRegions(RegionSource):
         if array.dtype.name not in DTYPES:
             raise DataError(f"an image of {array.dtype}; it must be one of {', '.join(DTYPES)}")
         self._array: np.ndarray | None = array
-        super().__init__(
-            [(array.shape[0], array.shape[1])],
-            channels=channels or array.shape[-1],
-            background=background,
-            mpp=mpp,
-        )
+        height, width, own = array.shape
+        super().__init__([(height, width)], channels or own, background, mpp=mpp)
 
     def _inside(self, level: int, y: int, x: int, height: int, width: int) -> np.ndarray:
         if self._array is None:
@@ -61,29 +57,22 @@ class ArrayRegions(RegionSource):
         return np.array(out) if out is window else out
 
     def close(self) -> None:
-        """Lets go of the array; reading afterwards is an error."""
+        """Drops the array; reading afterwards is an error."""
         self._array = None
 
 
 class NpyRegions(ArrayRegions):
-    """Regions of a memory-mapped `.npy` file.
+    """Regions of a memory-mapped `.npy` file with an array as of `ArrayRegions`.
 
-    Args:
-        path: the file; see `ArrayRegions` for what it may hold.
-        channels: 1 or 3. None: what the file has.
-        background: uint8 value outside the image.
+    The arguments are those of `open_regions`.
 
     Raises:
         ImageReadError: if the file is truncated, no array, or no image.
     """
 
-    def __init__(
-        self, path: str | Path, *, channels: Literal[1, 3] | None, background: int = 0
-    ) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, channels: Literal[1, 3] | None, background: int) -> None:
         try:
-            array = np.load(self.path, mmap_mode="r")
-            super().__init__(array, background, channels=channels)
+            super().__init__(np.load(path, mmap_mode="r"), background, channels=channels)
         except (OSError, ValueError, EOFError, SyntaxError, DataError) as error:
             raise ImageReadError(path, str(error)) from error
 
@@ -91,13 +80,8 @@ class NpyRegions(ArrayRegions):
 class FlatRegions(RegionSource):
     """Regions of an image file that can only be decoded as a whole; a single level.
 
-    The header is read at once, the pixels with the first region; they stay in memory.
-
-    Args:
-        path: PNG, JPEG, WebP, BMP or TIFF.
-        channels: 1 or 3. None: what the file has.
-        background: uint8 value outside the image and under transparent pixels.
-        max_pixels: largest accepted height times width.
+    The first region decodes the image, which stays in memory. The arguments are those of
+    `open_regions` and `read_image`.
 
     Raises:
         ImageReadError: as `read_header`.
@@ -105,13 +89,12 @@ class FlatRegions(RegionSource):
 
     def __init__(
         self,
-        path: str | Path,
-        *,
+        path: Path,
         channels: Literal[1, 3] | None,
-        background: int = 0,
+        background: int,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.path = Path(path)
+        self.path = path
         self._lock = threading.Lock()
         self._pixels: np.ndarray | None = None
         self._closed = False
@@ -124,16 +107,10 @@ class FlatRegions(RegionSource):
                 f"it has {height} x {width} px, too many to decode it as a whole; convert it once "
                 "with `patchgd-jax data tile`",
             )
-        self._read = partial(
-            read_image,
-            path,
-            channels=channels or header.channels,
-            background=background,
-            max_pixels=max_pixels,
-        )
-        super().__init__(
-            [(height, width)], channels=channels or header.channels, background=background
-        )
+        channels = channels or header.channels
+        options: dict[str, Any] = {"background": background, "max_pixels": max_pixels}
+        self._read = partial(read_image, path, channels=channels, **options)
+        super().__init__([(height, width)], channels, background)
 
     def _inside(self, level: int, y: int, x: int, height: int, width: int) -> np.ndarray:
         with self._lock:
@@ -142,9 +119,7 @@ class FlatRegions(RegionSource):
             if self._pixels is None:
                 pixels = self._read()
                 if pixels.shape[:2] != self.level_shapes[0]:
-                    raise ImageReadError(
-                        self.path, "it has changed since it was opened: its size is another"
-                    )
+                    raise ImageReadError(self.path, "its size has changed since it was opened")
                 self._pixels = pixels
             pixels = self._pixels
         return pixels[y : y + height, x : x + width].copy()

@@ -1,4 +1,4 @@
-"""Tells the patches that hold something from those that are background."""
+"""Finds the patches with content, by the distance of pixels from the background."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from patchgd_jax.errors import ConfigError
 _MIN_PATCH_SIDE = 4
 _MAX_SIDE = 4096
 _MIN_CONTRAST = 16
-"""Grey levels; what differs by less is noise of the camera or of the compression."""
+"""Grey levels; smaller differences are noise of the camera or of the compression."""
 
 
 def patch_mask(
@@ -27,29 +27,29 @@ def patch_mask(
     background: int,
     level: int = 0,
 ) -> np.ndarray:
-    """Finds the patches that hold something.
+    """Finds the patches with content.
 
-    A pixel is content if its grey value is far enough from the background's, in either direction.
-    Pixels are those of the lowest level in which a patch still has 4 px a side, of 4096 px a side
-    at most. What lies outside the image is background.
+    A pixel is content if its grey value differs enough from the background's. The lowest level in
+    which a patch has at least 4 px a side is examined, shrunk to 4096 px a side at most. Beyond the
+    image is background.
 
     Args:
         source: the image.
         rows: rows of patches.
         cols: columns of patches.
-        patch: side of a patch in pixels of that level.
-        stride: pixels between neighbouring patches.
-        config: how far is far enough, and how much of a patch must be content.
+        patch: side of a patch in pixels of `level`.
+        stride: pixels of `level` between neighbouring patches.
+        config: threshold of content, and its least share of a patch.
         background: uint8 value of the background.
-        level: what the grid lies on; smaller levels are looked at.
+        level: pyramid level of the grid.
 
     Returns:
-        `bool [rows, cols]`, True where a patch counts. At least one does: if none has content
-        enough, or the image is of one colour, the one with the most.
+        `bool [rows, cols]`, True for patches with content. If none has enough, or the image has a
+        single colour, the one with the most.
 
     Raises:
         ImageReadError: if the level cannot be read.
-        ConfigError: if method otsu is asked for without scikit-image.
+        ConfigError: for method otsu without scikit-image.
     """
     if config.method == "none":
         return np.ones((rows, cols), bool)
@@ -70,16 +70,12 @@ def patch_mask(
 
 
 def _distance(source: RegionSource, patch: int, background: int, base: int) -> np.ndarray:
-    """Grey values' distance from the background: `uint8 [h, w]`, the whole image made small."""
-    own = source.downsamples[base]
-    enough = [
-        level
-        for level, scale in enumerate(source.downsamples)
-        if level >= base and patch * own / scale >= _MIN_PATCH_SIDE
-    ]
-    level = max(enough, default=base)
+    """Distance of grey values from the background in the shrunk image, `uint8 [h, w]`."""
+    sides = [patch * source.downsamples[base] / scale for scale in source.downsamples]
+    large = [k for k, side in enumerate(sides) if k >= base and side >= _MIN_PATCH_SIDE]
+    level = max(large, default=base)
     height, width = source.level_shapes[level]
-    # A whole factor, so that each small pixel is the average of as many large ones.
+    # A whole factor, so that each small pixel is the average of equally many large ones.
     by = -(-max(height, width) // _MAX_SIDE)
     size = (-(-height // by), -(-width // by))
     image, (rows, cols) = read_resized(source, size, background, level)
@@ -88,7 +84,7 @@ def _distance(source: RegionSource, patch: int, background: int, base: int) -> n
 
 
 def _limit(distance: np.ndarray, config: BackgroundConfig, background: int) -> int:
-    """The smallest distance from the background that is content; 256: none is."""
+    """The smallest distance of content from the background; 256: there is no content."""
     if config.method == "threshold":
         return max(1, abs(config.threshold - background))
     if int(distance.max()) - int(distance.min()) < _MIN_CONTRAST:
@@ -106,7 +102,7 @@ def _limit(distance: np.ndarray, config: BackgroundConfig, background: int) -> i
 def _window_means(
     values: np.ndarray, tops: np.ndarray, lefts: np.ndarray, sides: tuple[float, float]
 ) -> np.ndarray:
-    """Means over windows with sides between pixels, by exact areas; 0 outside.
+    """Means over windows with fractional sides, by exact areas; 0 outside.
 
     Returns:
         `float64 [len(tops), len(lefts)]`.
@@ -119,7 +115,7 @@ def _window_means(
 
 
 def _interpolated_cumsum(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Sums of `values[:end]` along the first axis for ends between rows: `[len(ends), ...]`."""
+    """Sums of `values[:end]` along the first axis for fractional ends, `[len(ends), ...]`."""
     ends = np.clip(ends, 0, len(values))
     whole = ends.astype(int)
     part = values[np.minimum(whole, len(values) - 1)] * (ends - whole)[:, None]

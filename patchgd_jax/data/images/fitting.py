@@ -1,4 +1,4 @@
-"""Brings an image of any size to a fixed one."""
+"""Shrinks and pads an image of any size to a fixed one."""
 
 from __future__ import annotations
 
@@ -8,44 +8,32 @@ from patchgd_jax.data.images.region_base import RegionSource
 
 _BAND_BYTES = 8 * 2**20
 _STRIP_BYTES = 2**20
-"""Bytes of what Pillow shrinks at a time. Small buffers are used again; large ones go back to the
-operating system, and getting them anew cost as much as shrinking."""
+"""Bytes that Pillow shrinks at a time: small buffers are reused, while allocating large ones anew
+takes as long as shrinking."""
 
 
 def best_level(source: RegionSource, height: int, width: int) -> int:
-    """The smallest level that has at least that many pixels in both directions.
-
-    Args:
-        source: the image.
-        height: pixels wanted.
-        width: pixels wanted.
-
-    Returns:
-        The level; 0 if none is large enough.
-    """
-    fitting = [
-        level
-        for level, (rows, cols) in enumerate(source.level_shapes)
-        if rows >= height and cols >= width
-    ]
-    return min(fitting, key=lambda level: source.level_shapes[level], default=0)
+    """Finds the smallest level of at least `height` x `width` px; 0 if there is none."""
+    shapes = source.level_shapes
+    fitting = [k for k, (rows, cols) in enumerate(shapes) if rows >= height and cols >= width]
+    return min(fitting, key=lambda level: shapes[level], default=0)
 
 
 def fitted_shape(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of an image once it is shrunk, if need be, to lie within a size.
+    """Computes the height and width of an image after shrinking it into a size.
 
     Args:
         shape: height and width of the image.
-        size: height and width that it must not exceed.
+        size: largest height and width.
 
     Returns:
         Height and width in the same proportion up to rounding, at least 1; `shape` itself if it
-        lies within `size` already.
+        fits already.
     """
     (height, width), (rows, cols) = shape, size
     if height <= rows and width <= cols:
         return shape
-    # In integers, so that the direction that limits gets exactly its size.
+    # In integers, so that the limiting side gets exactly its size.
     if height * cols >= width * rows:
         return rows, max(1, min(cols, (2 * width * rows + height) // (2 * height)))
     return max(1, min(rows, (2 * height * cols + width) // (2 * width))), cols
@@ -54,36 +42,32 @@ def fitted_shape(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, in
 def read_resized(
     source: RegionSource, size: tuple[int, int], background: int, level: int | None = None
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Reads the whole image at a size, keeping its proportions.
+    """Reads the whole image shrunk into a size and padded, keeping its proportions.
 
-    It is shrunk by averaging areas (Pillow's box filter) from the smallest level that is large
-    enough, band by band, so a level of any size needs the memory of a few rows of tiles. It is
-    never enlarged: an image that is smaller keeps its pixels.
+    Areas are averaged (Pillow's box filter) from the smallest level that is large enough, band by
+    band, in the memory of a few rows of tiles. Smaller images keep their pixels.
 
     Args:
         source: the image.
         size: height and width of the result.
-        background: uint8 value of what the image does not cover.
+        background: uint8 value of the padding.
         level: the level to read. None: the best.
 
     Returns:
         `uint8 [*size, C]` with the image at its top left, and the image's height and width in it.
     """
+    height, width = fitted_shape(source.level_shapes[level or 0], size)
     if level is None:
-        height, width = fitted_shape(source.level_shapes[0], size)
         level = best_level(source, height, width)
-    else:
-        height, width = fitted_shape(source.level_shapes[level], size)
     out = np.full((*size, source.channels), background, np.uint8)
     _shrink_into(out[:height, :width], source, level)
     return out, (height, width)
 
 
 def _shrink_into(out: np.ndarray, source: RegionSource, level: int) -> None:
-    """Fills `out` with the whole level.
+    """Fills `out` with the whole level, by bands of whole rows of tiles, to decode each tile once.
 
-    Bands are whole rows of tiles, so each tile is decoded once; rows that the next output row
-    needs as well are kept.
+    Input rows are kept if the next output row needs them, too.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Buckets images of many sizes into few padded ones: each size is one compiled program."""
+"""Buckets images of many sizes into few padded sizes, each with its own compiled programs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ MAX_SIZES = 3
 """A size has a program for training and one for evaluation: six programs at most."""
 
 _MAX_PARTS = 512
-"""Parts of a row of rectangles between which it is cut; the memory is quadratic in them."""
+"""Number of possible cuts of a row of rectangles; memory is quadratic in it."""
 
 
 class Sizes(NamedTuple):
-    """Padded sizes, and which of them each image has."""
+    """Padded sizes, and their assignment to images."""
 
     boxes: tuple[tuple[int, int], ...]
     """Heights and widths, at most `MAX_SIZES` of them."""
@@ -27,14 +27,14 @@ class Sizes(NamedTuple):
 def padded_sizes(shapes: np.ndarray, count: int = MAX_SIZES) -> Sizes:
     """Finds few boxes for many rectangles, with little padding.
 
-    The rectangles are put in a row, by area, height, width and shape in turn, and the row is cut
-    into `count` runs of the least total area of bounding boxes (dynamic programming, exact for each
-    order of up to 512 different rectangles; of more, neighbours stay together). The best order
-    wins, and each rectangle then takes the smallest box that holds it.
+    The rectangles are sorted by area, height, width and aspect ratio in turn, and each order is cut
+    into `count` runs of the least total area of bounding boxes (dynamic programming, exact for up
+    to 512 different rectangles; of more, neighbours stay together). The best order wins, and each
+    rectangle then takes the smallest box that holds it.
 
     Args:
         shapes: `int [n, 2]`, heights and widths, n >= 1.
-        count: most boxes.
+        count: largest number of boxes.
     """
     distinct, inverse, members = np.unique(shapes, axis=0, return_inverse=True, return_counts=True)
     inverse = inverse.reshape(-1)
@@ -45,9 +45,8 @@ def padded_sizes(shapes: np.ndarray, count: int = MAX_SIZES) -> Sizes:
         np.lexsort((height, width)),
         np.lexsort((height, height / width)),
     )
-    boxes = min(
-        (_cut(distinct[order], members[order], count) for order in orders), key=lambda cut: cut[0]
-    )[1]
+    cuts = (_cut(distinct[order], members[order], count) for order in orders)
+    boxes = min(cuts, key=lambda cut: cut[0])[1]
     boxes = sorted(set(boxes), key=lambda box: (box[0] * box[1], box))
     fits = (distinct[:, None] <= np.array(boxes)).all(-1)
     # Sorted by area: the first that fits is the smallest.
@@ -79,7 +78,7 @@ def _cut(
     best = [cost[0]]
     starts: list[np.ndarray] = [np.zeros(n, np.int64)]
     for _ in range(1, count):
-        # The last run starts at i, after the best cut of what comes before.
+        # The last run starts at i, after the best cut of 0..i - 1.
         total = np.full((n, n), np.inf)
         total[0] = cost[0]
         total[1:] = best[-1][:-1, None] + cost[1:]

@@ -1,4 +1,4 @@
-"""Large images that are read by regions: what all file formats share."""
+"""Base class of large images that are read by regions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import numpy as np
 
 
 class RegionSource(abc.ABC):
-    """One image, at one or more resolutions, of which any region can be read without the rest.
-
-    Safe to use from several threads. Subclasses only read what lies inside the image.
+    """An image at one or more resolutions, read by regions; safe to use from several threads.
 
     Args:
         level_shapes: height and width in pixels of each level; level 0 is the full resolution.
-        channels: C of what `read` returns, 1 or 3.
+        channels: C of the pixels that `read` returns, 1 or 3.
         background: uint8 value outside the image.
         mpp: micrometres per pixel of level 0, if known.
         tile: height and width of level 0's tiles; reads aligned to them are cheapest. None: whole.
@@ -24,16 +22,16 @@ class RegionSource(abc.ABC):
     def __init__(
         self,
         level_shapes: Sequence[tuple[int, int]],
-        *,
         channels: int,
         background: int,
+        *,
         mpp: float | None = None,
         tile: tuple[int, int] | None = None,
     ) -> None:
         self.level_shapes = tuple(level_shapes)
         height, width = self.level_shapes[0]
         self.downsamples = tuple((height / h + width / w) / 2 for h, w in self.level_shapes)
-        """Pixels of level 0 per pixel of each level, along a side; 1.0 for level 0."""
+        """Pixels of level 0 per pixel of each level, along a side."""
         self.channels = channels
         self.background = background
         self.mpp = mpp
@@ -65,20 +63,18 @@ class RegionSource(abc.ABC):
             `uint8 [height, width, C]`, C-contiguous and the caller's own; background outside.
 
         Raises:
-            ImageReadError: if a part of the file that is needed is damaged.
+            ImageReadError: if a required part of the file is damaged.
         """
         if not 0 <= level < len(self.level_shapes):
             raise IndexError(f"level {level} of {len(self.level_shapes)}")
         rows, cols = self.level_shapes[level]
         top, bottom = max(y, 0), min(y + height, rows)
         left, right = max(x, 0), min(x + width, cols)
-        if top < bottom and left < right:
-            window = self._inside(level, top, left, bottom - top, right - left)
-            if window.shape[:2] == (height, width):
-                return np.ascontiguousarray(window)
-        else:
-            window = None
+        overlaps = top < bottom and left < right
+        if overlaps and (bottom - top, right - left) == (height, width):
+            return np.ascontiguousarray(self._inside(level, y, x, height, width))
         out = np.full((height, width, self.channels), self.background, np.uint8)
-        if window is not None:
+        if overlaps:
+            window = self._inside(level, top, left, bottom - top, right - left)
             out[top - y : bottom - y, left - x : right - x] = window
         return out

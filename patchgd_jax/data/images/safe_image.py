@@ -1,7 +1,8 @@
-"""Reads image files that may be hostile, damaged or unusual, into one plain form."""
+"""Decodes untrusted image files to uint8 grey or RGB."""
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,19 @@ from patchgd_jax.io.text import printable
 if TYPE_CHECKING:
     from PIL import Image, ImageFile
 
-FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
+FORMATS = {"PNG": "Png", "JPEG": "Jpeg", "TIFF": "Tiff", "WEBP": "WebP", "BMP": "Bmp"}
+"""Supported formats, with the prefix of Pillow's reader of each."""
 MAX_PIXELS = 178_956_970
-"""Pixels an image may have: the limit above which Pillow itself refuses to decode."""
+"""Largest number of pixels of an image: Pillow's own limit."""
 
 _GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 _ORIENTATION = 0x0112
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+    7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
+"""Pillow's transposition for each EXIF orientation."""
 # TIFF tags.
 _BITS, _COMPRESSION, _PHOTOMETRIC, _TILE_SIDES = 258, 259, 262, (322, 323)
 _PARTS = ((273, 279), (324, 325))
@@ -35,7 +42,7 @@ class ImageReadError(DataError):
 
     Args:
         path: the file.
-        reason: why, in words.
+        reason: why, in a few words.
     """
 
     def __init__(self, path: str | Path, reason: str) -> None:
@@ -58,12 +65,12 @@ class ImageHeader(NamedTuple):
 
 @dataclass(frozen=True)
 class _Opened:
-    """A file that keeps all the rules that need no pixel."""
+    """A file that has passed all checks before decoding."""
 
     image: ImageFile.ImageFile
     header: ImageHeader
     turn: int
-    """EXIF orientation still to be applied after decoding; 1: none."""
+    """EXIF orientation to apply after decoding; 1: none."""
     bits: int
     """Bits of a channel in the file."""
     inverted: bool
@@ -74,14 +81,14 @@ def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageHeade
     """Reads an image file's header; decodes no pixel.
 
     Args:
-        path: the file; its kind is found from its content.
-        max_pixels: largest accepted height times width.
+        path: as for `read_image`.
+        max_pixels: as for `read_image`.
 
     Returns:
-        Size, channels and format of what `read_image` would give.
+        Size, channels and format of the decoded image.
 
     Raises:
-        ImageReadError: as `read_image`, except for damage that only decoding finds.
+        ImageReadError: as `read_image`, except for damaged pixel data.
     """
     with _opened(Path(path), max_pixels) as opened:
         return opened.header
@@ -96,13 +103,13 @@ def read_image(
 ) -> np.ndarray:
     """Reads an image file.
 
-    Orientation from EXIF is applied if it stands before the pixels, as browsers do. Alpha and
-    transparent colours are composited over the background, 12- and 16-bit grey is scaled to 8 bits
-    (16-bit colour keeps its high bytes), palettes and CMYK are converted. Of a phone's picture with
-    more behind it (MPO) the first is read. Colour profiles are ignored.
+    The EXIF orientation is applied if it precedes the pixels, as in browsers. Alpha and transparent
+    colours are composited over the background, 12- and 16-bit grey is scaled to 8 bits (16-bit
+    colour keeps its high bytes), palettes and CMYK are converted. The first picture of an MPO file
+    is read. Colour profiles are ignored.
 
     Args:
-        path: the file; its kind is found from its content.
+        path: the file; its format is found from its content.
         channels: 1 for grey, 3 for RGB.
         background: uint8 value under transparent pixels.
         max_pixels: largest accepted height times width, checked before any pixel is decoded. For
@@ -126,14 +133,14 @@ def decode_image(
     background: int = 0,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Decodes an image file held in memory, by the rules of `read_image`.
+    """Decodes an image file in memory, by the rules of `read_image`.
 
     Args:
         data: the file's content.
-        name: what errors call it.
-        channels: 1 for grey, 3 for RGB.
-        background: uint8 value under transparent pixels.
-        max_pixels: largest accepted height times width.
+        name: for errors.
+        channels: as for `read_image`.
+        background: as for `read_image`.
+        max_pixels: as for `read_image`.
 
     Returns:
         `uint8 [H, W, channels]`, C-contiguous.
@@ -150,28 +157,24 @@ def _decoded(opened: _Opened, channels: int, background: int) -> np.ndarray:
         from PIL import Image
 
         image = cast(Any, opened.image)
-        # Where Pillow itself makes room for a TIFF, it applies its limit for the whole process.
+        # Otherwise Pillow allocates the TIFF's pixels with its global limit.
         image.im = cast(Any, Image).core.new(image.mode, getattr(image, "_tile_size", image.size))
     opened.image.load()
     pixels = _to_uint8(opened, channels, background)
     return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], channels))
 
 
-def _file(path: Path) -> BinaryIO:
-    if not path.exists():
-        raise ImageReadError(path, "there is no such file")
-    if not path.is_file():
-        raise ImageReadError(path, "it is not a file")
-    return path.open("rb")
-
-
 @contextmanager
 def _opened(path: str | Path, max_pixels: int, data: BinaryIO | None = None) -> Iterator[_Opened]:
-    """Opens and checks a file; turns later errors of any kind into `ImageReadError` too."""
+    """Opens and checks a file; converts errors of the body to `ImageReadError`, too."""
     try:
-        with data or _file(Path(path)) as file:
+        if data is None and not Path(path).exists():
+            raise ImageReadError(path, "there is no such file")
+        if data is None and not Path(path).is_file():
+            raise ImageReadError(path, "it is not a file")
+        with data or Path(path).open("rb") as file:
             start = file.read(26)
-            kind = _sniff(start)
+            kind = sniff_format(start)
             if kind is None:
                 raise ImageReadError(path, f"it is none of {', '.join(FORMATS)}")
             size = file.seek(0, io.SEEK_END)
@@ -179,7 +182,7 @@ def _opened(path: str | Path, max_pixels: int, data: BinaryIO | None = None) -> 
             try:
                 image = _reader(kind)(file)
             except SyntaxError as error:
-                reason = f"it is a {kind} file of an unknown sort, or damaged at its start"
+                reason = f"it is an unsupported {kind} file, or damaged at its start"
                 raise ImageReadError(path, f"{reason} ({error})") from error
             with image:
                 yield _checked(path, image, kind, start, size, max_pixels)
@@ -188,11 +191,12 @@ def _opened(path: str | Path, max_pixels: int, data: BinaryIO | None = None) -> 
     except MemoryError as error:
         raise ImageReadError(path, "there is not enough memory for it") from error
     except Exception as error:
-        # Pillow's decoders let a dozen kinds out for damaged files, struct.error among them.
+        # Pillow's decoders raise a dozen classes for damaged files, struct.error among them.
         raise ImageReadError(path, printable(str(error)) or type(error).__name__) from error
 
 
-def _sniff(start: bytes) -> str | None:
+def sniff_format(start: bytes) -> str | None:
+    """Finds a file's format, one of `FORMATS`, from its first 12 bytes or more."""
     if start.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
     if start.startswith(b"\xff\xd8\xff"):
@@ -205,24 +209,10 @@ def _sniff(start: bytes) -> str | None:
 
 
 def _reader(kind: str) -> type[ImageFile.ImageFile]:
-    # Image.open would apply a limit of pixels that is global to the process, by a warning whose
-    # filter is global as well; and it would map files into memory, where one that shrinks kills
-    # the process.
-    from PIL import (
-        BmpImagePlugin,
-        JpegImagePlugin,
-        PngImagePlugin,
-        TiffImagePlugin,
-        WebPImagePlugin,
-    )
-
-    return {
-        "PNG": PngImagePlugin.PngImageFile,
-        "JPEG": JpegImagePlugin.JpegImageFile,
-        "TIFF": TiffImagePlugin.TiffImageFile,
-        "WEBP": WebPImagePlugin.WebPImageFile,
-        "BMP": BmpImagePlugin.BmpImageFile,
-    }[kind]
+    # Not Image.open: it applies a process-wide limit of pixels by a warning with a process-wide
+    # filter, and it maps files into memory, where one that shrinks kills the process.
+    name = FORMATS[kind]
+    return getattr(importlib.import_module(f"PIL.{name}ImagePlugin"), f"{name}ImageFile")
 
 
 def _checked(
@@ -255,8 +245,8 @@ def _checked(
         _check_parts(path, tags, size, max_pixels)
         bits = max(tags.get(_BITS, (1,)))
         inverted = image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC, 0) == 0
-        # Pillow turns TIFFs itself: when it opens them, the size of those with the tag, and when it
-        # decodes them, the pixels.
+        # Pillow turns TIFFs itself: the size of those with the tag when it opens them, and the
+        # pixels when it decodes them.
         swapped = swapped and _ORIENTATION not in tags
         turn = 1
     if swapped:
@@ -267,12 +257,12 @@ def _checked(
 
 
 def _has_grey_palette(image: ImageFile.ImageFile) -> bool:
-    """Whether all colours of an image's palette are grey, those that no pixel has among them."""
+    """Whether all colours of an image's palette are grey, including unused ones."""
     if image.mode not in ("P", "PA") or image.palette is None:
         return False
     from PIL import Image
 
-    # The image's own getpalette would decode its pixels.
+    # Not image.getpalette, which decodes the pixels.
     rawmode, entries = image.palette.getdata()
     pixel = Image.new("P", (1, 1))
     pixel.putpalette(entries, rawmode)
@@ -281,17 +271,17 @@ def _has_grey_palette(image: ImageFile.ImageFile) -> bool:
 
 
 def _check_parts(path: str | Path, tags: Any, size: int, max_pixels: int) -> None:
-    """Refuses a TIFF whose tiles are too large for memory, or whose parts lie behind its end."""
-    tile = [tags.get(tag, 1) for tag in _TILE_SIDES]
-    if tile[0] * tile[1] > max_pixels:
+    """Refuses a TIFF with tiles too large for memory, or with parts beyond its end."""
+    width, height = (tags.get(tag, 1) for tag in _TILE_SIDES)
+    if width * height > max_pixels:
         raise ImageReadError(
-            path, f"its tiles claim {tile[0]} x {tile[1]} px, more than the {max_pixels} px allowed"
+            path, f"its tiles claim {width} x {height} px, more than the {max_pixels} px allowed"
         )
     for offset_tag, count_tag in _PARTS:
         offsets = np.array(tags.get(offset_tag, ()), np.int64)
         counts = np.array(tags.get(count_tag, ()), np.int64)[: len(offsets)]
         if tags.get(_COMPRESSION, 1) == 1:
-            # Some programs write a wrong count here, which nobody needs.
+            # Some programs write a wrong count here; decoding does not need it.
             counts = counts.clip(0, 1)
         end = (offsets[: len(counts)] + counts).max(initial=0, where=counts > 0)
         if end > size:
@@ -302,10 +292,10 @@ def _orientation(image: ImageFile.ImageFile) -> int:
     from PIL import Image
 
     try:
-        # A PNG's own getexif would decode the pixels to look behind them.
+        # Not the PNG reader's getexif, which decodes the pixels.
         return Image.Image.getexif(image).get(_ORIENTATION, 1)
     except Exception:
-        # The pixels of a file whose EXIF block is damaged may well be whole.
+        # A damaged EXIF block does not concern the pixels.
         return 1
 
 
@@ -318,7 +308,7 @@ def _to_uint8(opened: _Opened, channels: int, background: int) -> np.ndarray:
     if image.mode.startswith("I;16"):
         image = _from_16_bits(opened, transparent)
     elif transparent is not None and image.mode in ("L", "RGB"):
-        # Pillow has scaled the pixels to 8 bits, but not the colour that means transparent.
+        # Pillow has scaled the pixels to 8 bits, but not the transparent colour.
         image.info["transparency"] = _to_8_bits(transparent, opened.bits)
     elif image.mode == "La":
         image = image.convert("LA")
@@ -327,21 +317,13 @@ def _to_uint8(opened: _Opened, channels: int, background: int) -> np.ndarray:
         over.alpha_composite(image.convert("RGBA"))
         image = over
     image = image.convert("L" if channels == 1 else "RGB")
-    turns = Image.Transpose
-    turned = {
-        2: turns.FLIP_LEFT_RIGHT,
-        3: turns.ROTATE_180,
-        4: turns.FLIP_TOP_BOTTOM,
-        5: turns.TRANSPOSE,
-        6: turns.ROTATE_270,
-        7: turns.TRANSVERSE,
-        8: turns.ROTATE_90,
-    }.get(opened.turn)
-    return np.asarray(image if turned is None else image.transpose(turned), np.uint8)
+    if opened.turn in _TURNS:
+        image = image.transpose(Image.Transpose[_TURNS[opened.turn]])
+    return np.asarray(image, np.uint8)
 
 
 def _from_16_bits(opened: _Opened, transparent: int | None) -> Image.Image:
-    """An image of mode L or LA; convert("L") would cut everything above 255 off."""
+    """An image of mode L or LA; convert("L") would clip at 255."""
     from PIL import Image
 
     values = np.asarray(opened.image)

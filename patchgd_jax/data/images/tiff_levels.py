@@ -1,4 +1,4 @@
-"""Finds the resolution levels of a TIFF, and refuses what could only be read wrongly."""
+"""Finds the resolution levels of a TIFF, and refuses files that could only be read wrongly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from patchgd_jax.errors import ConfigError
 
 MAX_TILE_PIXELS = 2**24
 MAX_STRIP_PIXELS = 2**22
-"""Larger strips would make each small region cost a decode of a great part of the image."""
+"""With larger strips each small region would decode a great part of the image."""
 
 _JPEG = (6, 7)
 _APERIO_YCBCR = 33003
@@ -27,7 +27,7 @@ _NDPI_MAGNIFICATION, _NDPI_Z_OFFSET = 65421, 65424
 
 @dataclass(frozen=True)
 class Level:
-    """Where the tiles of one level are; strips count as tiles as wide as the image."""
+    """Places of a level's tiles in the file; a strip is a tile as wide as the image."""
 
     shape: tuple[int, int]
     tile: tuple[int, int]
@@ -38,9 +38,9 @@ class Level:
     decode: Callable[..., Any]
     """tifffile's decoder of this page; it holds no file and may be called from any thread."""
     tables: dict[str, bytes | None]
-    """What the decoder needs besides a tile's bytes."""
+    """Further arguments of `decode`."""
     planes: int
-    """1, or the number of samples where each has tiles of its own."""
+    """1, or the number of samples if each has tiles of its own."""
 
     @property
     def rows(self) -> int:
@@ -55,12 +55,12 @@ class Level:
 
 @dataclass(frozen=True)
 class Pyramid:
-    """All of a TIFF but its pixels."""
+    """Metadata of a TIFF."""
 
     levels: tuple[Level, ...]
     alpha: Alpha
     colours: int
-    """Samples per pixel that are used: colours and alpha."""
+    """Used samples per pixel: colours and alpha."""
     inverted: bool
     """Whether 0 is white."""
     ycbcr: bool
@@ -74,7 +74,7 @@ class Pyramid:
 
 
 def require_tifffile() -> ModuleType:
-    """The tifffile package.
+    """Imports the tifffile package.
 
     Raises:
         ConfigError: if it or imagecodecs is not installed.
@@ -93,51 +93,51 @@ def require_tifffile() -> ModuleType:
 def read_pyramid(path: Path) -> Pyramid:
     """Reads all directories of a TIFF.
 
-    Pages of the base page's aspect ratio, samples and layout (tiled or not) are its levels;
-    labels, macro pictures and thumbnails are none.
+    Pages of the base page's aspect ratio, samples and layout (tiled or not) are its levels, but not
+    labels, macro pictures and thumbnails.
 
     Raises:
-        ImageReadError: if the file is truncated or damaged, or of a kind that is not supported.
+        ImageReadError: if the file is truncated, damaged or unsupported.
         ConfigError: if tifffile or imagecodecs is not installed.
     """
     tifffile = require_tifffile()
     try:
         with tifffile.TiffFile(path) as tif:
-            size = tif.filehandle.size
             if tif.is_bif or tif.is_scn:
-                raise ImageReadError(
-                    path,
+                raise _TiffError(
                     "it is a Ventana or Leica slide, whose parts OpenSlide puts together; give it "
-                    "its suffix back (.bif or .scn) and: pip install 'patchgd-jax[openslide]'",
+                    "its suffix back (.bif or .scn) and: pip install 'patchgd-jax[openslide]'"
                 )
-            pages = list(_pages(path, tif))
+            pages = list(_pages(tif))
             for page in pages:
-                _require_whole(path, page, size)
-            base = _base(path, pages, tif.is_ndpi)
-            used = _level_pages(path, base, pages, tif.is_ndpi)
-            alpha, colours = _samples(path, base)
-            levels = tuple(_level(path, page, k) for k, page in enumerate(used))
+                _require_whole(page, tif.filehandle.size)
+            base = _base(pages, tif.is_ndpi)
+            used = _level_pages(base, pages, tif.is_ndpi)
+            alpha, colours = _samples(base)
             return Pyramid(
-                levels,
+                tuple(_level(page, number) for number, page in enumerate(used)),
                 alpha=alpha,
                 colours=colours,
                 inverted=base.photometric == 0,
                 ycbcr=base.compression == _APERIO_YCBCR,
                 mpp=_mpp(base, tif.pages[0].description),
             )
-    except ImageReadError:
-        raise
+    except _TiffError as error:
+        raise ImageReadError(path, str(error)) from error
     except Exception as error:
         # Damaged directories make tifffile raise many kinds, struct.error and KeyError among them.
         reason = str(error) or type(error).__name__
         raise ImageReadError(path, f"it is no TIFF, or damaged or truncated: {reason}") from error
 
 
-def _pages(path: Path, tif: Any) -> Iterator[Any]:
-    """All pages and the sub-pages below them.
+class _TiffError(Exception):
+    """The reason why a TIFF is refused."""
 
-    tifffile stops silently at a directory that lies beyond the file's end; so this looks at where
-    the last one points.
+
+def _pages(tif: Any) -> Iterator[Any]:
+    """Yields all pages and their sub-pages.
+
+    tifffile stops silently at a directory beyond the file's end; the last must have no successor.
     """
     size, layout = tif.filehandle.size, tif.tiff
     pages = list(tif.pages)
@@ -147,19 +147,18 @@ def _pages(path: Path, tif: Any) -> Iterator[Any]:
     tif.filehandle.seek(last + layout.tagnosize + tags * layout.tagsize)
     (following,) = struct.unpack(layout.offsetformat, tif.filehandle.read(layout.offsetsize))
     if following != 0:
-        raise ImageReadError(
-            path,
+        raise _TiffError(
             f"it is truncated: after {len(pages)} pages the next is said to be at byte "
-            f"{following} of {size}",
+            f"{following} of {size}"
         )
     for page in pages:
         yield page
         if page.subifds:
             if max(page.subifds) >= size:
-                raise ImageReadError(path, "it is truncated: a level lies beyond the file's end")
+                raise _TiffError("it is truncated: a level lies beyond the file's end")
             children = list(page.pages)
             if len(children) < len(page.subifds):
-                raise ImageReadError(path, "it is truncated: some levels cannot be read")
+                raise _TiffError("it is truncated: some levels cannot be read")
             yield from children
 
 
@@ -167,7 +166,7 @@ def _is_slide_page(page: Any, ndpi: bool) -> bool:
     """Whether a page shows the specimen.
 
     In NDPI, macro and map have no positive magnification, and of several focal planes the one at
-    0 counts.
+    0 is used.
     """
     if not ndpi:
         return True
@@ -183,16 +182,16 @@ def _area(page: Any) -> int:
     return page.imagelength * page.imagewidth
 
 
-def _base(path: Path, pages: list[Any], ndpi: bool) -> Any:
+def _base(pages: list[Any], ndpi: bool) -> Any:
     """The page of full resolution: the largest tiled one, or the largest if none is tiled."""
     candidates = [p for p in pages if _is_slide_page(p, ndpi) and _area(p) > 0]
     candidates = [p for p in candidates if p.is_tiled] or candidates
     if not candidates:
-        raise ImageReadError(path, "it has no pixels")
+        raise _TiffError("it has no pixels")
     return max(candidates, key=_area)
 
 
-def _level_pages(path: Path, base: Any, pages: list[Any], ndpi: bool) -> list[Any]:
+def _level_pages(base: Any, pages: list[Any], ndpi: bool) -> list[Any]:
     used = [base]
     for page in sorted(pages, key=_area, reverse=True):
         if page is base or not _is_slide_page(page, ndpi) or not _like(page, base):
@@ -201,15 +200,13 @@ def _level_pages(path: Path, base: Any, pages: list[Any], ndpi: bool) -> list[An
         if page.is_tiled != base.is_tiled and not (ndpi and _area(page) <= MAX_STRIP_PIXELS):
             continue
         if _side_lengths(page) == _side_lengths(base):
-            raise ImageReadError(
-                path,
+            raise _TiffError(
                 f"it has several pages of {page.imagelength} x {page.imagewidth} px, a stack or "
-                "several colour channels; save one grey or RGB image",
+                "several colour channels; save one grey or RGB image"
             )
         # A thumbnail may have a level's size.
-        if _side_lengths(page) == _side_lengths(used[-1]):
-            continue
-        used.append(page)
+        if _side_lengths(page) != _side_lengths(used[-1]):
+            used.append(page)
     return used
 
 
@@ -223,31 +220,26 @@ def _like(page: Any, base: Any) -> bool:
     return abs(small[1 - longer] - expected) <= 2
 
 
-def _samples(path: Path, page: Any) -> tuple[Alpha, int]:
-    """What a pixel's samples are: alpha, and how many of them are used."""
+def _samples(page: Any) -> tuple[Alpha, int]:
+    """Kind of the alpha sample, and number of used samples per pixel."""
     if page.dtype is None or page.dtype.name not in DTYPES or page.bitspersample not in (1, 8, 16):
         kind = page.dtype or f"sample format {page.sampleformat}"
-        raise ImageReadError(
-            path, f"its pixels are {kind}, {page.bitspersample} bits; save it with 8 or 16"
-        )
+        raise _TiffError(f"its pixels are {kind}, {page.bitspersample} bits; save it with 8 or 16")
     if page.imagedepth > 1:
-        raise ImageReadError(path, "it is a volume; save one plane of it")
+        raise _TiffError("it is a volume; save one plane of it")
     colours = {0: 1, 1: 1, 2: 3, 6: 3}.get(int(page.photometric))
     ycbcr = int(page.photometric) == 6 and page.compression not in (*_JPEG, _APERIO_YCBCR, 33005)
     if colours is None or ycbcr or page.samplesperpixel < colours:
-        raise ImageReadError(
-            path,
+        raise _TiffError(
             f"its colours are {page.photometric!r} with {page.samplesperpixel} samples a pixel; "
-            "save it as grey or RGB",
+            "save it as grey or RGB"
         )
     orientation = page.tags.valueof(274)
     if orientation not in (None, 0, 1):
-        raise ImageReadError(path, f"it is turned (orientation {orientation}); save it upright")
+        raise _TiffError(f"it is turned (orientation {orientation}); save it upright")
     extra = page.samplesperpixel - colours
     if extra > 1:
-        raise ImageReadError(
-            path, f"it has {page.samplesperpixel} samples a pixel; save it as grey or RGB"
-        )
+        raise _TiffError(f"it has {page.samplesperpixel} samples a pixel; save it as grey or RGB")
     if extra == 0:
         return "none", colours
     kinds = [int(kind) for kind in page.extrasamples] or [0]
@@ -256,32 +248,30 @@ def _samples(path: Path, page: Any) -> tuple[Alpha, int]:
     return ("straight", colours + 1) if kinds[0] == 2 else ("none", colours)
 
 
-def _require_whole(path: Path, page: Any, file_size: int) -> None:
-    """Refuses a page with data beyond the file's end; pages not used show a cut as well."""
+def _require_whole(page: Any, file_size: int) -> None:
+    """Refuses a page, used or not, with data beyond the file's end."""
     offsets, counts = (np.asarray(p, np.int64) for p in (page.dataoffsets, page.databytecounts))
     if len(offsets) != len(counts) or (offsets < 0).any() or (counts < 0).any():
-        raise ImageReadError(path, f"the places of the tiles of page {page.index} are damaged")
+        raise _TiffError(f"the places of the tiles of page {page.index} are damaged")
     beyond = np.count_nonzero((counts > 0) & (offsets + counts > file_size))
     if beyond:
-        raise ImageReadError(
-            path,
+        raise _TiffError(
             f"it is truncated: {beyond} of {len(counts)} tiles of page {page.index} lie beyond "
-            f"its end at byte {file_size}",
+            f"its end at byte {file_size}"
         )
 
 
-def _level(path: Path, page: Any, number: int) -> Level:
+def _level(page: Any, number: int) -> Level:
     height, width = _side_lengths(page)
     if page.is_tiled:
         tile, limit = (page.tilelength, page.tilewidth), MAX_TILE_PIXELS
     else:
         tile, limit = (min(page.rowsperstrip, height), width), MAX_STRIP_PIXELS
     if tile[0] * tile[1] > limit:
-        raise ImageReadError(
-            path,
+        raise _TiffError(
             f"level {number} of {height} x {width} px is stored in pieces of {tile[0]} x "
             f"{tile[1]} px, too large to read regions from; convert it once with "
-            "`patchgd-jax data tile`",
+            "`patchgd-jax data tile`"
         )
     level = Level(
         shape=(height, width),
@@ -294,9 +284,7 @@ def _level(path: Path, page: Any, number: int) -> Level:
     )
     expected = level.rows * level.cols * level.planes
     if len(level.offsets) != expected:
-        raise ImageReadError(
-            path, f"level {number} needs {expected} tiles but lists {len(level.offsets)}"
-        )
+        raise _TiffError(f"level {number} needs {expected} tiles but lists {len(level.offsets)}")
     return level
 
 
@@ -319,7 +307,7 @@ def _mpp(base: Any, description: str) -> float | None:
 
 
 def micrometres(unit: str) -> float | None:
-    """Micrometres of a unit of length as OME writes it; None for units that are none."""
+    """Converts a unit of length in OME's notation to micrometres; None for other units."""
     names = {
         "nm": 1e-3, "nanometer": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "micrometer": 1.0,
         "micron": 1.0, "mm": 1e3, "millimeter": 1e3, "cm": 1e4, "centimeter": 1e4, "m": 1e6,

@@ -1,4 +1,4 @@
-"""Converts an image to a tiled pyramid, from which regions can be read."""
+"""Converts an image to a tiled pyramid, to be read by regions."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def tile_image(
 ) -> tuple[tuple[int, int], ...]:
     """Converts an image to a tiled pyramidal BigTIFF.
 
-    Each level has half the side of the one before, rounded up; its pixels are the averages of two
-    by two. An image that is already read by regions passes through tile row by tile row, with the
-    smaller levels in temporary files beside the output (a third of the image's pixels, without
-    compression). A PNG, JPEG or other flat file is decoded as a whole.
+    Each level has half the side of the one before, rounded up, and averages of two by two pixels.
+    An image in regions is converted by rows of tiles, with the smaller levels in temporary files
+    beside the output (a third of the image's pixels, uncompressed). A flat file (PNG, JPEG, ...) is
+    decoded as a whole.
 
     Args:
-        path: what `open_regions` reads, or a flat file of at most `max_pixels`.
-        output: the TIFF to be written; it appears under its name only once it is whole.
+        path: an image for `open_regions`, or a flat file of at most `max_pixels`.
+        output: the TIFF; it appears under its name when it is complete.
         channels: 1 for grey, 3 for RGB.
         background: uint8 value under transparent pixels and in missing tiles.
         tile: side of a tile in pixels, a multiple of 16.
@@ -68,7 +68,12 @@ def tile_image(
     require_tifffile()
     path, output = Path(path), Path(output)
     _refuse_existing(output)
-    with _source(path, channels, background, max_pixels) as source, atomic_file(output) as partial:
+    source: RegionSource
+    if sniff(path) in ("flat", "flat-tiff"):
+        source = FlatRegions(path, channels, background, max_pixels)
+    else:
+        source = open_regions(path, channels=channels, background=background)
+    with contextlib.closing(source), atomic_file(output) as partial:
         shapes = _shapes(source.level_shapes[0], levels)
         _write(partial, source, shapes, tile, quality)
         _refuse_existing(output)
@@ -78,19 +83,6 @@ def tile_image(
 def _refuse_existing(output: Path) -> None:
     if output.exists():
         raise DiskError(f"{output} exists; name another file, or delete it first")
-
-
-@contextlib.contextmanager
-def _source(
-    path: Path, channels: Literal[1, 3], background: int, max_pixels: int
-) -> Iterator[RegionSource]:
-    source: RegionSource
-    if sniff(path) in ("flat", "flat-tiff"):
-        source = FlatRegions(path, channels=channels, background=background, max_pixels=max_pixels)
-    else:
-        source = open_regions(path, channels=channels, background=background)
-    with contextlib.closing(source):
-        yield source
 
 
 def _shapes(full: tuple[int, int], levels: int | None) -> tuple[tuple[int, int], ...]:
@@ -143,7 +135,7 @@ def _write(
 
 
 def _source_bands(source: RegionSource, tile: int) -> Iterator[np.ndarray]:
-    """The image in bands as high as a tile: `uint8 [<= tile, W, C]`."""
+    """Yields the image in bands as high as a tile: `uint8 [<= tile, W, C]`."""
     height, width = source.level_shapes[0]
     for top in range(0, height, tile):
         yield source.read(top, 0, min(tile, height - top), width)
@@ -152,7 +144,7 @@ def _source_bands(source: RegionSource, tile: int) -> Iterator[np.ndarray]:
 def _file_bands(
     file: IO[bytes], shape: tuple[int, int], channels: int, tile: int
 ) -> Iterator[np.ndarray]:
-    """A level from its temporary file, in bands as high as a tile."""
+    """Yields a level from its temporary file, in bands as high as a tile."""
     height, width = shape
     file.seek(0)
     for top in range(0, height, tile):
@@ -167,8 +159,8 @@ def _tiles(
     """Cuts bands into tiles, and writes each band at half its size to `smaller`.
 
     Yields:
-        `uint8 [tile, tile]` or `[tile, tile, 3]`; past the image its last pixels go on, which
-        JPEG encodes without a ghost of an edge.
+        `uint8 [tile, tile]` or `[tile, tile, 3]`, padded with the image's last pixels to avoid JPEG
+        artefacts.
     """
     for band in bands:
         if smaller is not None:

@@ -1,12 +1,11 @@
-"""Regions of Zarr arrays and OME-Zarr images (versions 2 and 3), through tensorstore."""
+"""Regions of Zarr arrays and OME-Zarr images (versions 2 and 3) with tensorstore."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,16 +16,16 @@ from patchgd_jax.data.images.tiff_levels import micrometres
 from patchgd_jax.io.text import first_line
 
 MARKERS = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
-"""Files by which a folder is known to be Zarr."""
+"""Files that identify a Zarr folder."""
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """A Zarr image's metadata: folders of the levels, their axes (one letter each), and scale."""
+class _Layout(NamedTuple):
+    """Metadata of a Zarr image."""
 
     folders: tuple[Path, ...]
+    """Of the levels."""
     axes: str | None
-    """None: guessed from the shape."""
+    """A letter each; None: guessed from the shape."""
     mpp: float | None
 
 
@@ -34,29 +33,19 @@ class ZarrRegions(RegionSource):
     """Regions of a Zarr array, or of an OME-Zarr image with its levels.
 
     The array has axes y and x, may have a channel axis of 1 or 3 at either end, and others of
-    length 1. Chunks missing in the store have its fill value, as everywhere in Zarr.
-
-    Args:
-        path: the folder of the array or image.
-        channels: 1 or 3. None: what the array has.
-        background: uint8 value outside the image.
-        cache_bytes: bytes of decoded chunks to keep.
+    length 1. Chunks missing in the store have its fill value, as defined by Zarr. The arguments are
+    those of `open_regions`.
 
     Raises:
         ImageReadError: if the folder is damaged or holds anything else.
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        *,
-        channels: Literal[1, 3] | None,
-        background: int = 0,
-        cache_bytes: int = 64 * 2**20,
+        self, path: Path, channels: Literal[1, 3] | None, background: int, cache_bytes: int
     ) -> None:
-        self.path = Path(path)
+        self.path = path
         try:
-            layout = _layout(self.path)
+            layout = _layout(path)
             self._stores = _open_all(layout.folders, cache_bytes)
         except ImageReadError:
             raise
@@ -68,15 +57,15 @@ class ZarrRegions(RegionSource):
             raise ImageReadError(
                 path, f"its pixels are {first.dtype.name}; it must be one of {', '.join(DTYPES)}"
             )
-        self._axes = layout.axes or _guess_axes(first.shape, _labels(first))
-        _check_axes(self.path, self._axes, [store.shape for store in self._stores])
+        self._axes = layout.axes or _guess_axes(first)
+        _check_axes(path, self._axes, [store.shape for store in self._stores])
         rows, cols = self._axes.index("y"), self._axes.index("x")
         own = first.shape[self._axes.index("c")] if "c" in self._axes else 1
         chunk = first.chunk_layout.read_chunk.shape
         super().__init__(
             [(store.shape[rows], store.shape[cols]) for store in self._stores],
-            channels=channels or own,
-            background=background,
+            channels or own,
+            background,
             mpp=layout.mpp,
             tile=(chunk[rows], chunk[cols]) if chunk else None,
         )
@@ -89,18 +78,16 @@ class ZarrRegions(RegionSource):
         try:
             window = self._stores[level][index].read().result()
         except Exception as error:
-            raise ImageReadError(
-                self.path,
-                f"{height} x {width} px at row {y}, column {x} of level {level} are damaged: "
-                f"{first_line(error)}",
-            ) from error
+            place = f"{height} x {width} px at row {y}, column {x} of level {level}"
+            reason = f"{place} are damaged: {first_line(error)}"
+            raise ImageReadError(self.path, reason) from error
         kept = [axis for axis in self._axes if axis in where]
         window = np.asarray(window).transpose([kept.index(axis) for axis in "yxc" if axis in kept])
         window = window.reshape(height, width, -1)
         return to_uint8(window, channels=self.channels, background=self.background)
 
     def close(self) -> None:
-        """Lets go of the store; reading afterwards is an error."""
+        """Drops the stores; reading afterwards is an error."""
         self._stores = []
 
 
@@ -112,7 +99,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _layout(folder: Path) -> _Layout:
-    """Reads a folder's metadata."""
     modern = _read_json(folder / "zarr.json")
     attributes = modern.get("attributes", {}) if modern else _read_json(folder / ".zattrs")
     attributes = attributes.get("ome", attributes)
@@ -123,8 +109,7 @@ def _layout(folder: Path) -> _Layout:
     if modern.get("node_type") == "array" or (folder / ".zarray").exists():
         return _Layout((folder,), None, None)
     raise ImageReadError(
-        folder,
-        "it is a Zarr group without an image of its own; name the image's or array's folder in it",
+        folder, "it is a Zarr group without an image; name the image's or array's folder in it"
     )
 
 
@@ -136,10 +121,8 @@ def _multiscale(folder: Path, image: dict[str, Any]) -> _Layout:
     if names and "x" in names:
         unit = micrometres(axes[names.index("x")].get("unit") or "")
         # The image's own transformations come on top of its level's.
-        steps = [
-            *image["datasets"][0].get("coordinateTransformations", []),
-            *image.get("coordinateTransformations", []),
-        ]
+        sources = image["datasets"][0], image
+        steps = [step for of in sources for step in of.get("coordinateTransformations", [])]
         scales = [step["scale"][names.index("x")] for step in steps if step["type"] == "scale"]
         if unit and scales:
             mpp = float(np.prod(scales)) * unit
@@ -155,7 +138,7 @@ def _open_all(folders: Sequence[Path], cache_bytes: int) -> list[Any]:
         spec = {
             "driver": "zarr3" if (folder / "zarr.json").exists() else "zarr",
             "kvstore": {"driver": "file", "path": str(folder.absolute()) + "/"},
-            # Without these every read would look at the file's date.
+            # Otherwise every read would check the file's date.
             "recheck_cached_metadata": False,
             "recheck_cached_data": False,
         }
@@ -163,12 +146,9 @@ def _open_all(folders: Sequence[Path], cache_bytes: int) -> list[Any]:
     return stores
 
 
-def _labels(store: Any) -> list[str]:
-    return [str(label) for label in store.domain.labels]
-
-
-def _guess_axes(shape: Sequence[int], labels: Sequence[str]) -> str:
-    """Axes of an array that only may name them."""
+def _guess_axes(store: Any) -> str:
+    """Axes of an array by the store's labels, or else by its shape."""
+    shape, labels = store.shape, [str(label) for label in store.domain.labels]
     if all(labels):
         return "".join(label[0] for label in labels)
     if len(shape) == 3:
@@ -177,7 +157,7 @@ def _guess_axes(shape: Sequence[int], labels: Sequence[str]) -> str:
 
 
 def _check_axes(path: Path, axes: str, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Refuses what is no single grey or RGB picture."""
+    """Raises `ImageReadError` for anything but a single grey or RGB image."""
     plain = len(set(axes)) == len(axes) and {"y", "x"} <= set(axes)
     for shape in shapes:
         fits = plain and len(shape) == len(axes)

@@ -1,34 +1,129 @@
-"""Checks the image files of a table before a run does: `patchgd-jax data check`."""
+"""Checks the image files of a table before a run: `patchgd-jax data check`."""
 
 from __future__ import annotations
 
+import csv
 import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from patchgd_jax.data.images.region_base import RegionSource
 from patchgd_jax.data.images.regions import is_flat
 from patchgd_jax.data.images.safe_image import ImageReadError, read_header, read_image
-from patchgd_jax.data.inspect.check_report import CheckReport, Problem
 from patchgd_jax.data.sources.channels import ADVICE, common_channels
 from patchgd_jax.data.tables.splits import Split, absent_labels
 from patchgd_jax.data.tables.table import ImageTable
-from patchgd_jax.io.files import sha256
-from patchgd_jax.io.text import printable
+from patchgd_jax.io.files import atomic_file, sha256
+from patchgd_jax.io.text import csv_cell, printable
 
+_LINES = 20
+"""Largest number of lines of a part of the report."""
 _SWEEP = 2048
-"""Side in pixels of the regions that an image is decoded in."""
-
+"""Side in pixels of the regions to decode."""
 
 OpenRegions = Callable[..., RegionSource]
 """Opens an image by regions, from its path and `channels`."""
+
+
+class Problem(NamedTuple):
+    """A defect of an image."""
+
+    row: int
+    """Line of the CSV file, or 0."""
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Findings in the image files of a table."""
+
+    images: dict[str, int]
+    """Number of images of each split."""
+    labels: dict[str, dict[str, float]]
+    """By split the number of images of each class; for regression min, mean and max."""
+    sizes: dict[str, tuple[int, float, int]]
+    """`height` and `width` of readable files: smallest, median and largest, in pixels."""
+    longer_sides: dict[str, int]
+    """Number of images by powers of two of their longer side, such as `512-1023 px`."""
+    formats: dict[str, int]
+    """Number of images by file format; `regions` for those read by regions."""
+    decoded: bool
+    """Whether all pixels were decoded, or only the headers read."""
+    problems: tuple[Problem, ...]
+    """Defects of the data, in the order of the table."""
+    notes: tuple[str, ...]
+    """Remarks."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Converts the report to JSON's types."""
+        return {
+            **asdict(self),
+            "sizes": {side: list(values) for side, values in self.sizes.items()},
+            "problems": [problem._asdict() for problem in self.problems],
+            "notes": list(self.notes),
+        }
+
+    def text(self) -> str:
+        """Formats the report as lines that are safe to print, with the first twenty problems."""
+        total = sum(self.images.values())
+        counts = ", ".join(f"{count} {name}" for name, count in self.images.items())
+        lines = [f"{total} images: {counts}", *_columns(self.labels)]
+        for side, (low, middle, high) in self.sizes.items():
+            lines.append(f"{side}: {low} to {high} px, median {middle:g}")
+        for name, values in (("longer side", self.longer_sides), ("format", self.formats)):
+            if values:
+                lines.append(f"{name}: " + ", ".join(f"{n} of {key}" for key, n in values.items()))
+        lines += [f"note: {note}" for note in self.notes]
+        for row, path, reason in self.problems[:_LINES]:
+            where = f"line {row}, " if row else ""
+            lines.append(f"problem: {where}{printable(path)}: {reason}")
+        if len(self.problems) > _LINES:
+            lines.append(f"and {len(self.problems) - _LINES} more problems")
+        what = "decoded" if self.decoded else "looked at the header of"
+        found = len({problem.path for problem in self.problems})
+        lines.append(f"{what} {total} images: {found or 'none'} with a problem")
+        return "\n".join(lines)
+
+
+def _columns(labels: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Formats a table with a column for each split and a line for each class."""
+    splits = [name for name in labels if labels[name]]
+    names = list(dict.fromkeys(name for split in splits for name in labels[split]))
+    rows = [["", *splits]]
+    for name in names[:_LINES]:
+        rows.append([printable(name), *(f"{labels[split].get(name, 0):g}" for split in splits)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    return [*lines, f"and {len(names) - _LINES} more classes"] if len(names) > _LINES else lines
+
+
+def write_bad_list(path: str | Path, problems: Iterable[Problem]) -> None:
+    """Writes problems atomically to a CSV file with the columns row, path and reason.
+
+    Cells that a spreadsheet would compute begin with `'`.
+
+    Raises:
+        DiskError: if it cannot be written.
+    """
+    with (
+        atomic_file(path) as partial,
+        partial.open("w", encoding="utf-8", errors="replace", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Problem._fields)
+        for row, name, reason in problems:
+            writer.writerow([row or "", csv_cell(printable(name)), csv_cell(printable(reason))])
 
 
 def check_images(
@@ -41,27 +136,28 @@ def check_images(
     threads: int = 4,
     on_image: Callable[[int], object] = lambda done: None,
 ) -> CheckReport:
-    """Opens every file of a table, counts what is in it, and looks for copies and leaks.
+    """Opens every file of a table, counts sizes and labels, and finds copies and leaks.
 
-    Problems are files that cannot be read, the same content (by SHA-256) under different labels or
-    in different splits, groups in different splits, and images that are grey where most are in
-    colour, or the other way round.
+    Problems are unreadable files, the same content (by SHA-256) under different labels or in
+    different splits, groups in different splits, and grey images among mostly coloured ones, or
+    the reverse.
 
     Args:
         table: the images.
         splits: `int [m]` indices of each split's images, as of `split_table`.
-        channels: what the images are to be read as, so that they may be of both kinds. None: as
-            they are.
-        open_image: `open_regions`, or what opens the files that `is_flat` is not true of.
-        decode: decode all pixels, which finds every damage; otherwise only headers are read.
-        threads: files to look at at once; with `decode` each may need a whole image of memory.
-        on_image: called with the number of files that have been opened.
+        channels: the run's channels, with which grey and coloured images may be mixed. None: must
+            be the same for all images.
+        open_image: `open_regions`, or another reader of the files that are not `is_flat`.
+        decode: decode all pixels, which finds any damage; otherwise only headers are read.
+        threads: number of files to examine at once; with `decode` each may need a whole image of
+            memory.
+        on_image: called with the number of opened files.
     """
     home = {int(index): name for name, indices in splits.items() for index in indices}
     with ThreadPoolExecutor(threads) as pool:
         try:
             facts: list[_Facts | str] = []
-            for found in pool.map(lambda p: _look(p, open_image, decode), table.paths):
+            for found in pool.map(lambda p: _examine(p, open_image, decode), table.paths):
                 facts.append(found)
                 on_image(len(facts))
             good = [index for index, found in enumerate(facts) if isinstance(found, _Facts)]
@@ -73,7 +169,6 @@ def check_images(
     problems += _torn_groups(table, home)
     if channels is None:
         problems += _other_channels(facts)
-    notes = []
     harmless = []
     for first, *others in copies:
         for index in others:
@@ -81,20 +176,19 @@ def check_images(
             problems += [(index, reason) for reason in reasons]
             if not reasons:
                 harmless.append(f"{table.paths[index].name} = {table.paths[first].name}")
+    known = [found for found in facts if isinstance(found, _Facts)]
+    notes = [*absent_labels(table, splits), *_channel_notes(known, channels)]
     if harmless:
         more = ", ..." if len(harmless) > 3 else ""
         examples = printable(", ".join(harmless[:3]))
         notes.append(f"{len(harmless)} images are copies of others: {examples}{more}")
-    known = [found for found in facts if isinstance(found, _Facts)]
+    sides = {"height": [f.height for f in known], "width": [f.width for f in known]}
     return CheckReport(
         images={name: len(indices) for name, indices in splits.items()},
         labels={name: _label_counts(table, indices) for name, indices in splits.items()},
         sizes={
             side: (min(values), float(np.median(values)), max(values))
-            for side, values in (
-                ("height", [found.height for found in known]),
-                ("width", [found.width for found in known]),
-            )
+            for side, values in sides.items()
             if values
         },
         longer_sides=_by_power_of_two(max(found.height, found.width) for found in known),
@@ -104,7 +198,7 @@ def check_images(
             Problem(table.rows[index], str(table.paths[index]), reason)
             for index, reason in sorted(problems, key=lambda problem: problem[0])
         ),
-        notes=(*absent_labels(table, splits), *_channel_notes(known, channels), *notes),
+        notes=tuple(notes),
     )
 
 
@@ -112,33 +206,29 @@ class _Facts(NamedTuple):
     height: int
     width: int
     channels: int
-    """1 or 3, what the file has."""
+    """1 or 3, of the file."""
     format: str
 
 
-def _look(path: Path, open_image: OpenRegions, decode: bool) -> _Facts | str:
-    """What a file holds, or why it cannot be used."""
+def _examine(path: Path, open_image: OpenRegions, decode: bool) -> _Facts | str:
+    """Facts about a file, or the reason why it cannot be used."""
     try:
-        if not is_flat(path):
-            return _look_at_regions(path, open_image, decode)
-        header = read_header(path)
-        if decode:
-            read_image(path, channels=header.channels)
-        return _Facts(header.height, header.width, header.channels, header.format)
+        if is_flat(path):
+            header = read_header(path)
+            if decode:
+                read_image(path, channels=header.channels)
+            return _Facts(header.height, header.width, header.channels, header.format)
+        with closing(open_image(path, channels=None)) as source:
+            for level, (height, width) in enumerate(source.level_shapes if decode else ()):
+                for y, x in itertools.product(range(0, height, _SWEEP), range(0, width, _SWEEP)):
+                    source.read(y, x, min(_SWEEP, height - y), min(_SWEEP, width - x), level)
+            return _Facts(*source.level_shapes[0], source.channels, "regions")
     except ImageReadError as error:
         return error.reason
 
 
-def _look_at_regions(path: Path, open_image: OpenRegions, decode: bool) -> _Facts:
-    with closing(open_image(path, channels=None)) as source:
-        for level, (height, width) in enumerate(source.level_shapes if decode else ()):
-            for y, x in itertools.product(range(0, height, _SWEEP), range(0, width, _SWEEP)):
-                source.read(y, x, min(_SWEEP, height - y), min(_SWEEP, width - x), level)
-        return _Facts(*source.level_shapes[0], source.channels, "regions")
-
-
 def _copies(table: ImageTable, indices: Sequence[int], pool: ThreadPoolExecutor) -> list[list[int]]:
-    """Images of the same content: the indices of each set of two or more, rising."""
+    """Indices of images with the same content, in sets of two or more, increasing."""
     by_size: dict[int, list[int]] = {}
     for index in indices:
         if table.paths[index].is_file():
@@ -165,18 +255,16 @@ def _copy_problems(table: ImageTable, home: Mapping[int, str], first: int, index
 
 
 def _torn_groups(table: ImageTable, home: Mapping[int, str]) -> list[tuple[int, str]]:
-    """The first image of a group in each split but the group's first."""
-    seen: dict[str, dict[str, int]] = {}
+    """The first image of a group in each of its splits except the first."""
+    seen: dict[str, list[str]] = {}
     problems = []
     for index, group in enumerate(table.groups or ()):
-        splits = seen.setdefault(group, {})
-        split = home.get(index, "none")
+        splits, split = seen.setdefault(group, []), home.get(index, "none")
         if split not in splits:
             if splits:
-                first = next(iter(splits))
-                name = printable(group)
-                problems.append((index, f"group {name!r} is in the splits {first} and {split}"))
-            splits[split] = index
+                both = f"the splits {splits[0]} and {split}"
+                problems.append((index, f"group {printable(group)!r} is in {both}"))
+            splits.append(split)
     return problems
 
 
@@ -208,7 +296,6 @@ def _by_power_of_two(sides: Iterable[int]) -> dict[str, int]:
 
 
 def _other_channels(facts: Sequence[_Facts | str]) -> list[tuple[int, str]]:
-    """The images that are grey where most are in colour, or the other way round."""
     channels = common_channels([f.channels if isinstance(f, _Facts) else None for f in facts])
     most, rare = channels.kinds
     return [(index, f"it is {rare}, most are {most}; {ADVICE}") for index in channels.others]

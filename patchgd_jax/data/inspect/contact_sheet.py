@@ -1,4 +1,4 @@
-"""A picture of many examples, with the patches that were drawn: `patchgd-jax data show`."""
+"""Draws examples with their sampled patches side by side: `patchgd-jax data show`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 _DPI = 100
 _GAP, _CAPTION, _KEYS = 16, 24, 40
-"""Pixels between images, below each for its caption, and below all of them for the legend."""
+"""Pixels between images, for each caption, and for the legend."""
 _SAMPLED = {"edgecolor": (0, 215 / 255, 90 / 255), "facecolor": "none"}
 _SKIPPED = {"facecolor": (0.5, 0.5, 0.5, 0.65), "edgecolor": "none"}
 _EDGE = (0, 40 / 255, 20 / 255)
-"""Around the outlines of sampled patches, which so are seen on black, on white and on pink."""
+"""Border of the outlines of sampled patches, for contrast on black, white and pink."""
 _LEAST_LINES = 8
-"""Pixels between grid lines below which they are left out, as they would hide the image."""
+"""Least pixels between grid lines; denser ones are omitted, as they would hide the image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +36,11 @@ class SheetEntry:
     """`uint8 [H, W, C]` with C 1 or 3."""
     caption: str = ""
     grid: PatchGrid | None = None
-    """Drawn over the image, which it is scaled to."""
+    """Drawn over the image, scaled to it."""
     sampled: Sequence[int] = ()
-    """Patches to outline."""
+    """Ids of patches to outline."""
     skipped: Sequence[int] = ()
-    """Patches to dim, as background."""
+    """Ids of background patches, to dim."""
 
 
 def contact_sheet(
@@ -51,12 +51,12 @@ def contact_sheet(
     cell: int = 256,
     note: str = "",
 ) -> None:
-    """Draws examples side by side into a PNG file; whole or not at all.
+    """Draws examples side by side into a PNG file, written atomically.
 
     Args:
         examples: from left to right, then down.
         path: the file.
-        columns: examples in a line.
+        columns: largest number of examples in a line.
         cell: longer side of each image on the sheet, in pixels.
         note: a line below the examples.
 
@@ -147,7 +147,7 @@ def _add_patches(axes: Axes, grid: PatchGrid, ids: Iterable[int], **style: Any) 
 
 
 def _shortened(text: str, length: int) -> str:
-    """Replaces the middle of a longer text by `...`: the ends of a path matter more."""
+    """Replaces the middle of a text longer than `length` by `...`."""
     if len(text) <= length:
         return text
     kept = max(0, length - 3)

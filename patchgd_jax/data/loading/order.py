@@ -1,4 +1,4 @@
-"""Which examples a training batch has: a pure function of (buckets, seed, number of the batch)."""
+"""Order of training examples: a pure function of (buckets, seed, batch number)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import numpy as np
 
 _SCHEDULE, _PASS = 0x5C4ED, 0x9A55
 """Separate the random numbers of the schedule and of a pass from others with the same seed."""
-
 _FEW = 1024
-"""Examples from which on a pass is shuffled by a block cipher, as recorded runs were."""
-_ROUNDS = 4
+"""With at least this many examples a block cipher shuffles a pass, as in recorded runs."""
 
 
 class TrainOrder:
@@ -35,7 +33,7 @@ class TrainOrder:
         self._pass = lru_cache(maxsize=2 * len(self._buckets))(self._shuffled)
 
     def __call__(self, k: int, rows: slice = slice(None)) -> tuple[int, list[int]]:
-        """The bucket that batch k is from, and the indices of the batch's `rows`."""
+        """Returns the bucket of batch k, and the source indices of the batch's `rows`."""
         bucket, turn = self._turn(k)
         indices, first = self._buckets[bucket], turn * self._batch_size
         places = (divmod(first + row, len(indices)) for row in range(self._batch_size)[rows])
@@ -51,7 +49,7 @@ class TrainOrder:
         return indices[np.argsort(moment, kind="stable")]
 
     def _turn(self, k: int) -> tuple[int, int]:
-        """The bucket of batch k, and how many earlier batches are from it."""
+        """The bucket of batch k, and the number of its earlier batches."""
         if len(self._buckets) == 1:
             return 0, k
         sizes = tuple(map(len, self._buckets))
@@ -64,7 +62,7 @@ class TrainOrder:
 def cipher_permutation(count: int, seed: int) -> np.ndarray:
     """Permutes `0..count - 1` by four rounds of the block cipher Simon (eprint 2013/404).
 
-    Numbers that leave the range are encrypted again until they are in it (cycle walking). Equal to
+    Numbers outside the range are encrypted again until they are in it (cycle walking). Equal to
     Grain's `shuffle`, which recorded runs used.
 
     Returns:
@@ -76,9 +74,8 @@ def cipher_permutation(count: int, seed: int) -> np.ndarray:
     def rotated(x: np.ndarray, by: int) -> np.ndarray:
         return (x << by | x >> (word - by)) & mask
 
-    keys = [key & mask for key in _seed_sequence(seed, _ROUNDS)]
-    out = np.arange(count)
-    outside = np.arange(count)
+    keys = [key & mask for key in _seed_sequence(seed, 4)]
+    out, outside = np.arange(count), np.arange(count)
     while len(outside):
         left, right = out[outside] >> word, out[outside] & mask
         for key in keys:
@@ -90,7 +87,7 @@ def cipher_permutation(count: int, seed: int) -> np.ndarray:
 
 
 def _seed_sequence(seed: int, count: int) -> list[int]:
-    """Expands a seed to 32-bit words as C++'s `std::seed_seq{seed}.generate` does; count in 2..6.
+    """Expands a seed to 2..6 32-bit words as C++'s `std::seed_seq{seed}.generate` does.
 
     The constants are those of the C++ standard, [rand.util.seedseq].
     """
@@ -119,11 +116,10 @@ def _seed_sequence(seed: int, count: int) -> list[int]:
 
 @lru_cache(maxsize=2)
 def _schedule(sizes: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-    """Orders as many batches as there are examples, with as many per bucket as it has.
+    """Orders the buckets in a cycle of `sum(sizes)` batches.
 
-    A bucket's i-th batch has a random moment in the i-th of its equal parts of the cycle. So any
-    stretch of batches is shared out in proportion to the sizes, within one or two, and no bucket
-    has a long run.
+    A bucket of size n has n batches, each at a random moment of its own n-th of the cycle. So any
+    run of batches is shared in proportion to the sizes, within one or two.
 
     Returns:
         The bucket of each batch, and its number among the bucket's batches of this cycle;

@@ -1,4 +1,4 @@
-"""From an example source to batches: shuffled for training, padded for evaluation.
+"""Batches of a source's examples: shuffled for training, padded for evaluation.
 
 Training batch k is a pure function of (source, seed, k), for any number of reader threads and
 hosts, so a resumed run starts at batch k and needs no iterator state.
@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Generator, Iterator
-from typing import Self
 
 import numpy as np
 
-from patchgd_jax.data.loading.bad_records import BadTally, OnBad, Policy, RecordError
+from patchgd_jax.data.loading.bad_images import BadTally, OnBad, Policy, RecordError
 from patchgd_jax.data.loading.order import TrainOrder
 from patchgd_jax.data.loading.reading import Reader
 from patchgd_jax.data.protocols import ExampleSource
@@ -22,36 +21,31 @@ from patchgd_jax.errors import ConfigError
 __all__ = ["BUFFER_BYTES", "ExampleSource", "RecordError", "TrainBatches", "eval_batches"]
 
 BUFFER_BYTES = 256 * 2**20
-"""Upper bound of the decoded examples that wait for the next step."""
+"""Default memory of prefetched examples."""
 
 
-def _ignore(index: int, description: str, reason: str) -> None:
-    """Does nothing."""
-
-
-class TrainBatches:
+class TrainBatches(
+    Iterator[dict[str, np.ndarray]], contextlib.AbstractContextManager["TrainBatches"]
+):
     """An endless iterator of training batches; a context manager that stops its threads.
 
-    Every pass over the source is shuffled anew; a batch may straddle two passes, so none is short.
-    A batch has examples of one bucket only; buckets take turns in proportion to their sizes, and
-    each makes passes of its own.
+    `TrainOrder` chooses the examples of each batch, all of one bucket.
 
     Args:
         source: the examples.
         batch_size: B of the whole batch, over all processes.
         seed: of the shuffling.
         start: number of the first batch.
-        threads: threads that read examples ahead of time.
-        buffer_bytes: upper bound of the examples that wait for the next step, except for a single
-            batch, which may be larger.
-        rows: the rows of each batch that this process reads.
-        bad_images: raise: an unreadable example ends the run. substitute: the next readable one of
+        threads: number of reader threads.
+        buffer_bytes: upper bound of the prefetched examples; a single batch may be larger.
+        rows: the rows of each batch to read in this process.
+        bad_images: raise: an unreadable example stops the run. substitute: the next readable one of
             its bucket replaces it.
         bad_limit: different unreadable examples that `substitute` tolerates (in this process).
         on_bad: called once for each of them, before its batch is returned.
 
     Raises:
-        ConfigError: if there are no such rows.
+        ConfigError: if `rows` is empty.
         RecordError: if nothing can be read.
     """
 
@@ -67,7 +61,7 @@ class TrainBatches:
         rows: slice = slice(None),
         bad_images: Policy = "raise",
         bad_limit: int = 10,
-        on_bad: OnBad = _ignore,
+        on_bad: OnBad = lambda *bad: None,
     ) -> None:
         size = len(range(batch_size)[rows])
         if size == 0:
@@ -79,28 +73,19 @@ class TrainBatches:
         reader = Reader(source, self._tally, threads=threads, substitute=True)
         order = TrainOrder(reader.buckets, seed=seed, batch_size=batch_size)
         self._closed = False
-        self._reads = reader.read_ahead(
-            (order(k, rows) for k in itertools.count(start)),
-            size=size,
-            ahead=_ahead(reader, size, buffer_bytes),
-        )
-
-    def __enter__(self) -> Self:
-        return self
+        batches = (order(k, rows) for k in itertools.count(start))
+        self._reads = reader.read_ahead(batches, size=size, buffer_bytes=buffer_bytes)
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Stops the threads; there are no batches after it."""
+        """Stops the threads and the iteration."""
         self._closed = True
         self._reads.close()
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self
-
     def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch, of B rows or this process's part of them.
+        """Reads the next batch, of this process's rows.
 
         Returns:
             Each array of an example with a leading batch axis: `image` `uint8 [B, H, W, C]`,
@@ -108,7 +93,7 @@ class TrainBatches:
             and may have a second axis.
 
         Raises:
-            RecordError: if the policy about unreadable examples ends the run here; it closes.
+            RecordError: if the policy for unreadable examples stops the run here; it closes.
             ValueError: if it is closed.
         """
         if self._closed:
@@ -133,24 +118,23 @@ def eval_batches(
     buffer_bytes: int = BUFFER_BYTES,
     bad_images: Policy = "raise",
     bad_limit: int = 10,
-    on_bad: OnBad = _ignore,
+    on_bad: OnBad = lambda *bad: None,
 ) -> Generator[dict[str, np.ndarray], None, None]:
     """Yields all examples once, bucket by bucket, in order; pads the last batch of each bucket.
 
     Args:
         source: the examples.
         batch_size: B of the whole batch.
-        rows: the rows of it that this process reads; the number of batches does not depend on it.
-        threads: threads that read examples ahead of time.
-        buffer_bytes: upper bound of the examples that wait, except for a single batch.
+        rows: as for `TrainBatches`. The number of batches does not depend on it.
+        threads: as for `TrainBatches`.
+        buffer_bytes: as for `TrainBatches`.
         bad_images: raise: an unreadable example is an error. substitute: it is left out.
-        bad_limit: different unreadable examples that `substitute` tolerates.
-        on_bad: called once for each of them, before its batch is returned.
+        bad_limit: as for `TrainBatches`.
+        on_bad: as for `TrainBatches`.
 
     Yields:
-        Each array of an example with a leading axis of this process's rows; labels as in training.
-        `weight` `float32` is 1, and 0 for rows that are padding or unreadable, whose `id` is -1;
-        weights of the source itself apply to training only.
+        Batches as of `TrainBatches`, and `weight` `float32 [B]`: 1, or 0 for rows that are padding
+        or unreadable, whose `id` is -1. Weights of the source itself apply to training only.
 
     Raises:
         RecordError: by the policy, or if nothing can be read.
@@ -163,7 +147,7 @@ def eval_batches(
         for number, bucket in enumerate(reader.buckets)
         for first in range(0, len(bucket), batch_size)
     )
-    reads = reader.read_ahead(parts, size=size, ahead=_ahead(reader, size, buffer_bytes))
+    reads = reader.read_ahead(parts, size=size, buffer_bytes=buffer_bytes)
     any_read = False
     with contextlib.closing(reads):
         for read in reads:
@@ -172,8 +156,8 @@ def eval_batches(
                 continue
             any_read = True
             for array in read.arrays.values():
-                # Any readable example will do: the model's outputs must be finite. Other processes
-                # may have some where this one has none.
+                # Padding only needs finite outputs. Other processes may have readable rows where
+                # this one has none.
                 array[~read.good] = array[read.good.argmax()] if read.good.any() else 0
             read.arrays["id"][~read.good] = -1
             yield {
@@ -184,12 +168,6 @@ def eval_batches(
             del read
     if not any_read:
         raise tally.error("no example can be read any more")
-
-
-def _ahead(reader: Reader, rows: int, buffer_bytes: int) -> int:
-    """How many batches may be read ahead, beside the example that each thread is at."""
-    batches = buffer_bytes // reader.example_bytes - reader.threads
-    return int(np.clip(batches // rows, 1, 2 * reader.threads))
 
 
 def _labels(labels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Reads examples into batches, several at a time; an unreadable one never stops the others."""
+"""Reads examples into batches in threads; an unreadable one does not stop the others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from patchgd_jax.data.loading.bad_records import BadTally
+from patchgd_jax.data.loading.bad_images import BadTally
 from patchgd_jax.data.protocols import ExampleSource
 from patchgd_jax.errors import DataError, PatchGDError
 
@@ -23,14 +23,14 @@ _PROBES = 10
 
 
 class Read(NamedTuple):
-    """A batch as it was read."""
+    """A batch as read."""
 
     arrays: dict[str, np.ndarray]
     """`[B, ...]` each; undefined in rows that are not `good`."""
     good: np.ndarray
-    """`bool [B]`: which rows hold an example."""
+    """`bool [B]`: rows that hold an example."""
     bad: Bad
-    """What could not be read, in the order of the rows."""
+    """Unreadable examples, in the order of the rows."""
 
 
 class Reader:
@@ -38,12 +38,13 @@ class Reader:
 
     Args:
         source: the examples.
-        tally: counts the examples of a bucket in which nothing can be read.
+        tally: counts the examples of wholly unreadable buckets.
         threads: number of threads.
-        substitute: whether the next readable example of its bucket replaces one that is
-            unreadable; otherwise the row stays empty.
+        substitute: whether the next readable example of its bucket replaces an unreadable one;
+            otherwise the row stays empty.
 
     Raises:
+        DataError: if the source is empty.
         RecordError: if nothing can be read, or by the tally's policy.
     """
 
@@ -51,11 +52,11 @@ class Reader:
         self, source: ExampleSource, tally: BadTally, *, threads: int, substitute: bool
     ) -> None:
         self._source = source
-        self.threads = threads
-        # With one more than this the tally ends the run anyway.
+        self._threads = threads
+        # With one more than this the tally stops the run anyway.
         self._passes = tally.tolerated if substitute else 0
         self.buckets: list[np.ndarray] = []
-        """Indices by bucket, without the buckets in which nothing can be read."""
+        """Indices by bucket, without wholly unreadable buckets."""
         self._specs: list[_Spec] = []
         for bucket in source.buckets:
             spec, bad = self._probe(bucket, max(_PROBES, tally.tolerated + 1))
@@ -70,35 +71,33 @@ class Reader:
             raise tally.error("the data has no example that can be read")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read-examples")
 
-    @property
-    def example_bytes(self) -> int:
-        """Bytes of the largest example."""
-        return max(
-            sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
-            for spec in self._specs
-        )
-
     def read_ahead(
-        self, batches: Iterable[tuple[int, list[int]]], *, size: int, ahead: int
+        self, batches: Iterable[tuple[int, list[int]]], *, size: int, buffer_bytes: int
     ) -> Generator[Read, None, None]:
-        """Reads batches, up to `ahead` of them before they are asked for; then stops the threads.
+        """Prefetches batches, at most two per thread; stops the threads at the end.
 
         Args:
             batches: bucket and indices of each.
             size: rows of a batch.
-            ahead: at least 1.
+            buffer_bytes: upper bound of the prefetched examples; a single batch may be larger.
         """
+        largest = max(
+            sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
+            for spec in self._specs
+        )
+        # Each thread holds another example.
+        ahead = (buffer_bytes // largest - self._threads) // size
         jobs_to_do = (self._start(bucket, indices, size) for bucket, indices in batches)
         try:
-            jobs = deque(islice(jobs_to_do, ahead))
+            jobs = deque(islice(jobs_to_do, min(max(ahead, 1), 2 * self._threads)))
             while jobs:
-                # Not before it is complete: no more than `ahead` batches are ever in the making.
+                # Starts a batch only after one is complete, to bound their number.
                 read = _finished(*jobs.popleft())
                 jobs.extend(islice(jobs_to_do, 1))
                 yield read
                 del read
         finally:
-            # Each thread finishes the example it is at.
+            # Each thread finishes its current example.
             self._pool.shutdown(cancel_futures=True)
 
     def _start(self, bucket: int, indices: list[int], size: int) -> _Job:
@@ -113,7 +112,7 @@ class Reader:
         return arrays, rows
 
     def _probe(self, bucket: np.ndarray, tries: int) -> tuple[_Spec | None, Bad]:
-        """Finds the shapes of a bucket's first readable example."""
+        """Finds the shapes of a bucket's first readable example, and the unreadable ones."""
         bad: Bad = []
         for index in map(int, bucket[:tries]):
             example, reason = self._read(index)
@@ -125,7 +124,7 @@ class Reader:
     def _fill(
         self, arrays: dict[str, np.ndarray], row: int, bucket: int, index: int
     ) -> tuple[bool, Bad]:
-        """Fills a row; returns whether it could, and what was unreadable."""
+        """Fills a row; returns success, and the unreadable examples."""
         bad: Bad = []
         for candidate in islice(self._candidates(bucket, index), 1 + self._passes):
             example, reason = self._read(candidate, self._specs[bucket])
@@ -151,7 +150,7 @@ class Reader:
         except DataError as error:
             return None, str(error)
         except PatchGDError:
-            # A setting or a missing package: no other example would fare better.
+            # A setting or a missing package concerns all examples.
             raise
         except Exception as error:
             return None, f"{type(error).__name__}: {error}"
@@ -162,12 +161,11 @@ class Reader:
 
 
 _Job = tuple[dict[str, np.ndarray], list[Future[tuple[bool, Bad]]]]
-"""A batch in the making: its arrays, and the work at its first rows."""
+"""An unfinished batch: its arrays, and the futures of its first rows."""
 
 
 def _finished(arrays: dict[str, np.ndarray], rows: list[Future[tuple[bool, Bad]]]) -> Read:
-    """Waits for a batch."""
-    # All at once: to wake up for every row would take time from the threads that read.
+    # All at once: to wake up for every row would take time from the reader threads.
     wait(rows, return_when=FIRST_EXCEPTION)
     good, bad = np.zeros(len(next(iter(arrays.values()))), bool), []
     for row, future in enumerate(rows):

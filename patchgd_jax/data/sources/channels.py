@@ -1,4 +1,4 @@
-"""Grey or colour: how many channels a run's images have, found from their headers."""
+"""Finds the number of channels of a run's images, grey or colour, from their headers."""
 
 from __future__ import annotations
 
@@ -20,22 +20,18 @@ class Channels(NamedTuple):
     """The channels of a table's images."""
 
     most: Literal[1, 3]
-    """Channels of most of them; 3 if there are as many of either kind."""
+    """The more frequent number; 3 if both are equally frequent."""
     others: tuple[int, ...]
-    """Indices of those that have the other number, rising."""
+    """Indices of the images with the other number, increasing."""
 
     @property
     def kinds(self) -> tuple[str, str]:
-        """What most are and what the others are, in words."""
+        """The more and the less frequent kind, in words."""
         return ("in colour", "grey") if self.most == 3 else ("grey", "in colour")
 
 
 def common_channels(found: Sequence[int | None]) -> Channels:
-    """Finds the channels of most images, and which images have others.
-
-    Args:
-        found: 1 or 3 for each image; None for one that cannot be read.
-    """
+    """Finds the channels of most images; `found` is 1, 3 or None (unreadable) for each."""
     most: Literal[1, 3] = 3 if 3 in found and found.count(3) >= found.count(1) else 1
     return Channels(most, tuple(i for i, c in enumerate(found) if c not in (most, None)))
 
@@ -43,34 +39,33 @@ def common_channels(found: Sequence[int | None]) -> Channels:
 def resolve_channels(config: TrainConfig, files: ImageFiles | None = None) -> TrainConfig:
     """Resolves `data.channels` None to the channels in the files' headers.
 
-    Files that cannot be read are passed over; reading the data names them.
+    Unreadable files are ignored; `make_data` reports them.
 
     Args:
         config: of the run.
-        files: what `read_files(config)` gave. None: read them, if they are needed.
+        files: result of `read_files(config)`. None: calls it if needed.
 
     Raises:
         DataError: if some files are grey and others in colour, with the lines of the rarer ones;
-            or for labels or a set that cannot be used.
-        ConfigError: if a set does not state it, or for settings that do not fit together.
+            or for unusable labels or sets.
+        ConfigError: if a tfds set does not state its channels, or for conflicting settings.
     """
     data = config.data
     channels = data.declared_channels
     if channels is None:
         files = files or read_files(config)
         if files is not None:
-            channels = _of_files(files)
+            channels = _file_channels(files)
         else:
             assert data.tfds is not None
             channels = stored_channels(data.tfds)
     return dataclasses.replace(config, data=dataclasses.replace(data, channels=channels))
 
 
-def _of_files(files: ImageFiles) -> Literal[1, 3]:
+def _file_channels(files: ImageFiles) -> Literal[1, 3]:
     table = files.table
-    channels = common_channels(
-        [header.channels if isinstance(header, Header) else None for header in files.headers]
-    )
+    found = (header.channels if isinstance(header, Header) else None for header in files.headers)
+    channels = common_channels(list(found))
     if channels.others:
         most, rare = channels.kinds
         problems = Problems(

@@ -1,4 +1,4 @@
-"""Examples from image files: flat ones and slides, resized to one size or in their own."""
+"""Examples from image files and slides, resized to one size or at native size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FileImages:
 
     Args:
         table: paths and labels.
-        rows: `int64 [n]`, which rows of it these examples are.
+        rows: `int64 [n]`, the row of each example.
         layout: of the whole table.
         reader: of its files.
     """
@@ -29,6 +29,7 @@ class FileImages:
     ) -> None:
         self.table = table
         self.rows = np.asarray(rows, np.int64)
+        self.class_names = table.class_names
         self._layout = layout
         self._reader = reader
 
@@ -36,18 +37,8 @@ class FileImages:
         return len(self.rows)
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """Name of each label."""
-        return self.table.class_names
-
-    @property
-    def labels(self) -> np.ndarray:
-        """The table's labels of all examples."""
-        return self.table.labels[self.rows]
-
-    @property
     def fingerprint(self) -> str:
-        """Changes whenever an example would."""
+        """Changes whenever any example does."""
         rows = hashlib.sha256(self.rows.tobytes())
         for patches in self._layout.patches or ():
             rows.update(patches.tobytes())
@@ -60,24 +51,27 @@ class FileImages:
 
     @property
     def buckets(self) -> tuple[np.ndarray, ...]:
-        """Indices by padded size, `int64 [n]` each; sizes that no example has are left out."""
+        """Indices by padded size, `int64 [n]` each, without unused sizes."""
         member = self._layout.member[self.rows]
         every = (np.flatnonzero(member == i) for i in range(len(self._layout.shapes)))
         return tuple(indices for indices in every if len(indices))
 
     def describe(self, index: int) -> str:
-        """The path, and the line of the CSV file if there is one."""
+        """Names an example by its path, and its line of the CSV file if any."""
         row = int(self.rows[index])
         line = self.table.rows[row]
         return f"{self.table.paths[row]}{f' (line {line})' if line else ''}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """An example.
+        """Reads an example.
 
         Returns:
             `image` `uint8 [H, W, C]` of its padded size, `size` `int32 [2]`, `label`, `id`
             (int64), `patches` `int32 [M]` unless all are valid, and `weight` `float32 []` if the
             table has weights.
+
+        Raises:
+            DataError: if the file cannot be read, or has become larger than its padded size.
         """
         row = int(self.rows[index])
         image, size = self._reader.read(self.table.paths[row])
@@ -94,7 +88,7 @@ class FileImages:
         return {"image": image, "size": np.array(size, np.int32), **self.entry(index)}
 
     def entry(self, index: int) -> dict[str, Any]:
-        """An example without its pixels; see `RegionExamples`."""
+        """Returns an example without `image` and `size`."""
         row = int(self.rows[index])
         example: dict[str, Any] = {"label": self.table.labels[row], "id": np.int64(index)}
         slots = self._layout.slots[self.padded_size(index)]
@@ -108,9 +102,9 @@ class FileImages:
         return example
 
     def padded_size(self, index: int) -> int:
-        """The number of an example's padded size; see `RegionExamples`."""
+        """Index of an example's padded size in `Layout.shapes`."""
         return int(self._layout.member[self.rows[index]])
 
     def open(self, index: int) -> RegionSource:
-        """An example's image, at all its levels; see `RegionExamples`."""
+        """Opens an example's image; the caller closes it."""
         return self._reader.open(self.table.paths[int(self.rows[index])])

@@ -27,9 +27,9 @@ class Layout(NamedTuple):
     member: np.ndarray
     """`int64 [n]`, index into `shapes` by row of the table."""
     patches: tuple[np.ndarray, ...] | None
-    """Valid patch ids by row of the table, in the grid of its padded size. None: all are."""
+    """Valid patch ids, `int32 [m]`, by row of the table, in its padded grid. None: all."""
     slots: tuple[int | None, ...]
-    """The most patches of an image of each size, and at least J; or None."""
+    """Largest number of valid patches by shape, at least J; or None."""
     notes: tuple[str, ...]
     """Remarks for the user, a line each."""
 
@@ -40,7 +40,7 @@ def plan_layout(
     reader: FileReader,
     patchgd: PatchGDConfig,
 ) -> Layout:
-    """Chooses the padded sizes, and finds the background of each image if that is left out.
+    """Chooses the padded sizes, and finds the valid patches of each image.
 
     Args:
         table: the images.
@@ -49,7 +49,7 @@ def plan_layout(
         patchgd: the patches.
 
     Raises:
-        DataError: if files cannot be read, of which it lists ten, unless bad ones are substituted.
+        DataError: if files cannot be read, with the first ten, unless bad ones are substituted.
     """
     config = reader.config
     patch, stride = patchgd.patch, patchgd.stride or patchgd.patch
@@ -65,7 +65,7 @@ def plan_layout(
             raise header
         return reader.shape(header.level_shapes, table.paths[row])
 
-    # Damage that shows in a header must not wait for the middle of a run.
+    # Stops on damaged headers before the run begins.
     sizes = _each(table, map(partial(_attempt, size), range(len(table))), substitute, (1, 1))
     if config.fit == "resize":
         shapes: tuple[tuple[int, int], ...] = (config.size,)
@@ -85,9 +85,8 @@ def plan_layout(
             for i, (height, width) in enumerate(shapes)
         )
         notes.append(
-            f"Images of {different} size{'s' if different > 1 else ''} are padded to "
-            f"{len(shapes)}: {listed}; "
-            f"{100 * chosen.padding:.0f}% is padding, which is not encoded. "
+            f"Images of {different} size{'s' * (different > 1)} are padded to {len(shapes)}: "
+            f"{listed}; {100 * chosen.padding:.0f}% is padding, which is not encoded. "
             f"{2 * len(shapes)} programs to compile."
         )
     full = np.array([[windows(side) for side in shapes[m]] for m in member])
@@ -99,7 +98,6 @@ def plan_layout(
 
     def valid_ids(row: int) -> np.ndarray:
         rows, cols = grids[row]
-        wide = windows(shapes[member[row]][1])
         used = np.ones((rows, cols), bool)
         if config.empty.method != "none":
             # A grid over the image alone, which may be smaller than a patch.
@@ -107,7 +105,7 @@ def plan_layout(
             grid = PatchGrid(height, width, patch, stride, reader.background)
             used = used_patches(table.paths[row], reader, grid)
         y, x = np.nonzero(used)
-        return (y * wide + x).astype(np.int32)
+        return (y * windows(shapes[member[row]][1]) + x).astype(np.int32)
 
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(partial(_attempt, valid_ids), range(len(table)))
@@ -123,7 +121,7 @@ def plan_layout(
 
 
 def _attempt(look: Callable[[int], Any], row: int) -> Any:
-    """Looks at a row; its `DataError` is returned."""
+    """Calls `look` on a row; returns its result or `DataError`."""
     try:
         return look(row)
     except DataError as error:
@@ -131,7 +129,7 @@ def _attempt(look: Callable[[int], Any], row: int) -> Any:
 
 
 def _each(table: ImageTable, results: Iterable[Any], substitute: bool, instead: Any) -> list[Any]:
-    """Replaces errors by `instead` if bad images are substituted; raises one of all otherwise."""
+    """Replaces errors by `instead` if bad images are substituted; otherwise raises them as one."""
     found = list(results)
     failed = [(row, r) for row, r in enumerate(found) if isinstance(r, DataError)]
     if failed and not substitute:

@@ -1,16 +1,16 @@
-"""Reading image files as the model's input: headers, whole images and background."""
+"""Reads image files for the model: headers, whole images and background."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,9 +24,12 @@ from patchgd_jax.data.images.regions import open_regions
 from patchgd_jax.errors import DataError
 
 THREADS = 2
-"""Threads that look at files before a run."""
+"""Number of threads that examine files before a run."""
 _MASK_PATCH = 8
-"""Smallest side in pixels of a patch in the picture in which background is found."""
+"""Smallest side in pixels of a patch in the shrunk image for the background mask."""
+
+Resize = Callable[[RegionSource, tuple[int, int], int], tuple[np.ndarray, tuple[int, int]]]
+"""`read_resized`, or another function of image, size and background with its result."""
 
 
 class Header(NamedTuple):
@@ -39,7 +42,7 @@ class Header(NamedTuple):
 
 
 def read_headers(paths: Sequence[Path]) -> tuple[Header | DataError, ...]:
-    """Opens each file once; an error stands for a file that cannot be used."""
+    """Opens each file once; returns its header or its error."""
 
     def read(path: Path) -> Header | DataError:
         try:
@@ -52,16 +55,6 @@ def read_headers(paths: Sequence[Path]) -> tuple[Header | DataError, ...]:
         return tuple(pool.map(read, paths))
 
 
-class Resize(Protocol):
-    """Reads a whole image at a size; see `read_resized`."""
-
-    def __call__(
-        self, source: RegionSource, size: tuple[int, int], background: int
-    ) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns `uint8 [*size, C]`, and the image's height and width at its top left."""
-        ...
-
-
 @dataclass(frozen=True)
 class FileReader:
     """Reads a file as the model's input.
@@ -69,8 +62,8 @@ class FileReader:
     Args:
         config: size, fit, channels and level.
         background: uint8 value beyond the image and under transparent pixels.
-        resize: what `fit` resize does.
-        scalable: whether `resize` to a smaller size gives the same picture, shrunk, for less work.
+        resize: implements `fit` resize.
+        scalable: whether `resize` to a smaller size gives the same image, shrunk, for less work.
     """
 
     config: DataConfig
@@ -83,10 +76,10 @@ class FileReader:
         return open_regions(path, channels=self.config.num_channels, background=self.background)
 
     def shape(self, level_shapes: Sequence[tuple[int, int]], path: Any) -> tuple[int, int]:
-        """Height and width of what `read` returns of a file with such levels.
+        """Height and width of the result of `read` for a file with such levels.
 
         Raises:
-            DataError: if the file lacks the level that is read.
+            DataError: if the file lacks `data.level`.
         """
         if self.config.fit == "resize":
             return self.config.size
@@ -101,8 +94,8 @@ class FileReader:
         """Reads a file.
 
         Returns:
-            `uint8 [H, W, C]`, and the height and width of the part that is image; the rest, to the
-            right and below, is background.
+            `uint8 [H, W, C]`, and the height and width of the image at its top left; the rest is
+            background.
 
         Raises:
             DataError: if the file cannot be used.
@@ -115,12 +108,12 @@ class FileReader:
 
 
 def used_patches(path: Any, reader: FileReader, grid: PatchGrid) -> np.ndarray:
-    """Finds which patches of a file are not background, `bool [rows, cols]`.
+    """Finds the patches of a file with content, `bool [rows, cols]`.
 
     Args:
         path: the file.
         reader: reads it; its settings define background.
-        grid: over what `reader` reads.
+        grid: over the result of `reader.read`.
 
     Raises:
         DataError: if the file cannot be read.
@@ -136,13 +129,13 @@ def used_patches(path: Any, reader: FileReader, grid: PatchGrid) -> np.ndarray:
         background=reader.background,
     )
     if config.fit == "native":
-        # From the lowest level: the pixels themselves need not be read.
+        # From the lowest suitable level.
         with closing(reader.open(path)) as source:
             reader.shape(source.level_shapes, path)
             return mask(source, level=config.level)
     by = 1
     if reader.scalable:
-        # A smaller picture shows the same, and needs a smaller level only.
+        # A smaller image gives the same mask from a smaller level.
         by = math.gcd(grid.patch, grid.stride, *config.size)
         while by > 1 and (grid.patch // by < _MASK_PATCH or by & (by - 1)):
             by //= 2

@@ -1,8 +1,7 @@
-"""The PANDA challenge's prostate biopsies, in the layout that Kaggle gives them.
+"""The PANDA challenge's prostate biopsies, in Kaggle's layout.
 
-`train.csv` names 10,616 slides of two centres with their ISUP grades 0..5; `train_images/ID.tiff`
-are pyramids of three levels. The challenge's metric, which should select the best model, is the
-quadratic weighted kappa.
+`train.csv` lists 10,616 slides of two centres with their ISUP grades 0..5; `train_images/ID.tiff`
+are pyramids of three levels. The challenge's metric is the quadratic weighted kappa.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ def read_panda(folder: str | Path, options: PandaConfig) -> ImageTable:
     """Reads the table of slides.
 
     Args:
-        folder: the one that holds train.csv and train_images.
-        options: which slides to use; rows of others are not looked at.
+        folder: contains train.csv and train_images.
+        options: which slides to use; rows of others are ignored.
 
     Returns:
         The slides in the order of train.csv, with a stratum for each grade and centre.
@@ -53,8 +52,7 @@ def read_panda(folder: str | Path, options: PandaConfig) -> ImageTable:
     for path in (table, folder / "train_images"):
         if not path.exists():
             raise DataError(
-                f"there is no {path}; data.panda names the folder that holds train.csv and "
-                "train_images"
+                f"there is no {path}; data.panda names the folder with train.csv and train_images"
             )
     rows = read_rows(table, _COLUMNS, "PANDA's train.csv is needed unchanged")
     if options.cleaned_list is not None:
@@ -64,23 +62,13 @@ def read_panda(folder: str | Path, options: PandaConfig) -> ImageTable:
     for row in rows:
         provider = row.cells.get("provider", PROVIDERS[0])
         if provider not in PROVIDERS:
-            problems.add(
-                row.line,
-                f"the provider {printable(provider)!r} is none of {', '.join(PROVIDERS)}",
-            )
+            known = ", ".join(PROVIDERS)
+            problems.add(row.line, f"the provider {printable(provider)!r} is none of {known}")
     problems.report()
-    images = table_of_rows(
-        [
-            row._replace(cells={"path": f"train_images/{row.cells['id']}.tiff", **row.cells})
-            if row.cells
-            else row
-            for row in rows
-        ],
-        table,
-        folder,
-        "single-label",
-        class_names=GRADES,
-    )
+    for row in rows:
+        if row.cells:
+            row.cells["path"] = f"train_images/{row.cells['id']}.tiff"
+    images = table_of_rows(rows, table, folder, "single-label", class_names=GRADES)
     centre = np.array([PROVIDERS.index(row.cells["provider"]) for row in rows], np.int64)
     quirk = " reference level" if options.reference_level else ""
     return dataclasses.replace(
@@ -95,7 +83,7 @@ def panda_reader(config: DataConfig, background: int) -> FileReader:
     """Makes the reader of slides, which resizes them by `panda_image`."""
     reference = config.panda_options.reference_level
     resize = partial(panda_image, reference=reference)
-    # The reference level does not depend on the size, so a small picture costs as much as a large.
+    # The reference level does not depend on the size, so a smaller image would save nothing.
     return FileReader(config, background, resize, scalable=not reference)
 
 
@@ -107,13 +95,13 @@ def choose_level(
     Args:
         level_shapes: height and width in pixels of each level, the largest first.
         target_side: the longer side wanted, in pixels.
-        reference: choose as the PatchGD paper's code does. It goes from the last level up as long
-            as the shorter side has 4096 px (or `target_side`, if that is more), for any wanted
-            size; so for a usual slide it takes the last level, and enlarges it.
+        reference: choose as the PatchGD paper's code: from the last level up while the next one's
+            shorter side has at least 4096 px (or `target_side`, if that is more). For a usual
+            slide this is the last level, enlarged.
 
     Returns:
-        The level. Not `reference`: the smallest whose longer side has `target_side` pixels; 0 if
-        none has.
+        The level. Not `reference`: the smallest whose longer side has at least `target_side`
+        pixels; 0 if there is none.
     """
     if not reference:
         fitting = [i for i, shape in enumerate(level_shapes) if max(shape) >= target_side]
@@ -135,15 +123,15 @@ def panda_image(
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Reads a slide into a square, its longer side as long as the square's.
 
-    Area averages shrink it; it keeps its pixels where level 0 is smaller than the square. With
-    `reference`, a level that is too small is enlarged (bilinear), as in the paper's code; but that
-    code centres the slide, and swaps red and blue.
+    The slide is shrunk by area averages; smaller ones keep their pixels. With `reference`, a level
+    that is too small is enlarged (bilinear), as in the paper's code; but that code centres the
+    slide, and swaps red and blue.
 
     Args:
         source: the slide, opened with 3 channels.
         size: height and width of the square in pixels, equal.
         background: uint8 value around the slide.
-        reference: whether to choose the level as the paper's code does.
+        reference: see `choose_level`.
 
     Returns:
         `uint8 [*size, 3]`, RGB, the slide at its top left; and the slide's height and width in it.
@@ -166,7 +154,7 @@ def panda_image(
 
 
 def _cleaned(path: Path, known: set[str]) -> set[str]:
-    """Reads the ids of a cleaned list, the first column; it may have a header, `image_id`."""
+    """Reads the ids in the first column of a cleaned list, with or without header `image_id`."""
     problems = Problems(f"cannot use the cleaned list {printable(str(path))}")
     ids: set[str] = set()
     try:

@@ -1,4 +1,4 @@
-"""Reads image classification sets that tensorflow-datasets prepared; needs no TensorFlow."""
+"""Reads prepared image classification sets of tensorflow-datasets; needs no TensorFlow."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _INFO = "dataset_info.json"
 
 
 class TfdsSource:
-    """A split of a prepared set, for random access, safe to read from threads.
+    """A split of a prepared set; stateless, and safe to read from several threads.
 
-    Nothing is ever downloaded. The set must hold exactly one image and one class label, of any
-    names, in a format with random access (array_record). `tfds_splits` lists its splits.
+    Nothing is ever downloaded. The set must have exactly one image and one class label per example,
+    of any names, in a format with random access (array_record). `tfds_splits` lists its splits.
 
     Args:
-        name_or_dir: the folder a set was prepared in, or NAME, NAME/CONFIG or NAME/CONFIG/VERSION
-            within `data_dir`; the newest version and an only config need not be named.
+        name_or_dir: a prepared set's folder, or NAME, NAME/CONFIG or NAME/CONFIG/VERSION within
+            `data_dir`; the defaults are the newest version and the only config.
         split: `train`, `validation` or `test`.
         channels: 1 for grey, 3 for RGB.
-        size: height and width that images are shrunk into and padded to. None: their own.
+        size: height and width to shrink and pad images to. None: their own.
         background: uint8 value under transparent pixels and in the padding.
         data_dir: tfds' folder of all sets. None: TFDS_DATA_DIR or ~/tensorflow_datasets.
 
     Raises:
-        ConfigError: if there is no such prepared set or split, or it is of another kind.
+        ConfigError: if there is no such prepared set or split, or its features or format differ.
         DataError: if its files are damaged or missing.
     """
 
@@ -57,47 +57,33 @@ class TfdsSource:
         folder = find_prepared(name_or_dir, data_dir)
         info = _read_info(folder)
         self._image, self._label = _image_and_label(info)
-        self._class_names = tuple(str(name) for name in info.features[self._label].names)
+        self.class_names = tuple(str(name) for name in info.features[self._label].names)
         self._name = info.full_name
         parts = _splits(info)
         if split not in parts:
             raise ConfigError(f"{self._name} has no split {split!r} besides its validation images")
         self._split = parts[split]
         self._records = _open_records(folder, info, self._split, self._image)
-        self._fingerprint = (
+        self.buckets = (np.arange(len(self)),)
+        self.fingerprint = (
             f"tfds {self._name} {self._split} records={len(self)} info={_info_hash(folder)} "
             f"channels={channels} background={background}"
             + ("" if size is None else f" size={size} background={background}")
         )
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the labels, in their order."""
-        return self._class_names
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the set, its version, the split and how its images are read."""
-        return self._fingerprint
-
-    @property
-    def buckets(self) -> tuple[np.ndarray, ...]:
-        """One of all indices: with `size`, all images have the same one."""
-        return (np.arange(len(self)),)
-
     def describe(self, index: int) -> str:
-        """The record's place in its set."""
+        """Names an example in messages."""
         return f"record {index} of {self._name}, split {self._split}"
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """An example.
+        """Reads an example.
 
         Returns:
             `image` `uint8 [H, W, C]`; `label` and `id` (the position in the split) as int64
-            scalars; with `size` also the image's own height and width in it, `size` `int32 [2]`.
+            scalars; with `size` also the image's own height and width, `size` `int32 [2]`.
 
         Raises:
             IndexError: if there is no such example.
@@ -109,13 +95,11 @@ class TfdsSource:
         try:
             record = self._records[index]
         except Exception as error:
-            # Both the reader's C++ and protobuf let kinds of their own out.
+            # The reader's C++ and protobuf raise errors of their own classes.
             raise DataError(f"cannot read {name}: {error}") from error
-        label = int(record[self._label])
-        if not 0 <= label < len(self._class_names):
-            raise DataError(
-                f"{name} has the label {label}, which is not in 0..{len(self._class_names) - 1}"
-            )
+        label, classes = int(record[self._label]), len(self.class_names)
+        if not 0 <= label < classes:
+            raise DataError(f"{name} has the label {label}, which is not in 0..{classes - 1}")
         image = decode_image(
             record[self._image], name, channels=self._channels, background=self._background
         )
@@ -128,15 +112,12 @@ class TfdsSource:
 
 
 def stored_channels(name_or_dir: str | Path, data_dir: str | Path | None = None) -> Literal[1, 3]:
-    """Reads the channels of a prepared set's images from its metadata, without transparency.
+    """Reads the channels of a prepared set's images, without transparency, from its metadata.
 
-    Args:
-        name_or_dir: as for `TfdsSource`.
-        data_dir: as for `TfdsSource`.
+    The arguments and errors are those of `TfdsSource`.
 
     Raises:
-        ConfigError: if the set does not state them, or as `TfdsSource`.
-        DataError: as `TfdsSource`.
+        ConfigError: also if the set does not state its channels.
     """
     info = _read_info(find_prepared(name_or_dir, data_dir))
     image, _ = _image_and_label(info)
@@ -149,32 +130,20 @@ def stored_channels(name_or_dir: str | Path, data_dir: str | Path | None = None)
 
 
 def tfds_splits(name_or_dir: str | Path, data_dir: str | Path | None = None) -> dict[Split, str]:
-    """The splits of a run on a prepared set, each with the part of the set that it is.
+    """Maps the splits of a run to those of a prepared set.
 
-    `validation` is the set's own `validation`, and `test` its `test`. Without a validation split
-    its `test` is `validation`, or without that, too, the last fifth of `train` in stored order,
-    which the split `train` leaves out.
-
-    Args:
-        name_or_dir: as for `TfdsSource`.
-        data_dir: as for `TfdsSource`.
-
-    Raises:
-        ConfigError: as `TfdsSource`.
-        DataError: as `TfdsSource`.
+    `validation` and `test` are the set's own. Without a `validation` of its own it is the set's
+    `test`, or else the last fifth of `train` in stored order, which `train` then leaves out. The
+    arguments and errors are those of `TfdsSource`.
     """
     return _splits(_read_info(find_prepared(name_or_dir, data_dir)))
 
 
 def find_prepared(name_or_dir: str | Path, data_dir: str | Path | None = None) -> Path:
-    """The folder of a prepared set, found from what is on the disk.
-
-    Args:
-        name_or_dir: as for `TfdsSource`.
-        data_dir: tfds' folder of all sets. None: TFDS_DATA_DIR or ~/tensorflow_datasets.
+    """Finds the folder of a prepared set on disk; the arguments are those of `TfdsSource`.
 
     Raises:
-        ConfigError: if there is none, with the command that prepares it, or there are several.
+        ConfigError: if there is none, with the command to prepare it, or there are several.
         DataError: if a folder cannot be read.
     """
     name = os.fspath(name_or_dir)
@@ -211,7 +180,7 @@ def _prepared_in(folder: Path) -> list[Path]:
 
 
 def _newest_version(folder: Path) -> Path | None:
-    # Anything else, such as what a killed process left, is no version.
+    # Other folders, such as the remains of a killed process, are no versions.
     versions = [
         path
         for path in folder.iterdir()
@@ -241,7 +210,7 @@ def _read_info(folder: Path) -> Any:
     try:
         return tfds.builder_from_directory(os.fspath(folder)).info
     except Exception as error:
-        # tfds raises its own, undocumented kinds for anything wrong inside a folder.
+        # tfds raises undocumented classes of errors for damaged folders.
         raise DataError(f"{folder} cannot be read as a prepared data set: {error}") from error
 
 
@@ -274,14 +243,14 @@ def _splits(info: Any) -> dict[Split, str]:
 
 
 def _open_records(folder: Path, info: Any, split: str, image: str) -> Any:
-    """Records by position, the image still encoded."""
+    """Opens a split's records for random access, with encoded images."""
     import tensorflow_datasets as tfds
 
     part = info.splits[split]
     if part.num_examples == 0:
         raise DataError(f"{info.full_name}: the split {split} is empty")
     try:
-        # A builder of its own: opening it for random access changes the info it belongs to.
+        # A new builder, as opening it for random access changes its info.
         records = tfds.builder_from_directory(os.fspath(folder)).as_data_source(
             split, decoders={image: tfds.decode.SkipDecoding()}
         )

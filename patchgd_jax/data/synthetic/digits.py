@@ -1,4 +1,4 @@
-"""Pools of single digits, `uint8 [n, 28, 28]`, white on black, split by what may be trained on."""
+"""Disjoint pools of digits for training and validation: `uint8 [n, 28, 28]`, white on black."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 from patchgd_jax.errors import DataError
 
 SIDE = 28
-"""Pixels a side of a digit; its ink is within the middle 20, as in MNIST."""
+"""Side of a digit in pixels; its ink is within the middle 20, as in MNIST."""
 
 Split = Literal["train", "validation"]
 
 
 class DigitPool(NamedTuple):
-    """Digits that one split may use."""
+    """Digits of one split."""
 
     glyphs: np.ndarray
     """`uint8 [n, 28, 28]`."""
@@ -32,11 +32,11 @@ def load_digits(source: str, split: Split, folder: str | None = None) -> DigitPo
     """Loads one split's pool; the two splits of a source share no digit.
 
     Args:
-        source: `sklearn` (1,797 handwritten digits that scikit-learn carries: four fifths train),
-            `mnist` (idx files or a prepared tensorflow-datasets folder: its own test set
-            validates) or `font` (drawn with Pillow's embedded font).
+        source: `sklearn` (the 1,797 handwritten digits of scikit-learn, four fifths of them for
+            training), `mnist` (idx files or a prepared tensorflow-datasets folder; its own test
+            set validates) or `font` (drawn with Pillow's embedded font).
         split: `train` or `validation`.
-        folder: where the MNIST files are.
+        folder: of the MNIST files.
 
     Raises:
         DataError: if files are missing or are not MNIST files.
@@ -63,34 +63,31 @@ def _sklearn() -> tuple[np.ndarray, np.ndarray]:
     for glyph, image in zip(glyphs, data.images, strict=True):
         padded = np.pad(image / 16, 1).astype(np.float32)
         smooth = np.asarray(Image.fromarray(padded).resize((20, 20), Image.Resampling.BICUBIC))
-        glyph[4:24, 4:24] = np.round(_contrast(smooth.clip(0, 1)) * 255)
+        glyph[4:24, 4:24] = np.round(logistic(smooth.clip(0, 1), 10.0) * 255)
     return glyphs, np.asarray(data.target, np.int64)
 
 
-def _contrast(x: np.ndarray) -> np.ndarray:
-    """A logistic curve through (0, 0) and (1, 1): empty stays empty, so no box shows."""
-    low, high = 1 / (1 + np.exp(5.0)), 1 / (1 + np.exp(-5.0))
-    return (1 / (1 + np.exp(-10 * (x - 0.5))) - low) / (high - low)
+def logistic(x: np.ndarray, slope: float) -> np.ndarray:
+    """Maps values in [0, 1] by a logistic curve, scaled to run through (0, 0) and (1, 1)."""
+    low, high = 1 / (1 + np.exp(slope / 2)), 1 / (1 + np.exp(-slope / 2))
+    return (1 / (1 + np.exp(-slope * (x - 0.5))) - low) / (high - low)
 
 
 @lru_cache(maxsize=1)
 def _font() -> tuple[np.ndarray, np.ndarray]:
     from PIL import Image, ImageDraw, ImageFont
 
-    per_class = 60
+    side, bicubic = 80, Image.Resampling.BICUBIC
     rng = np.random.default_rng([28, 1])
-    glyphs = np.zeros((10 * per_class, SIDE, SIDE), np.uint8)
-    labels = np.arange(10 * per_class) % 10
-    canvas_side = 80
+    labels = np.arange(600) % 10
+    glyphs = np.zeros((len(labels), SIDE, SIDE), np.uint8)
     for glyph, label in zip(glyphs, labels, strict=True):
         size, stroke = 44 + 12 * rng.random(), int(rng.integers(0, 3))
-        canvas = Image.new("L", (canvas_side, canvas_side))
+        canvas, middle = Image.new("L", (side, side)), (side / 2, side / 2)
         font = ImageFont.load_default(size)
-        middle = (canvas_side / 2, canvas_side / 2)
         ImageDraw.Draw(canvas).text(middle, str(label), 255, font, anchor="mm", stroke_width=stroke)
         shear, angle = 0.4 * (rng.random() - 0.5), 24 * (rng.random() - 0.5)
-        matrix = (1.0, shear, -shear * canvas_side / 2, 0.0, 1.0, 0.0)
-        bicubic = Image.Resampling.BICUBIC
+        matrix = (1.0, shear, -shear * side / 2, 0.0, 1.0, 0.0)
         canvas = canvas.transform(canvas.size, Image.Transform.AFFINE, matrix, bicubic)
         canvas = canvas.rotate(angle, bicubic)
         box = canvas.getbbox()
@@ -145,6 +142,6 @@ def _prepared_mnist(root: Path, split: Split) -> DigitPool:
         glyphs = np.stack([record["image"][..., 0] for record in records])
         labels = np.array([record["label"] for record in records], np.int64)
     except Exception as error:
-        # tfds raises its own, undocumented kinds for anything wrong inside a folder.
+        # tfds raises undocumented classes of errors for damaged folders.
         raise DataError(f"{root} cannot be read as a prepared MNIST: {error}") from error
     return DigitPool(glyphs, labels)

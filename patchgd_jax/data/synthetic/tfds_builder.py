@@ -1,6 +1,6 @@
-"""The generated images as a tensorflow-datasets set named `ultra_mnist`; needs no TensorFlow.
+"""Generated images as a tensorflow-datasets set named `ultra_mnist`; needs no TensorFlow.
 
-Importing this module registers the set with tensorflow-datasets (and costs two seconds):
+Importing this module registers the set with tensorflow-datasets (and takes two seconds):
 `tfds.builder("ultra_mnist/512px-10classes-sklearn").download_and_prepare()` makes it.
 """
 
@@ -22,12 +22,10 @@ import tensorflow_datasets as tfds
 
 from patchgd_jax.config import DataConfig
 from patchgd_jax.data.synthetic.digits import Split
-from patchgd_jax.data.synthetic.encoded import (
+from patchgd_jax.data.synthetic.png_folder import (
     EncodedExample,
     OnExample,
     encoded_examples,
-    ignore_note,
-    ignore_progress,
     require_generated,
 )
 from patchgd_jax.data.synthetic.ultramnist import GENERATOR_VERSION, UltraMnist
@@ -39,31 +37,20 @@ NAME = "ultra_mnist"
 _SHARD_BYTES = 256 * 2**20
 
 _LOOK = (
-    "task",
-    "classes",
-    "size",
-    "channels",
-    "digits",
-    "digit_count",
-    "label_share",
-    "object_ratio",
-    "scale",
-    "noise",
-    "downscale",
-    "train_size",
-    "val_size",
-)
-"""The settings that the pixels depend on."""
+    "task", "classes", "size", "channels", "digits", "digit_count", "label_share", "object_ratio",
+    "scale", "noise", "downscale", "train_size", "val_size",
+)  # fmt: skip
+"""Settings that determine the pixels."""
 
 _SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclasses.dataclass
 class UltraMnistConfig(tfds.core.BuilderConfig):
-    """What a set holds.
+    """Contents of a set.
 
     Attributes:
-        data: what the images look like and how many there are.
+        data: look and number of the images.
         seed: of the whole data set.
     """
 
@@ -87,18 +74,18 @@ def _published(side: int, classes: int, digits: Any) -> UltraMnistConfig:
     )
 
 
-# Importing a module anew would register a second class of the same name, which tfds refuses.
+# Reloading this module would register a second class of the same name, which tfds refuses.
 _REGISTERED = any(
     vars(cls).get("name") == NAME for cls in tfds.core.GeneratorBasedBuilder.__subclasses__()
 )
 
 
 class UltraMnistBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=_REGISTERED):  # type: ignore[call-arg]
-    """Freezes what `UltraMnist` generates: equal pixels, labels and boxes, in index order.
+    """Stores the examples of `UltraMnist`: equal pixels, labels and boxes, in index order.
 
     Its configs are named SIDEpx-CLASSESclasses-DIGITS. They all have 28,000 training and 2,800
     validation images whose digits grow with the image; those of 28 classes have the benchmark's
-    background. An `UltraMnistConfig` of your own freezes anything else the generator can make.
+    background. An `UltraMnistConfig` of your own stores any other settings of the generator.
 
     Each example has `image` (PNG), `label`, `index` (the generator's, and the position in the
     split), and for each digit in `boxes` its value `digit` and its `bbox`: top, left, bottom and
@@ -116,31 +103,26 @@ class UltraMnistBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=_REGI
     ]
 
     def __init__(self, *, file_format: Any = None, **arguments: Any) -> None:
-        # tfds' own default can neither be written nor be read at random without TensorFlow.
+        # tfds' own default needs TensorFlow to be written or read at random.
         super().__init__(file_format=file_format or "array_record", **arguments)
 
     def source(self, split: Split) -> UltraMnist:
-        """The generator of a split."""
+        """Makes the generator of a split."""
         return UltraMnist(self.builder_config.data, split, self.builder_config.seed)
 
     def _info(self) -> Any:
         config: DataConfig = self.builder_config.data
+        features = tfds.features
+        box = {"digit": features.ClassLabel(num_classes=10), "bbox": features.BBoxFeature()}
         return tfds.core.DatasetInfo(
             builder=self,
             description="Images of handwritten digits of very different sizes (arXiv 2206.12681).",
-            features=tfds.features.FeaturesDict(
+            features=features.FeaturesDict(
                 {
-                    "image": tfds.features.Image(shape=config.image_shape, encoding_format="png"),
-                    "label": tfds.features.ClassLabel(
-                        names=[str(i) for i in range(config.classes)]
-                    ),
+                    "image": features.Image(shape=config.image_shape, encoding_format="png"),
+                    "label": features.ClassLabel(names=[str(i) for i in range(config.classes)]),
                     "index": np.int64,
-                    "boxes": tfds.features.Sequence(
-                        {
-                            "digit": tfds.features.ClassLabel(num_classes=10),
-                            "bbox": tfds.features.BBoxFeature(),
-                        }
-                    ),
+                    "boxes": features.Sequence(box),
                 }
             ),
             supervised_keys=("image", "label"),
@@ -155,7 +137,7 @@ class UltraMnistBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=_REGI
         return {split: self._generate_examples(split) for split in _SPLITS}
 
     def _generate_examples(
-        self, split: Split, on_example: OnExample = ignore_progress
+        self, split: Split, on_example: OnExample = lambda *counts: None
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         for example in encoded_examples(self.source(split), on_example):
             yield example.index, _features(self.builder_config.data, example)
@@ -164,16 +146,20 @@ class UltraMnistBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=_REGI
         self.write_records(Path(self.data_dir), limit=download_config.max_examples_per_split)
 
     def write_records(
-        self, folder: Path, *, limit: int | None = None, on_example: OnExample = ignore_progress
+        self,
+        folder: Path,
+        *,
+        limit: int | None = None,
+        on_example: OnExample = lambda *counts: None,
     ) -> None:
-        """Writes the record files of all splits and notes them in `info`.
+        """Streams the examples of all splits to record files and adds these to `info`.
 
-        tfds' own writer keeps a gigabyte of records in memory, and fails beyond that where there
-        is no TensorFlow; this one streams.
+        tfds' own writer keeps a gigabyte of records in memory, and fails beyond that without
+        TensorFlow.
 
         Args:
             folder: an existing folder.
-            limit: most examples per split. None: all.
+            limit: largest number of examples per split. None: all.
             on_example: called with the number of examples done and the split's total.
 
         Raises:
@@ -192,21 +178,15 @@ class UltraMnistBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=_REGI
                 split=split,
                 filetype_suffix=self.info.file_format.file_suffix,
             )
-            lengths, written = self._write_shards(records, count, template)
-            splits.append(
-                tfds.core.SplitInfo(
-                    name=split,
-                    shard_lengths=lengths,
-                    num_bytes=written,
-                    filename_template=template,
-                )
-            )
+            lengths, size = self._write_shards(records, count, template)
+            info = {"shard_lengths": lengths, "num_bytes": size, "filename_template": template}
+            splits.append(tfds.core.SplitInfo(name=split, **info))
         self.info.set_splits(tfds.core.SplitDict(splits))
 
     def _write_shards(
         self, records: Iterator[bytes], count: int, template: Any
     ) -> tuple[list[int], int]:
-        """Writes files of about `_SHARD_BYTES`; returns their lengths and the bytes of all."""
+        """Writes files of about `_SHARD_BYTES`; returns their lengths and total bytes."""
         first = next(records)
         records = chain([first], records)
         per_shard = max(1, _SHARD_BYTES // len(first))
@@ -224,8 +204,8 @@ class UltraMnistBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=_REGI
                 self._example_writer().write(os.fspath(path), take(length))
             except ImportError as error:
                 raise ConfigError(
-                    f"no data set can be written here, {error}; install the package it names, or "
-                    "write PNG files instead"
+                    f"cannot write a data set: {error}; install the missing package, or write PNG "
+                    "files instead"
                 ) from error
             except RuntimeError as error:
                 raise DiskError(f"cannot write {path}: {error}") from error
@@ -237,25 +217,24 @@ def make_dataset(
     seed: int,
     data_dir: str | Path | None = None,
     *,
-    on_example: OnExample = ignore_progress,
-    on_note: Callable[[str], None] = ignore_note,
+    on_example: OnExample = lambda *counts: None,
+    on_note: Callable[[str], object] = lambda note: None,
 ) -> Path:
-    """Freezes generated images to disk as a prepared tensorflow-datasets set.
+    """Writes generated images as a prepared tensorflow-datasets set.
 
     Args:
-        config: what the images look like and how many there are.
-        seed: of the whole data set.
+        config: as for `make_folder`.
+        seed: as for `make_folder`.
         data_dir: tfds' folder of all sets. None: TFDS_DATA_DIR or ~/tensorflow_datasets.
-        on_example: called with the number of examples done and the total, for each split.
-        on_note: called with a warning about folders of unfinished runs.
+        on_example: as for `make_folder`.
+        on_note: as for `make_folder`.
 
     Returns:
-        The set's folder, `DATA_DIR/ultra_mnist/CONFIG/VERSION`, to be used as `data.tfds`. It
-        appears when it is complete. The name of the config is readable and ends in a hash of all
-        settings, so different sets never share a folder.
+        The set's folder, `DATA_DIR/ultra_mnist/CONFIG/VERSION`, for `data.tfds`. It appears when
+        it is complete. CONFIG ends in a hash of all settings, so sets never share a folder.
 
     Raises:
-        ConfigError: if the set is there already, or the config names other images.
+        ConfigError: if the set exists already, or the config names existing images.
         DiskError: if it cannot be written.
     """
     require_generated(config)
@@ -284,7 +263,7 @@ def make_dataset(
 
 
 def config_name(config: DataConfig, seed: int) -> str:
-    """A readable name of a set, different for different pixels: `512px-10classes-sklearn-HASH`."""
+    """Names a set by its settings and their hash: `512px-10classes-sklearn-HASH`."""
     height, width = config.size
     side = f"{height}px" if height == width else f"{height}x{width}px"
     kind = f"{config.classes}classes" if config.task == "digit-sum" else config.task
@@ -312,20 +291,19 @@ def _look(config: DataConfig) -> dict[str, Any]:
 
 def _features(config: DataConfig, example: EncodedExample) -> dict[str, Any]:
     height, width = config.size
+    boxes = [
+        tfds.features.BBox(
+            ymin=digit.y / height,
+            xmin=digit.x / width,
+            ymax=(digit.y + digit.side) / height,
+            xmax=(digit.x + digit.side) / width,
+        )
+        for digit in example.digits
+    ]
+    digits = [digit.value for digit in example.digits]
     return {
         "image": example.png,
         "label": example.label,
         "index": example.index,
-        "boxes": [
-            {
-                "digit": digit.value,
-                "bbox": tfds.features.BBox(
-                    ymin=digit.y / height,
-                    xmin=digit.x / width,
-                    ymax=(digit.y + digit.side) / height,
-                    xmax=(digit.x + digit.side) / width,
-                ),
-            }
-            for digit in example.digits
-        ],
+        "boxes": [{"digit": d, "bbox": b} for d, b in zip(digits, boxes, strict=True)],
     }

@@ -1,9 +1,8 @@
 """Synthetic images of digits, of any size, each a pure function of (seed, split, index).
 
 Two tasks: UltraMNIST's (the label is the sum of three to five digits of very different sizes; rules
-in arXiv 2206.12681 and the PatchGD papers) and a simpler one (the label is the digit that occurs
-most often). The boxes of all digits are known, and any region of an image can be rendered without
-the rest of it.
+in arXiv 2206.12681 and the PatchGD papers) and a simpler one (the label is the most frequent
+digit). All boxes are known, and any region of an image can be rendered alone.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from patchgd_jax.config import DataConfig
+from patchgd_jax.data.images.pixels import shrink
 from patchgd_jax.data.images.region_base import RegionSource
-from patchgd_jax.data.images.shrink import shrink
-from patchgd_jax.data.synthetic.digits import SIDE, DigitPool, Split, load_digits
+from patchgd_jax.data.synthetic.digits import SIDE, DigitPool, Split, load_digits, logistic
 from patchgd_jax.errors import ConfigError, DataError
 
 GENERATOR_VERSION = 1
-"""Raised whenever the same (seed, split, index) gives other pixels than before."""
+"""Increased whenever the pixels of a (seed, split, index) change."""
 
 _OBJECT_RATIO = (0.15625, 0.25)
-"""Of the digits whose most frequent one is the label, unless the settings have another."""
+"""Default range of digit sides for task most-frequent, as a fraction of the shorter side."""
 
 _TRIES_PER_DIGIT = 200
 _LAYOUTS = 50
 
 
 class Digit(NamedTuple):
-    """One digit of an image; the box is `side` pixels square with its top-left pixel at (y, x)."""
+    """A digit of an image; its box is `side` pixels square with the top-left pixel at (y, x)."""
 
     value: int
     glyph: int
@@ -44,7 +43,7 @@ class Digit(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything about an image but its pixels."""
+    """Contents of an image before rendering."""
 
     label: int
     digits: tuple[Digit, ...]
@@ -53,7 +52,7 @@ class Plan(NamedTuple):
 
 @cache
 def multisets(total: int) -> tuple[tuple[int, ...], ...]:
-    """All multisets of three, four or five digits with that sum, in a fixed order."""
+    """Lists all multisets of three, four or five digits with a sum, in a fixed order."""
     return tuple(
         combination
         for count in (3, 4, 5)
@@ -64,10 +63,8 @@ def multisets(total: int) -> tuple[tuple[int, ...], ...]:
 
 def _size_law(classes: int) -> np.ndarray:
     """Cumulative probabilities of the size factors 1, 2, ... (V-shaped; the official weights)."""
-    if classes == 10:
-        weights = [5, 4, 3, 2, 1, 1, 2, 3, 4]
-    else:
-        weights = [*range(38, 0, -1), *range(1, 38)]
+    highest = 5 if classes == 10 else 38
+    weights = [*range(highest, 0, -1), *range(1, highest)]
     return np.cumsum(weights) / sum(weights)
 
 
@@ -75,7 +72,7 @@ class UltraMnist:
     """A random-access source of examples; stateless.
 
     Args:
-        config: what the images look like.
+        config: look of the images.
         split: `train` or `validation`; they share no digit and no random number.
         seed: of the whole data set.
 
@@ -87,6 +84,8 @@ class UltraMnist:
         self.config = config
         self.split: Split = split
         self.seed = seed
+        self.class_names = tuple(map(str, range(config.classes)))
+        self.buckets = (np.arange(len(self)),)
         if config.task == "most-frequent":
             self._label_count = round(config.label_share * config.digit_count)
             others = config.digit_count - self._label_count
@@ -101,18 +100,8 @@ class UltraMnist:
         return self.config.train_size if self.split == "train" else self.config.val_size
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """Name of each label: its number."""
-        return tuple(map(str, range(self.config.classes)))
-
-    @property
-    def buckets(self) -> tuple[np.ndarray, ...]:
-        """A partition of the indices, `int64 [n]` each, by the images' size: there is but one."""
-        return (np.arange(len(self)),)
-
-    @property
     def fingerprint(self) -> str:
-        """Changes whenever an example would."""
+        """Changes whenever any example does."""
         look = dataclasses.replace(self.config, digits="font", digits_dir=None)
         pool = hashlib.sha256(self.pool.glyphs.tobytes() + self.pool.labels.tobytes())
         return (
@@ -122,23 +111,20 @@ class UltraMnist:
 
     @cached_property
     def pool(self) -> DigitPool:
-        """The digits this split may use; loaded on first use."""
+        """The digits of this split; loaded on first use."""
         return load_digits(self.config.digits, self.split, self.config.digits_dir)
 
     def describe(self, index: int) -> str:
-        """A name of an example for messages."""
+        """Names an example in messages."""
         return f"generated image {index}"
 
-    def _rng(self, index: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, 0 if self.split == "train" else 1, index])
-
     def plan(self, index: int) -> Plan:
-        """The label and the boxes of an example; they never overlap.
+        """Plans the label and the boxes of an example, without overlap.
 
         Raises:
-            DataError: if the digits find no room after a bounded number of tries.
+            DataError: if the digits do not fit after a bounded number of tries.
         """
-        rng = self._rng(index)
+        rng = np.random.default_rng([self.seed, 0 if self.split == "train" else 1, index])
         label = index % self.config.classes
         values = self._values(rng, label)
         for _ in range(_LAYOUTS):
@@ -201,7 +187,7 @@ class UltraMnist:
         return boxes
 
     def read(self, index: int, y: int, x: int, height: int, width: int) -> np.ndarray:
-        """Renders a region of an example before `downscale`; only what lies in it costs anything.
+        """Renders a region of an example before `downscale`; the cost is that of the region.
 
         Returns:
             `uint8 [height, width]`, 0 outside the image.
@@ -209,7 +195,7 @@ class UltraMnist:
         return self.render(self.plan(index), y, x, height, width)
 
     def render(self, plan: Plan, y: int, x: int, height: int, width: int) -> np.ndarray:
-        """`read` of an example whose plan is known."""
+        """Renders a region of a planned image, as `read`."""
         out = np.zeros((height, width), np.uint8)
         smooth = self.config.task == "most-frequent"
         for digit in plan.digits:
@@ -234,7 +220,7 @@ class UltraMnist:
         return out
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """An example: `image` `uint8 [H, W, C]`, `label`, `id` (the index) as int64 scalars."""
+        """Renders an example: `image` `uint8 [H, W, C]`, `label` and `id` (the index), int64."""
         height, width = self.config.size
         plan = self.plan(index)
         image = self.render(plan, 0, 0, height, width)[..., None]
@@ -242,20 +228,20 @@ class UltraMnist:
         return {"image": image, "label": np.int64(plan.label), "id": np.int64(index)}
 
     def entry(self, index: int) -> dict[str, Any]:
-        """An example without its pixels; see `RegionExamples`."""
+        """Returns the label and id of an example."""
         return {"label": np.int64(index % self.config.classes), "id": np.int64(index)}
 
     def padded_size(self, index: int) -> int:
-        """0: all images have one size."""
+        """Returns 0, as all images have one size."""
         return 0
 
     def open(self, index: int) -> DigitRegions:
-        """An example's image, rendered where it is read; see `RegionExamples`."""
+        """Opens an example's image, to be rendered by regions."""
         return DigitRegions(self, index)
 
 
 class DigitRegions(RegionSource):
-    """Regions of one example; its pixels are those of `source[index]["image"]`.
+    """Regions of one example, with the pixels of `source[index]["image"]`.
 
     Args:
         source: the data set.
@@ -265,7 +251,7 @@ class DigitRegions(RegionSource):
     def __init__(self, source: UltraMnist, index: int) -> None:
         self._source, self._plan = source, source.plan(index)
         height, width, channels = source.config.image_shape
-        super().__init__([(height, width)], channels=channels, background=0)
+        super().__init__([(height, width)], channels, background=0)
 
     def _inside(self, level: int, y: int, x: int, height: int, width: int) -> np.ndarray:
         by = self._source.config.downscale
@@ -279,10 +265,9 @@ class DigitRegions(RegionSource):
 def _enlarge(
     glyph: np.ndarray, side: int, rows: np.ndarray, cols: np.ndarray, *, smooth: bool
 ) -> np.ndarray:
-    """The pixels `rows x cols` of a glyph drawn `side` pixels wide.
+    """Draws the pixels `rows x cols` of a glyph `side` pixels wide.
 
-    Every output pixel is computed on its own, in integers, so a region equals the same part of
-    the whole, bit for bit.
+    Each pixel is computed on its own, in integers, so regions equal parts of the whole exactly.
     """
     if side < SIDE:
         from PIL import Image
@@ -306,12 +291,8 @@ def _enlarge(
     return _SHARPEN[wide >> 16]
 
 
-# Bilinear enlargement blurs strokes; this curve, fixed at 0 and 255, makes their edges firm again.
-_SHARPEN = np.round(
-    255
-    * (1 / (1 + np.exp(-(np.arange(256) - 127.5) / 20)) - 1 / (1 + np.exp(127.5 / 20)))
-    / (1 / (1 + np.exp(-127.5 / 20)) - 1 / (1 + np.exp(127.5 / 20)))
-).astype(np.uint8)
+# Bilinear enlargement blurs the edges of strokes.
+_SHARPEN = np.round(255 * logistic(np.arange(256) / 255, 12.75)).astype(np.uint8)
 
 
 def _noise(seed: int, size: tuple[int, int], rows: np.ndarray, cols: np.ndarray) -> np.ndarray:

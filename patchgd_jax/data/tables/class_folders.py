@@ -1,4 +1,4 @@
-"""Reads images whose labels are the folders they are in."""
+"""Reads a table of images from a folder with a subfolder for each class."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ IMAGE_SUFFIXES = frozenset((
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".btf", ".tf8", ".webp", ".bmp",
     ".svs", ".ndpi", ".npy", ".zarr", *SLIDE_SUFFIXES,
 ))
-"""Endings, in small letters, of the files that are taken. A folder that ends in .zarr is one
-image."""
+"""Lower-case suffixes of the files to read. A folder that ends in .zarr is one image."""
 
 _OTHER_IMAGES = frozenset((
     ".gif", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".ppm", ".pgm", ".psd", ".nd2",
@@ -30,10 +29,10 @@ _OTHER_IMAGES = frozenset((
 
 
 def read_class_folders(root: str | Path) -> ImageTable:
-    """Reads a folder that holds a folder of images for each class, at any depth.
+    """Reads a folder with a subfolder of images, of any depth, for each class.
 
-    Classes are in the order of their folders' names, with the numbers in them in their order; so
-    are the images. Hidden files and folders are left out, and files that are no images.
+    Classes and images are in natural order of their names (`a2` before `a10`). Hidden files and
+    folders are left out, and files that are not images.
 
     Args:
         root: the folder.
@@ -43,14 +42,13 @@ def read_class_folders(root: str | Path) -> ImageTable:
 
     Raises:
         DataError: with the first ten reasons: fewer than two class folders, one without images, an
-            image that is in no class folder or of a kind that is not read, a link out of `root`, a
+            image outside the class folders or of an unsupported format, a link out of `root`, a
             name with control characters.
     """
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; data.root must hold a folder for each class")
-    problems = Problems(f"cannot use the class folders in {root}")
-    finder = ImageFinder(root)
+    problems, finder = Problems(f"cannot use the class folders in {root}"), ImageFinder(root)
     names: list[str] = []
     paths: list[Path] = []
     labels: list[int] = []
@@ -84,7 +82,7 @@ def _images_below(
     seen: dict[Path, str],
     above: frozenset[Path],
 ) -> Iterator[Path]:
-    """The images in a folder and the folders in it."""
+    """Yields the images in a folder and its subfolders."""
     name = folder.relative_to(finder.root).as_posix()
     try:
         if has_control(folder.name):
@@ -112,4 +110,4 @@ def _images_below(
             except (OSError, ValueError) as error:
                 problems.add(None, str(error))
         elif suffix in _OTHER_IMAGES:
-            problems.add(None, f"{name!r} is of a kind that is not read; convert or remove it")
+            problems.add(None, f"{name!r} has an unsupported format; convert or remove it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import io
@@ -23,11 +24,11 @@ class Row(NamedTuple):
     """A row of a CSV file."""
 
     line: int
-    """On which it begins, with the header's as 1."""
+    """On which it begins; the header's is 1."""
     cells: dict[str, str]
-    """Text by the names that the columns were asked for under."""
+    """Text by the caller's names of the columns."""
     problem: str = ""
-    """Why it has no cells, if so."""
+    """Why the row has no cells; empty if it has."""
 
 
 def read_csv(
@@ -38,13 +39,14 @@ def read_csv(
     *,
     class_names: Sequence[str] | None = None,
 ) -> ImageTable:
-    """Reads the labels of images from a CSV file: UTF-8, with a header, and with `,`, `;` or tabs.
+    """Reads paths and labels of images from a UTF-8 CSV file with `,`, `;` or tabs.
 
-    No cell is ever evaluated as a formula. `labels.parse_labels` defines what labels mean.
+    The file has a header. No cell is evaluated as a formula. `labels.parse_labels` defines the
+    format of labels.
 
     Args:
         csv_file: the file.
-        root: folder that the paths are relative to; None: the file's.
+        root: base folder of the paths; None: the file's.
         columns: names of the columns.
         task_name: a name of `tasks.TASKS`.
         class_names: the classes in the order of their indices; None: found from the labels.
@@ -55,8 +57,8 @@ def read_csv(
     Raises:
         DataError: for a file that cannot be used, with the first ten reasons and their lines:
             a column that is missing; a path that is empty, leads out of `root`, does not exist or
-            was named before; an empty or impossible label, group, split or weight; control
-            characters; labels that are all equal.
+            occurs twice; an empty or invalid label, group, split or weight; control characters;
+            labels that are all equal.
     """
     csv_file = Path(csv_file)
     wanted = {name: column for name, column in vars(columns).items() if column is not None}
@@ -76,8 +78,8 @@ def read_rows(
 
     Args:
         csv_file: the file.
-        columns: names of the columns, by the names their cells are to have.
-        advice: what to do about a missing column, with `{}` for its name in `columns`.
+        columns: names of the columns, by the key of their cells in a `Row`.
+        advice: remedy for a missing column, with `{}` for its key.
 
     Raises:
         DataError: if the file cannot be read, is damaged, or lacks a column.
@@ -103,15 +105,15 @@ def table_of_rows(
     *,
     class_names: Sequence[str] | None = None,
 ) -> ImageTable:
-    """Finds the images of rows and parses their labels; see `read_csv`.
+    """Finds the images of rows and parses their labels, as `read_csv` does.
 
     Args:
-        rows: with the cells `path` and `label`, and perhaps `group`, `split` and `weight`; cells of
-            other names are not looked at.
+        rows: with the cells `path` and `label`, optionally `group`, `split` and `weight`; other
+            cells are ignored.
         csv_file: the rows' file, for messages.
-        root: folder that the paths are relative to.
-        task_name: a name of `tasks.TASKS`.
-        class_names: the classes in the order of their indices; None: found from the labels.
+        root: base folder of the paths.
+        task_name: see `read_csv`.
+        class_names: see `read_csv`.
 
     Raises:
         DataError: as `read_csv`.
@@ -128,9 +130,9 @@ def table_of_rows(
         if row.problem:
             problems.add(line, row.problem)
             continue
-        reasons = _wrong_cells(cells)
+        reasons = _invalid_cells(cells)
         if not has_control(cells["label"]):
-            # Of rows with other faults as well, to report all faults at once.
+            # Also of rows with other faults, to report all faults at once.
             labels.append((line, cells["label"]))
         try:
             path, real = finder.find(cells["path"])
@@ -138,7 +140,11 @@ def table_of_rows(
             if first is row:
                 good.append((row, path))
             else:
-                reasons.append(_named_again(first, row))
+                how = "the same" if first.cells["label"] == cells["label"] else "another"
+                reasons.append(
+                    f"{cells['path']!r} is the image of line {first.line} again, with {how} label; "
+                    "keep one"
+                )
         except FileNotFoundError as error:
             absent += 1
             reasons.append(str(error))
@@ -178,13 +184,6 @@ def table_of_rows(
     )
 
 
-def _named_again(first: Row, row: Row) -> str:
-    how = "the same" if first.cells["label"] == row.cells["label"] else "another"
-    return (
-        f"{row.cells['path']!r} is the image of line {first.line} again, with {how} label; keep one"
-    )
-
-
 def _read_text(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -195,7 +194,7 @@ def _read_text(path: Path) -> str:
             f"{path} is not UTF-8 text (at byte {error.start}); save it as CSV UTF-8"
         ) from error
     if "\0" in text:
-        raise DataError(f"{path} has NUL characters in it; save it as CSV UTF-8")
+        raise DataError(f"{path} has NUL characters; save it as CSV UTF-8")
     if not text.strip():
         raise DataError(f"{path} is empty; it needs a header and a row for each image")
     return text
@@ -204,7 +203,7 @@ def _read_text(path: Path) -> str:
 def _header_and_rows(
     text: str, path: Path, wanted: set[str]
 ) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """Returns the header, and the rows below it with the line on which each begins."""
+    """The header, and the rows below it with their first lines."""
 
     def rows(delimiter: str) -> Iterator[tuple[int, list[str]]]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -220,11 +219,10 @@ def _header_and_rows(
                 yield line, fields
 
     def columns_found(delimiter: str) -> tuple[int, int]:
-        try:
+        with contextlib.suppress(DataError):
             _, names = next(rows(delimiter), (0, []))
-        except DataError:
-            return -1, 0
-        return len(wanted.intersection(names)), len(names)
+            return len(wanted.intersection(names)), len(names)
+        return -1, 0
 
     reader = rows(max(",;\t", key=columns_found))
     return next(reader, (0, []))[1], reader
@@ -241,8 +239,8 @@ def _column(path: Path, header: Sequence[str], column: str, advice: str) -> int:
     raise DataError(f"{path} has no column {column!r}; {hint} {advice}")
 
 
-def _wrong_cells(cells: dict[str, str]) -> list[str]:
-    """Lists what is wrong with a row, except for its file and the meaning of its label."""
+def _invalid_cells(cells: dict[str, str]) -> list[str]:
+    """Reasons against a row's cells, except for its file and the format of its label."""
     reasons = [
         f"the {name} {printable(value)!r} has control characters"
         for name, value in cells.items()
@@ -253,8 +251,7 @@ def _wrong_cells(cells: dict[str, str]) -> list[str]:
     split = cells.get("split")
     if split is not None and split.lower() not in SPLITS:
         reasons.append(f"the split {printable(split)!r} is none of {', '.join(SPLITS)}")
-    if "weight" in cells:
-        weight = parse_number(cells["weight"])
-        if weight is None or weight < 0:
-            reasons.append(f"the weight {printable(cells['weight'])!r} is no number of at least 0")
+    weight = cells.get("weight")
+    if weight is not None and ((number := parse_number(weight)) is None or number < 0):
+        reasons.append(f"the weight {printable(weight)!r} is no number of at least 0")
     return reasons

@@ -1,4 +1,4 @@
-"""Finds the image files that a table of labels or a folder names, and collects problems."""
+"""Resolves untrusted paths of image files, and collects problems to report together."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _MOST_PROBLEMS = 10
 
 
 class Problems:
-    """Collects problems, to report them all at once.
+    """Collects problems, to report them together.
 
     Args:
-        what: the first line of the error, without a colon.
+        title: the first line of the error, without a colon.
     """
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, title: str) -> None:
+        self._title = title
         self._found: list[tuple[int, str]] = []
 
     def __bool__(self) -> bool:
         return bool(self._found)
 
     def add(self, row: int | None, reason: str) -> None:
-        """Adds a problem of a line, or of the whole file (None)."""
+        """Adds a problem of line `row`, or of the whole file (None)."""
         self._found.append((row or 0, reason))
 
     def report(self) -> None:
@@ -37,23 +37,23 @@ class Problems:
         lines = [f"line {row}: {reason}" if row else reason for row, reason in found]
         more = len(lines) - _MOST_PROBLEMS
         tail = [f"and {more} more"] if more > 0 else []
-        raise DataError("\n  ".join([f"{self._what}:", *lines[:_MOST_PROBLEMS], *tail]))
+        raise DataError("\n  ".join([f"{self._title}:", *lines[:_MOST_PROBLEMS], *tail]))
 
 
 class Found(NamedTuple):
     """An image file."""
 
     path: Path
-    """The file as its path names it."""
+    """Below the root, as named."""
     real: Path
-    """The same without links; equal for two names of one file."""
+    """With links resolved; equal for two names of one file."""
 
 
 class ImageFinder:
     """Finds the files of untrusted paths.
 
     Args:
-        root: folder that the paths are relative to.
+        root: base folder of the paths.
     """
 
     def __init__(self, root: Path) -> None:
@@ -64,8 +64,8 @@ class ImageFinder:
         """Finds the file of a path.
 
         Raises:
-            FileNotFoundError: if there is none.
-            ValueError: if the path may not be used.
+            FileNotFoundError: if it does not exist.
+            ValueError: if the path is empty, leads out of the root, or is no file.
         """
         if not text:
             raise ValueError("the path is empty")
@@ -87,7 +87,7 @@ class ImageFinder:
             raise ValueError(f"{text!r} cannot be opened: {error}") from error
 
     def check_inside(self, path: Path, text: str) -> None:
-        """Raises `ValueError` for a path that leads out of the root, by itself or by a link."""
+        """Raises `ValueError` for a path that leads out of the root, itself or by a link."""
         if ".." in Path(text).parts:
             raise ValueError(f"{text!r} has .. in it; paths must stay inside {self.root}")
         if not path.resolve().is_relative_to(self._real_root):
@@ -96,7 +96,7 @@ class ImageFinder:
 
 
 def described_by(path: Path) -> Path:
-    """Returns the file whose size and time stand for an image: a Zarr folder's is its metadata."""
+    """Returns the file whose size and time identify an image: of a Zarr folder its metadata."""
     for name in ("zarr.json", ".zattrs", ".zgroup", ".zarray"):
         if (path / name).is_file():
             return path / name

@@ -1,4 +1,4 @@
-"""Turns the text of labels into the arrays that a task trains on."""
+"""Parses labels from text into a task's arrays."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ _DIGITS = re.compile(r"([0-9]{1,18})(\.0+)?")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _MOST_GRADES = 1000
 
+Problem = tuple[int | None, str]
+"""Index of a label, or None for all of them, and its error."""
+
 
 class ParsedLabels(NamedTuple):
     """Labels as arrays."""
@@ -25,16 +28,15 @@ class ParsedLabels(NamedTuple):
     """`int64 [n]` class index; `float32 [n, K]` of 0 and 1 for multi-label; `float32 [n]` for
     regression."""
     class_names: tuple[str, ...]
-    """Name of each class in the order of its index; empty for regression."""
-    problems: tuple[tuple[int | None, str], ...]
-    """Index of the label, or None for all of them, and what is wrong; the arrays are valid only
-    if there are none."""
+    """Names by class index; empty for regression."""
+    problems: tuple[Problem, ...]
+    """The arrays are valid only if there are none."""
 
 
 def natural_key(text: str) -> tuple[object, ...]:
-    """Sorts like `sorted`, but `a2` before `a10`."""
+    """Returns a key that sorts numbers within text by value: `a2` before `a10`."""
     parts = re.split(r"([0-9]+)", text)
-    # A number of the same value is longer or later in the alphabet, however many digits it has.
+    # Compares the digits, as int() refuses very long numbers.
     numbers = [(len(part.lstrip("0")), part.lstrip("0")) for part in parts[1::2]]
     return tuple(zip(parts[::2], [*numbers, (0, "")], strict=True)), text
 
@@ -42,22 +44,21 @@ def natural_key(text: str) -> tuple[object, ...]:
 def parse_labels(
     texts: Sequence[str], task_name: str, class_names: Sequence[str] | None = None
 ) -> ParsedLabels:
-    """Turns labels into arrays.
+    """Parses labels into arrays.
 
-    single-label: names, sorted with the numbers in them in their order; or, if all are integers
-    without leading zeros, these are the class indices, and each from 0 to the highest must occur.
+    single-label: names, in natural order (`a2` before `a10`); or, if all are integers without
+    leading zeros, these are the class indices, and each from 0 to the highest must occur.
     ordinal: integers, the grades; some below the highest may be missing. multi-label: the names or
-    integers of an image with `;` between them; a lone `;` for none of them. regression: a decimal
-    number.
+    integers of an image, separated by `;`; a lone `;` for none. regression: a decimal number.
 
     Args:
-        texts: one label for each image, without space around it.
+        texts: one label for each image, without surrounding space.
         task_name: a name of `tasks.TASKS`.
         class_names: the classes in the order of their indices, such as a trained model's. None:
-            found from the labels, which must then not be all equal.
+            found from the labels, which must then differ.
 
     Raises:
-        ConfigError: for a task whose labels cannot be text.
+        ConfigError: for a task without a text format of labels.
     """
     if task_name == "regression":
         return _numbers(texts)
@@ -65,12 +66,12 @@ def parse_labels(
         raise ConfigError(f"labels of the task {task_name!r} cannot be read from a file")
     several = task_name == "multi-label"
     names = [_split(text) if several else (text,) for text in texts]
+    each = [(index, name) for index, row in enumerate(names) for name in row]
     used: dict[str, int] = {}
-    for index, row in enumerate(names):
-        for name in row:
-            if name:
-                used.setdefault(name, index)
-    problems: list[tuple[int | None, str]] = [
+    for index, name in each:
+        if name:
+            used.setdefault(name, index)
+    problems: list[Problem] = [
         (index, "the label is empty" + ("; write ; if none applies" if several else ""))
         for index, row in enumerate(names)
         if "" in row
@@ -87,12 +88,8 @@ def parse_labels(
         if name not in index_of and (integer := str(_integer(name))) in index_of:
             index_of[name] = index_of[integer]
     if class_names is not None:
-        problems += [
-            (index, _unknown(name, classes))
-            for index, row in enumerate(names)
-            for name in row
-            if name and name not in index_of
-        ]
+        unknown = [(index, name) for index, name in each if name and name not in index_of]
+        problems += [(index, _unknown(name, classes)) for index, name in unknown]
     if not several:
         indices = [index_of.get(name, 0) for (name,) in names]
         return ParsedLabels(np.array(indices, np.int64), classes, tuple(problems))
@@ -115,15 +112,13 @@ def _all_equal(label: str) -> str:
 
 
 def _integer(name: str) -> int | None:
-    """The value of a label that is an integer from 0, such as `2` or `2.0`; None for others."""
+    """Value of a non-negative integer label such as `2` or `2.0`; None for others."""
     match = _DIGITS.fullmatch(name)
     return int(match[1]) if match else None
 
 
-def _find_classes(
-    used: Mapping[str, int], task_name: str
-) -> tuple[tuple[str, ...], list[tuple[int | None, str]]]:
-    """The classes that labels name, given with an index each; and what is wrong with them."""
+def _find_classes(used: Mapping[str, int], task_name: str) -> tuple[tuple[str, ...], list[Problem]]:
+    """Classes of the labels, given by name with the index of an image each; and problems."""
     integers = {name: _integer(name) for name in used}
     others = [name for name, integer in integers.items() if integer is None]
     values = {integer: name for name, integer in integers.items() if integer is not None}
@@ -166,7 +161,7 @@ def _unknown(name: str, classes: Sequence[str]) -> str:
 
 
 def parse_number(text: str) -> float | None:
-    """The value of a decimal number that is finite in 32 bits; None for any other text."""
+    """Parses a decimal number that is finite in float32; None for any other text."""
     if not _NUMBER.fullmatch(text):
         return None
     value = float(text)
@@ -175,7 +170,7 @@ def parse_number(text: str) -> float | None:
 
 def _numbers(texts: Sequence[str]) -> ParsedLabels:
     labels = np.zeros(len(texts), np.float32)
-    problems: list[tuple[int | None, str]] = []
+    problems: list[Problem] = []
     for index, text in enumerate(texts):
         value = parse_number(text)
         if not text:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from patchgd_jax.config import SplitConfig
@@ -13,8 +11,7 @@ from patchgd_jax.errors import DataError
 _LISTED = 5
 
 Split = dict[str, np.ndarray]
-"""`train`, `validation` and `test`: `int64 [m]` indices into the table, rising; test may be
-empty."""
+"""Indices of `train`, `validation` and `test` (may be empty): `int64 [m]`, increasing."""
 
 
 def split_table(table: ImageTable, config: SplitConfig) -> Split:
@@ -27,22 +24,27 @@ def split_table(table: ImageTable, config: SplitConfig) -> Split:
 
     Raises:
         DataError: if a group is in two of the given splits; a class is in no image of a split, or
-            in fewer images or groups than there are folds; no image is left to train on or to
-            validate with.
+            in fewer images or groups than there are folds; training or validation is empty.
     """
-    if table.splits is None:
-        folds = _folds(table, config)
-        return _fold_split(table, folds, config.validation_fold, config.test_fold)
-    names = np.array(table.splits)
-    split = {name: np.flatnonzero(names == name) for name in SPLITS}
+    if table.splits is not None:
+        names = np.array(table.splits)
+        split = {name: np.flatnonzero(names == name) for name in SPLITS}
+    else:
+        folds, validation = _folds(table, config), config.validation_fold
+        test = -1 if config.test_fold is None else config.test_fold
+        split = {
+            "train": np.flatnonzero((folds != validation) & (folds != test)),
+            "validation": np.flatnonzero(folds == validation),
+            "test": np.flatnonzero(folds == test),
+        }
     _check(table, split)
     return split
 
 
 def absent_labels(table: ImageTable, split: Split) -> tuple[str, ...]:
-    """Which labels of a multi-label table are in no image of a split, a line each.
+    """Lists the labels of a multi-label table that a split lacks, a line each.
 
-    No error, as it is for single labels: a label that is rarer than the splits would end any run.
+    Unlike for single labels this is no error: any label rarer than the splits would stop the run.
     """
     if table.labels.ndim == 1:
         return ()
@@ -59,23 +61,12 @@ def absent_labels(table: ImageTable, split: Split) -> tuple[str, ...]:
 
 
 def _on_lines(table: ImageTable, chosen: np.ndarray) -> str:
-    """Where in the CSV file some images are, `bool [n]`, in brackets; empty without one."""
+    """Lines of the CSV file of chosen images (`bool [n]`), in brackets; empty without a file."""
     lines = [table.rows[index] for index in np.flatnonzero(chosen)]
     if not lines or not all(lines):
         return ""
     more = ", ..." if len(lines) > _LISTED else ""
     return f" (line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:_LISTED]))}{more})"
-
-
-def _fold_split(table: ImageTable, folds: np.ndarray, fold: int, test_fold: int | None) -> Split:
-    held_out = (fold, -1 if test_fold is None else test_fold)
-    split = {
-        "train": np.flatnonzero(~np.isin(folds, held_out)),
-        "validation": np.flatnonzero(folds == held_out[0]),
-        "test": np.flatnonzero(folds == held_out[1]),
-    }
-    _check(table, split)
-    return split
 
 
 def _folds(table: ImageTable, config: SplitConfig) -> np.ndarray:
@@ -86,21 +77,21 @@ def _folds(table: ImageTable, config: SplitConfig) -> np.ndarray:
     if strata is None:
         strata = _strata(table, config.folds)
     else:
-        # What cannot be in every fold counts by its label alone, so that each has every class.
+        # Strata rarer than the folds count by label alone, so that each fold has every class.
         rare = np.bincount(strata)[strata] < config.folds
         strata = np.where(rare, strata.max() + 1 + table.labels, strata)
         strata = _common(strata, config.folds)
-    units = np.arange(len(table)) if table.groups is None else _numbered(table.groups)
-    what = "images" if table.groups is None else "groups"
-    if len(set(units.tolist())) < config.folds:
+    grouped = table.groups is not None
+    what = "groups" if grouped else "images"
+    units = np.unique(np.array(table.groups or range(len(table))), return_inverse=True)[1]
+    if (count := len(np.unique(units))) < config.folds:
         raise DataError(
-            f"{len(set(units.tolist()))} {what} cannot make {config.folds} folds; set "
-            "data.split.folds lower"
+            f"{count} {what} cannot make {config.folds} folds; set data.split.folds lower"
         )
     if _single(table):
         for label in np.unique(table.labels):
             has = table.labels == label
-            count = len(set(units[has].tolist()))
+            count = len(np.unique(units[has]))
             if count < config.folds:
                 units_there = what if count > 1 else what[:-1]
                 raise DataError(
@@ -108,9 +99,8 @@ def _folds(table: ImageTable, config: SplitConfig) -> np.ndarray:
                     f"{_on_lines(table, has)}, fewer than the "
                     f"{config.folds} folds; set data.split.folds lower, or leave the class out"
                 )
-    # By path, so that moving a row changes nothing.
+    # By path, so that the order of the rows does not matter.
     order = np.array(sorted(range(len(table)), key=lambda i: table.paths[i].as_posix()))
-    grouped = table.groups is not None
     maker = StratifiedGroupKFold if grouped else StratifiedKFold
     splitter = maker(config.folds, shuffle=True, random_state=config.seed)
     parts = splitter.split(order, strata[order], units[order] if grouped else None)
@@ -120,18 +110,12 @@ def _folds(table: ImageTable, config: SplitConfig) -> np.ndarray:
     return folds
 
 
-def _numbered(names: Sequence[str]) -> np.ndarray:
-    """The rank of each name among the different names, `int64 [n]`."""
-    return np.unique(np.array(names), return_inverse=True)[1]
-
-
 def _single(table: ImageTable) -> bool:
-    """Whether an image has one class."""
     return table.labels.ndim == 1 and table.labels.dtype.kind == "i"
 
 
 def _strata(table: ImageTable, folds: int) -> np.ndarray:
-    """What folds hold like shares of, `int64 [n]`."""
+    """The stratum of each image, from its labels: `int64 [n]`."""
     labels = table.labels
     if _single(table):
         return labels
@@ -148,7 +132,7 @@ def _strata(table: ImageTable, folds: int) -> np.ndarray:
 
 
 def _common(strata: np.ndarray, folds: int) -> np.ndarray:
-    """Strata of which those that cannot be in every fold count as the most common one."""
+    """Replaces strata rarer than the folds by the most common one."""
     counts = np.bincount(strata)
     return np.where(counts[strata] < folds, counts.argmax(), strata)
 
@@ -164,20 +148,20 @@ def _check(table: ImageTable, split: Split) -> None:
                 group = table.groups[index]
                 if home.setdefault(group, name) != name:
                     raise DataError(
-                        f"group {group!r} is in the splits {home[group]} and {name}; what is "
-                        "learnt of a group must not be tested on it"
+                        f"group {group!r} is in the splits {home[group]} and {name}; keep all "
+                        "images of a group in one split"
                     )
     if _single(table):
         for label in np.unique(table.labels):
             for name, indices in split.items():
                 if len(indices) and not (table.labels[indices] == label).any():
                     lines = _on_lines(table, table.labels == label)
+                    advice = (
+                        "another data.split.seed or fewer data.split.folds may give it one"
+                        if table.splits is None
+                        else "move some of its images there"
+                    )
                     raise DataError(
                         f"class {table.class_names[label]!r}{lines} has no image in the split "
-                        f"{name}; "
-                        + (
-                            "another data.split.seed or fewer data.split.folds may give it one"
-                            if table.splits is None
-                            else "move some of its images there"
-                        )
+                        f"{name}; {advice}"
                     )

@@ -1,4 +1,4 @@
-"""A table of images: which file has which label."""
+"""A table of image files and their labels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, eq=False)
 class ImageTable:
-    """Image files and their labels; all fields but `class_names` have an entry for each image."""
+    """Image files and their labels; sequences except `class_names` have an entry for each image."""
 
     paths: tuple[Path, ...]
     labels: np.ndarray
@@ -28,19 +28,19 @@ class ImageTable:
     class_names: tuple[str, ...]
     """The K names by class index; empty for regression."""
     groups: tuple[str, ...] | None
-    """Names of the units that a split keeps together, such as patients."""
+    """Units to keep in one split, such as patients."""
     splits: tuple[str, ...] | None
     """A name of `SPLITS` for each image, if the user gave them."""
     weights: np.ndarray | None
     """`float32 [n]`, factor on the training loss."""
     rows: tuple[int, ...]
-    """Line of the CSV file on which the image's row begins, with the header's as 1; or 0."""
+    """First line of the image's row in the CSV file, with the header's as 1; or 0."""
     fingerprint: str
     """SHA-256 that changes with any path below the root, file size, time of change or column."""
     strata: np.ndarray | None = None
-    """`int64 [n]`: every fold gets an equal share of each number. None: by the labels."""
+    """`int64 [n]`: every fold gets an equal share of each. None: from the labels."""
     background: int | None = None
-    """Grey value outside the images, where their kind determines it."""
+    """uint8 value outside the images, if their format determines it."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -57,12 +57,12 @@ def make_table(
     weights: np.ndarray | None = None,
     rows: Sequence[int] | None = None,
 ) -> ImageTable:
-    """Makes a table of existing files, with its fingerprint; the arguments are its fields.
+    """Makes an `ImageTable` of existing files from its fields, with its fingerprint.
 
     The fingerprint leaves `root` out of the paths, so that the folder may be moved.
 
     Raises:
-        DataError: if a file is gone.
+        DataError: if a file does not exist.
     """
     files = []
     for path in paths:
