@@ -98,10 +98,9 @@ class FeatureExecutor(ResidentExecutor):
         lowered = encode.lower(state.weights, batch)
         self._encode[number] = Program(lowered.compile(), tuple(batch))
         z = jax.eval_shape(encode, state.weights, batch)
+        latents = jax.ShapeDtypeStruct(z.shape[1:], z.dtype)
         store = LatentStore(self._budget, config.stream.store_dir)
-        self._features[setup.data.shapes[number]] = _Features(
-            store, jax.ShapeDtypeStruct(z.shape[1:], z.dtype)
-        )
+        self._features[setup.data.shapes[number]] = _Features(store, latents)
         del batch["image"]
         return self._compile_step(state, number, {**batch, FEATURES: z})
 

@@ -62,17 +62,15 @@ class MeshExecutor(ResidentExecutor):
         return rows, shapes
 
     def layout(self, like: TrainState) -> TrainState:
-        laid_out: TrainState = jax.tree.map(
+        return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             like,
             param_shardings(like, self._rules, self._mesh),
         )
-        return laid_out
 
     def place(self, state: TrainState) -> TrainState:
         shardings = param_shardings(state, self._rules, self._mesh)
-        placed: TrainState = jax.device_put(jax.tree.map(np.asarray, state), shardings)
-        return placed
+        return jax.device_put(jax.tree.map(np.asarray, state), shardings)
 
     def _examples(self, source: ExampleSource) -> ExampleSource:
         """Returns this process's bands of the images, where they can be read by regions."""

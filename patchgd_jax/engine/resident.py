@@ -78,8 +78,7 @@ class ResidentExecutor(Executor):
 
     def _put(self, arrays: HostBatch, number: int, size: int) -> dict[str, Array]:
         """Sends the arrays of a batch of `size` examples to the devices."""
-        on_device: dict[str, Array] = jax.device_put(dict(arrays))
-        return on_device
+        return jax.device_put(dict(arrays))
 
     def _number(self, batch: HostBatch) -> int:
         return self.setup.data.shapes.index(batch["image"].shape[1:3])
@@ -88,8 +87,7 @@ class ResidentExecutor(Executor):
         number = self._number(batch)
         program = self._train[number]
         arrays = self._put(program.of(batch), number, self.setup.config.images_per_step)
-        new_state, metrics = program.run(state, arrays, self.setup.key)
-        return new_state, metrics
+        return program.run(state, arrays, self.setup.key)
 
     def evaluate(self, source: ExampleSource, weights: Weights, batch: HostBatch) -> Metrics:
         number = self._number(batch)

@@ -13,7 +13,7 @@ from typing import Any
 
 from patchgd_jax.config import SCHEMA, TrainConfig, from_dict, migrate, nest, to_dict
 from patchgd_jax.data.preprocess import Preprocess
-from patchgd_jax.errors import CheckpointError, ConfigError
+from patchgd_jax.errors import CheckpointError, ConfigError, PatchGDError
 from patchgd_jax.io.files import disk_errors, write_json
 
 CONFIG, ENVIRONMENT, PREPROCESS = "config.json", "environment.json", "preprocess.json"
@@ -76,14 +76,8 @@ class RunFolder:
 
     def config(self) -> TrainConfig:
         """Reads the run's resolved config; `ConfigError` if damaged or of an unknown version."""
-        path = self.path / CONFIG
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from error
-        config = from_dict(TrainConfig, nest(migrate(values, str(path))), str(path))
-        assert isinstance(config, TrainConfig)
-        return config
+        path = str(self.path / CONFIG)
+        return from_dict(TrainConfig, nest(migrate(self.read(CONFIG, ConfigError), path)), path)
 
     def preprocess(self) -> Preprocess:
         """Reads the preprocessing of the run's images; raises as `read`."""
@@ -94,13 +88,13 @@ class RunFolder:
         """Folder of the run's `Checkpoints`."""
         return self.path / "checkpoints"
 
-    def read(self, name: str) -> Any:
-        """Reads a JSON file; raises `CheckpointError` if it is missing or damaged."""
+    def read(self, name: str, failure: type[PatchGDError] = CheckpointError) -> Any:
+        """Reads a JSON file; raises `failure` if it is missing or damaged."""
         path = self.path / name
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from error
+            raise failure(f"cannot read {path}: {error}") from error
 
 
 def _environment() -> dict[str, Any]:

@@ -227,15 +227,12 @@ class TrainedModel:
     def predict_streamed(
         self, source: RegionSource, name: str, patches: np.ndarray | None = None
     ) -> dict[str, Any]:
-        """Labels one image patch by patch, with only a few patches in memory.
+        """Labels one image as `predict`, but patch by patch, with only a few patches in memory.
 
         Args:
             source: from `open_streamed`.
             name: name of the image in errors.
             patches: from `patches`; the others are neither read nor encoded.
-
-        Returns:
-            As `predict`.
 
         Raises:
             DataError: if a patch cannot be read.
@@ -243,21 +240,16 @@ class TrainedModel:
         shape = source.level_shapes[self.config.data.level]
         grid = make_grid(self.config, *self._at_least_a_patch(*shape), self.preprocess.background)
         batch = self._batch(grid, patches)
-        out = self._streamed(grid).evaluate(self.weights, [source], batch, [name])
-        return self._answer(out)
+        return self._answer(self._streamed(grid).evaluate(self.weights, [source], batch, [name]))
 
     def _streamed_step(self, grid: PatchGrid) -> StreamedStep:
         config = self.config
         problem = make_problem(config, grid, self.preprocess, self.task)
-        # The gradient's mode does not matter here, but streaming has no mode full.
+        # Evaluation ignores the gradient's mode, but streaming has no mode full.
         patchgd = dataclasses.replace(config.patchgd, mode="accumulate", importance="none")
+        problem = dataclasses.replace(problem, config=patchgd)
         stream = StreamConfig(buffers=config.stream.buffers, readers=config.stream.readers)
-        return StreamedStep(
-            dataclasses.replace(problem, config=patchgd),
-            optax.identity(),
-            stream,
-            level=config.data.level,
-        )
+        return StreamedStep(problem, optax.identity(), stream, level=config.data.level)
 
     def patches(self, path: str | Path) -> np.ndarray | None:
         """Finds ids of a file's patches that are not background, `int32 [m]`; None: all."""
@@ -301,11 +293,10 @@ class TrainedModel:
         if self.task.name == "regression":
             return {"label": float(answer)}
         (probabilities,) = self.task.probabilities(out["logits"]).tolist()
-        label: Any = (
-            [name for name, holds in zip(names, answer, strict=True) if holds]
-            if self.task.name == "multi-label"
-            else names[int(answer)]
-        )
+        if self.task.name == "multi-label":
+            label: Any = [name for name, holds in zip(names, answer, strict=True) if holds]
+        else:
+            label = names[int(answer)]
         return {"label": label, "probabilities": dict(zip(names, probabilities, strict=True))}
 
     def predict_files(self, paths: Sequence[str | Path]) -> list[dict[str, Any]]:

@@ -91,11 +91,9 @@ class Run:
         if preprocess is None:
             substitute = config.data.bad_images == "substitute"
             preprocess = Preprocess.measure(self.data, leave_out_bad=substitute)
-            if self.start is not None:
-                # The encoder's input must be scaled as it was when the encoder was trained.
-                preprocess = dataclasses.replace(
-                    preprocess, mean=self.start.mean, std=self.start.std
-                )
+        if start := self.start:
+            # The encoder's input must be scaled as it was when the encoder was trained.
+            preprocess = dataclasses.replace(preprocess, mean=start.mean, std=start.std)
         self.preprocess = preprocess
         self.executor = build(config, self.data, preprocess, optimizer)
         self.setup = self.executor.setup
@@ -160,10 +158,10 @@ class Run:
                 changed = (
                     "the images have changed (a file, its time or size, a label, or the split)"
                 )
-                if not accept_changed_data:
+                if accept_changed_data:
+                    self.progress.warn(changed)
+                else:
                     lines.append(f"{changed}; to continue with them, use --accept-changed-data")
-                    continue
-                self.progress.warn(changed)
                 continue
             lines += [
                 f"{kind}: {name} was {then.get(name)!r}, is {now.get(name)!r}"
@@ -177,10 +175,8 @@ class Run:
                 f"start a new run:\n  {changed}"
             )
         if meta.get("version") != __version__:
-            self.progress.warn(
-                f"checkpoint {step} was written by version {meta.get('version')}, this is "
-                f"{__version__}"
-            )
+            written = f"checkpoint {step} was written by version {meta.get('version')}"
+            self.progress.warn(f"{written}, this is {__version__}")
 
     def write_examples(self, folder: RunFolder) -> None:
         """Writes a few generated validation images, to look at and to try `predict` on."""

@@ -126,10 +126,7 @@ def weights_start(
             placed = fit.placed.get(_tensor_path(path))
             return leaf if placed is None else jax.device_put(placed)
 
-        replaced: tuple[Params, Params] = jax.tree_util.tree_map_with_path(
-            value, (params, batch_stats)
-        )
-        return replaced
+        return jax.tree_util.tree_map_with_path(value, (params, batch_stats))
 
     return StartingPoint(mean, std, into)
 

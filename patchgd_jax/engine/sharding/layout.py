@@ -129,7 +129,12 @@ def _checked(model: PatchModel) -> PatchModel:
     def check(function: Callable[..., Any], part: str) -> Any:
         def apply(params: Params, batch_stats: Params, *args: Any, **kwargs: Any) -> Any:
             out, changed = function(params, batch_stats, *args, **kwargs)
-            _check_equal(batch_stats[part], changed[part], part)
+            if _types(changed[part]) != _types(batch_stats[part]):
+                raise ConfigError(
+                    f"the {part} keeps batch statistics that differ from device to device; build "
+                    f"it with axis_name={_GRADIENT_AXES[part]}, as build_model(..., "
+                    "**model_options(mesh)) does, or with norm group"
+                )
             return out, changed
 
         return apply
@@ -138,14 +143,8 @@ def _checked(model: PatchModel) -> PatchModel:
     return model._replace(encode=encode, classify=classify)
 
 
-def _check_equal(before: PyTree, after: PyTree, part: str) -> None:
-    kinds = [str(jax.typeof(leaf)) for leaf in jax.tree.leaves(after)]
-    if kinds != [str(jax.typeof(leaf)) for leaf in jax.tree.leaves(before)]:
-        raise ConfigError(
-            f"the {part} keeps batch statistics that differ from device to device; build it with "
-            f"axis_name={_GRADIENT_AXES[part]}, as build_model(..., **model_options(mesh)) does, "
-            "or with norm group"
-        )
+def _types(tree: PyTree) -> list[str]:
+    return [str(jax.typeof(leaf)) for leaf in jax.tree.leaves(tree)]
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,6 @@ class MeshLayout(Layout):
         return self.mesh.shape[PATCH]
 
     def spread(self, function: Callable[..., Any], arguments: Any, results: Any) -> Any:
-
         def everywhere(*args: Any) -> Any:
             weights = args[arguments.index(Spec.WEIGHTS)]
             specs = param_specs(weights.params, self.rules, self.mesh)
