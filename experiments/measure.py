@@ -13,7 +13,7 @@ from patchgd_jax.baselines.registry import resolve_method
 from patchgd_jax.data.sources.channels import resolve_channels
 from patchgd_jax.io.files import write_json
 from patchgd_jax.runs.folder import SUMMARY
-from patchgd_jax.runs.out_of_memory import out_of_memory_told
+from patchgd_jax.runs.out_of_memory import explain_oom
 from patchgd_jax.runs.record.progress import Progress
 from patchgd_jax.runs.record.recorder import peak_memory
 from patchgd_jax.runs.run import Run
@@ -32,7 +32,7 @@ def measure(config: TrainConfig, folder: Path, progress: Progress) -> None:
         progress: shows how it goes.
     """
     config = resolve_method(resolve_channels(config))
-    with StopRequest() as stop, stop.immediate(), out_of_memory_told(config, folder):
+    with StopRequest() as stop, stop.immediate(), explain_oom(config, folder):
         run = Run(config, None, progress, None)
         state = run.first_state()
         progress.message(run.executor.compile(state))

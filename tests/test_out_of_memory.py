@@ -14,7 +14,7 @@ import pytest
 from patchgd_jax import ModelConfig, PatchGDConfig
 from patchgd_jax.cli.main import main
 from patchgd_jax.planner import MemoryBudgetError
-from patchgd_jax.runs.out_of_memory import out_of_memory_told
+from patchgd_jax.runs.out_of_memory import explain_oom
 from patchgd_jax.runs.train import train
 
 BASE = dataclasses.replace(micro.BASE, save_every=1, device="cpu")
@@ -69,7 +69,7 @@ def test_the_command_ends_with_4(tmp_path, monkeypatch, capsys):
 
 def test_the_smaller_setting_is_smaller(tmp_path):
     def advice(config):
-        with pytest.raises(MemoryBudgetError) as caught, out_of_memory_told(config, tmp_path):
+        with pytest.raises(MemoryBudgetError) as caught, explain_oom(config, tmp_path):
             raise MemoryError
         return re.search(r"by the plan: (.*)", str(caught.value))[1]
 
@@ -95,7 +95,7 @@ def test_the_smaller_setting_is_smaller(tmp_path):
 def test_other_failures_stay_what_they_are(tmp_path):
     with (
         pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
-        out_of_memory_told(BASE, tmp_path),
+        explain_oom(BASE, tmp_path),
     ):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 

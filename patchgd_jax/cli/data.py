@@ -1,26 +1,24 @@
-"""The command line's `data check | show | tile | make`: looking at data before training on it."""
+"""`patchgd-jax data check | show | tile | make`: inspects and prepares data."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from patchgd_jax.cli.options import parse_options
+from patchgd_jax.cli.options import Command, command, parse_options
 from patchgd_jax.config import TrainConfig
 from patchgd_jax.errors import ConfigError, DataError, unknown_name
 
 PROGRAM = "patchgd-jax data"
 Flag = FlagCreatePairsOff[bool]
-T = TypeVar("T")
 
 _SECONDS_PER_LINE = 10.0
 
@@ -48,21 +46,21 @@ class ShowOptions:
     count: int = 12
     """Images to show."""
     split: Literal["train", "validation"] = "train"
-    """Images of which split, as they come."""
+    """Split to show, in the order of its images."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ConfigError(f"count is {self.count}; at least 1")
+            raise ConfigError(f"count is {self.count}; it must be at least 1")
 
 
 def check_command(arguments: Sequence[str]) -> None:
     """Open every image and check labels and splits: check [PRESET] --data.csv FILE ..."""
-    options = _with_config(CheckOptions, "check", arguments)
+    options, _ = parse_options(CheckOptions, "data check", str(check_command.__doc__), arguments)
     config = options.config
     if config.data.generated or config.data.tfds is not None:
         raise ConfigError(
-            "data check is about image files; name them with --data.csv, --data.root or "
-            "--data.panda"
+            "data check reads image files, but these settings name none; name them with "
+            "--data.csv, --data.root or --data.panda"
         )
 
     from patchgd_jax.data.images.regions import open_regions
@@ -92,7 +90,7 @@ def check_command(arguments: Sequence[str]) -> None:
 
 def show_command(arguments: Sequence[str]) -> None:
     """Draw images with their patch grid and what the first inner step samples."""
-    options = _with_config(ShowOptions, "show", arguments)
+    options, _ = parse_options(ShowOptions, "data show", str(show_command.__doc__), arguments)
     output = Path(options.output)
     if output.exists():
         raise ConfigError(f"{output} exists; choose another --output")
@@ -109,48 +107,44 @@ def show_command(arguments: Sequence[str]) -> None:
     print(f"Written to {output}")
 
 
-def tile_command(arguments: Sequence[str]) -> None:
-    """Write a flat image file as a tiled, pyramidal TIFF, which is read by regions."""
+@command("data tile")
+def tile_command(
+    image: Positional[str],
+    output: Positional[str],
+    channels: Literal[1, 3] = 3,
+    background: int = 255,
+    tile: int = 512,
+    quality: int = 90,
+    lossless: Flag = False,
+    max_pixels: int | None = None,
+) -> None:
+    """Write an image file as a tiled, pyramidal TIFF, which is read by regions.
 
-    def tile(
-        image: Positional[str],
-        output: Positional[str],
-        channels: Literal[1, 3] = 3,
-        background: int = 255,
-        tile: int = 512,
-        quality: int = 90,
-        lossless: Flag = False,
-        max_pixels: int | None = None,
-    ) -> None:
-        """Write an image file as a tiled, pyramidal TIFF.
+    Args:
+        image: Image file.
+        output: TIFF file to write; must not exist.
+        channels: 1 for grey, 3 for colour.
+        background: Grey value under transparent pixels.
+        tile: Side of a tile in pixels.
+        quality: Quality of JPEG compression, 1 to 100.
+        lossless: Compress without loss (deflate) instead.
+        max_pixels: Pixels that the image may have. None: as in training.
+    """
+    from patchgd_jax.data.images.safe_image import MAX_PIXELS
+    from patchgd_jax.data.images.tiling import tile_image
 
-        Args:
-            image: Image file.
-            output: TIFF file to write; must not exist.
-            channels: 1 for grey, 3 for colour.
-            background: Grey value under transparent pixels.
-            tile: Side of a tile in pixels.
-            quality: Of JPEG compression, 1 to 100.
-            lossless: Compress without loss (deflate) instead.
-            max_pixels: Pixels that the image may have. None: as in training.
-        """
-        from patchgd_jax.data.images.safe_image import MAX_PIXELS
-        from patchgd_jax.data.images.tiling import tile_image
-
-        levels = tile_image(
-            image,
-            output,
-            channels=channels,
-            background=background,
-            tile=tile,
-            quality="lossless" if lossless else quality,
-            max_pixels=max_pixels or MAX_PIXELS,
-        )
-        listed = ", ".join(f"{height} x {width}" for height, width in levels)
-        many = "levels" if len(levels) > 1 else "level"
-        print(f"Written to {output}, {len(levels)} {many} of {listed} px")
-
-    tyro.cli(tile, prog=f"{PROGRAM} tile", args=list(arguments))
+    levels = tile_image(
+        image,
+        output,
+        channels=channels,
+        background=background,
+        tile=tile,
+        quality="lossless" if lossless else quality,
+        max_pixels=max_pixels or MAX_PIXELS,
+    )
+    listed = ", ".join(f"{height} x {width}" for height, width in levels)
+    many = "levels" if len(levels) > 1 else "level"
+    print(f"Written to {output}, {len(levels)} {many} of {listed} px")
 
 
 @dataclass(frozen=True)
@@ -165,11 +159,14 @@ class MakeOptions:
 
 
 def make_command(arguments: Sequence[str]) -> None:
-    """Write the generated images of a preset to disk, to freeze or to share them."""
-    options = _with_config(MakeOptions, "make", arguments)
+    """Write the generated images of a preset to disk, to keep or share them."""
+    about = str(make_command.__doc__)
+    options, _ = parse_options(MakeOptions, "data make", about, arguments, output=tyro.MISSING)
     config = options.config
     if not config.data.generated:
-        raise ConfigError("data make writes generated images; these settings name your own")
+        raise ConfigError(
+            "data make writes generated images, but these settings name image files; leave them out"
+        )
 
     from patchgd_jax.runs.record.progress import ConsoleProgress
 
@@ -202,7 +199,7 @@ def make_command(arguments: Sequence[str]) -> None:
     print(f"Written to {where}. Train on it with:\n  patchgd-jax train {shape} {source}")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+COMMANDS: dict[str, Command] = {
     "check": check_command,
     "show": show_command,
     "tile": tile_command,
@@ -220,14 +217,3 @@ def data_command(arguments: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise unknown_name("data command", name, COMMANDS)
     COMMANDS[name](rest)
-
-
-def _with_config(cls: type[T], command: str, arguments: Sequence[str]) -> T:
-    """Parses options that hold a whole run's settings, from a preset on."""
-    required = {
-        f.name: tyro.MISSING
-        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-        if f.default is dataclasses.MISSING and f.name != "config"
-    }
-    about = str(COMMANDS[command].__doc__)
-    return parse_options(cls, f"data {command}", about, arguments, **required)[0]

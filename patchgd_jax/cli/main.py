@@ -8,31 +8,32 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from patchgd_jax._version import __version__
 from patchgd_jax.cli.data import data_command
-from patchgd_jax.cli.options import PROGRAM, parse_options
+from patchgd_jax.cli.options import PROGRAM, Command, command, parse_options
 from patchgd_jax.cli.plan import plan_command
 from patchgd_jax.config import TrainConfig, to_dict
 from patchgd_jax.config.presets import PRESETS, get_preset
-from patchgd_jax.errors import PatchGDError, unknown_name
+from patchgd_jax.errors import ConfigError, PatchGDError, unknown_name
 
 if TYPE_CHECKING:
     from patchgd_jax.runs.record.progress import Progress
 
 Device = Literal["auto", "cpu", "gpu", "tpu"]
+Checkpoint = Literal["best", "last"]
+AsJson = Annotated[bool, arg(name="json"), FlagCreatePairsOff]
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """A run, and options that are no settings of it."""
+    """Settings of a run, and options beside them."""
 
     config: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
     budget: str | None = None
@@ -41,18 +42,18 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Peers:
-    """The processes of a run; the environment gives what is left out."""
+    """The process group of a run; options left out come from the environment."""
 
     coordinator: str | None = None
     """host:port of process 0 of a run of several processes; auto: jax finds it (Cloud TPU). None:
     $PATCHGD_COORDINATOR, or Slurm, Open MPI or GKE, if there are several."""
     processes: int | None = None
-    """How many processes the run has. None: $PATCHGD_PROCESSES."""
+    """Number of processes of the run. None: $PATCHGD_PROCESSES."""
     process: int | None = None
-    """The number of this one, from 0. None: $PATCHGD_PROCESS."""
+    """Number of this process, from 0. None: $PATCHGD_PROCESS."""
 
     def join(self, device: str) -> Progress:
-        """Joins the other processes, if any; returns what shows this one's progress."""
+        """Joins the other processes, if any; returns the progress display of this one."""
         from patchgd_jax.engine.devices import select_device
         from patchgd_jax.engine.distributed import check_same, initialize, is_first
         from patchgd_jax.runs.record.progress import ConsoleProgress, Progress
@@ -66,7 +67,7 @@ class Peers:
 
 @dataclass(frozen=True)
 class TrainOptions(RunOptions):
-    """A run or its rehearsal."""
+    """Options of `train`."""
 
     peers: Annotated[Peers, arg(name="")] = field(default_factory=Peers)
     dry_run: Annotated[bool, FlagCreatePairsOff] = False
@@ -131,157 +132,133 @@ def cross_validate_command(arguments: Sequence[str]) -> None:
     print(f"Written to {Path(folder) / RESULT}")
 
 
-def resume_command(arguments: Sequence[str]) -> None:
-    """Continue an interrupted run exactly where it stopped."""
+@command("resume")
+def resume_command(
+    run: Positional[str],
+    accept_changed_data: FlagCreatePairsOff[bool] = False,
+    mesh: str | None = None,
+    peers: Annotated[Peers, arg(name="")] = Peers(),
+) -> None:
+    """Continue an interrupted run from its newest intact checkpoint.
 
-    def resume_run(
-        run: Positional[str],
-        accept_changed_data: FlagCreatePairsOff[bool] = False,
-        mesh: str | None = None,
-        peers: Annotated[Peers, arg(name="")] = Peers(),
-    ) -> None:
-        """Continue an interrupted run from its newest intact checkpoint.
+    Args:
+        run: Run folder.
+        accept_changed_data: Go on although images, labels or splits have changed.
+        mesh: How the devices now share the work: data=2,patch=4, or auto. None: as before.
+        peers: The processes of the run.
+    """
+    from patchgd_jax.runs.folder import RunFolder
+    from patchgd_jax.runs.train import resume
 
-        Args:
-            run: Run folder.
-            accept_changed_data: Go on although images, labels or splits have changed.
-            mesh: How the devices now share the work: data=2,patch=4, or auto. None: as before.
-            peers: The processes of the run.
-        """
-        from patchgd_jax.runs.folder import RunFolder
-        from patchgd_jax.runs.train import resume
-
-        progress = peers.join(RunFolder(run).config().device)
-        resume(run, progress=progress, accept_changed_data=accept_changed_data, mesh=mesh)
-
-    tyro.cli(resume_run, prog=f"{PROGRAM} resume", args=list(arguments))
+    progress = peers.join(RunFolder(run).config().device)
+    resume(run, progress=progress, accept_changed_data=accept_changed_data, mesh=mesh)
 
 
-def evaluate_command(arguments: Sequence[str]) -> None:
-    """Score a run's checkpoint on its validation images again."""
+@command("evaluate")
+def evaluate_command(
+    run: Positional[str],
+    split: Literal["validation", "test"] = "validation",
+    checkpoint: Checkpoint = "best",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Score a run's checkpoint again, and compare with the run's log.
 
-    def evaluate_run(
-        run: Positional[str],
-        split: Literal["validation", "test"] = "validation",
-        checkpoint: Literal["best", "last"] = "best",
-        device: Device = "auto",
-        as_json: Annotated[bool, arg(name="json"), FlagCreatePairsOff] = False,
-    ) -> None:
-        """Score a run's checkpoint on its validation images, and compare with the run's own log.
+    Args:
+        run: Run folder.
+        split: Images to score: validation (it chose the best checkpoint), or the held-out test.
+        checkpoint: The one with the best validation score, or the last.
+        device: Device to run on.
+        as_json: Print one JSON object.
+    """
+    model, progress = _load(run, checkpoint, device)
+    metrics = model.evaluate(progress, split)
+    if as_json:
+        print(json.dumps(metrics))
+        return
+    from patchgd_jax.runs.record.progress import describe
 
-        Args:
-            run: Run folder.
-            split: Images to score: validation (it chose the best checkpoint), or the held-out test.
-            checkpoint: The one with the best validation score, or the last.
-            device: Device to run on.
-            as_json: Print one JSON object.
-        """
-        model, progress = _load(run, checkpoint, device)
-        metrics = model.evaluate(progress, split)
-        if as_json:
-            print(json.dumps(metrics))
-            return
-        from patchgd_jax.runs.record.progress import describe
-
-        print(f"step {metrics['step']}: {describe(metrics)}")
-        recorded = metrics["recorded"]
-        if split == "validation":
-            print(f"recorded in training: {describe(recorded) if recorded else 'nothing'}")
-        if "confusion_matrix" not in metrics:
-            return
-        print("confusion matrix (rows: label, columns: prediction):")
-        for name, row in zip(
-            model.preprocess.class_names, metrics["confusion_matrix"], strict=True
-        ):
-            print(f"{name:>6} " + " ".join(f"{count:5d}" for count in row))
-
-    tyro.cli(evaluate_run, prog=f"{PROGRAM} evaluate", args=list(arguments))
+    print(f"step {metrics['step']}: {describe(metrics)}")
+    recorded = metrics["recorded"]
+    if split == "validation":
+        print(f"recorded in training: {describe(recorded) if recorded else 'nothing'}")
+    if "confusion_matrix" not in metrics:
+        return
+    print("confusion matrix (rows: label, columns: prediction):")
+    for name, row in zip(model.preprocess.class_names, metrics["confusion_matrix"], strict=True):
+        print(f"{name:>6} " + " ".join(f"{count:5d}" for count in row))
 
 
-def predict_command(arguments: Sequence[str]) -> None:
-    """Label image files with a trained run."""
+@command("predict")
+def predict_command(
+    run: Positional[str],
+    images: Positional[tuple[str, ...]],
+    checkpoint: Checkpoint = "best",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Label image files of any size with a trained run.
 
-    def predict_images(
-        run: Positional[str],
-        images: Positional[tuple[str, ...]],
-        checkpoint: Literal["best", "last"] = "best",
-        device: Device = "auto",
-        as_json: Annotated[bool, arg(name="json"), FlagCreatePairsOff] = False,
-    ) -> None:
-        """Label image files with a trained run; they may have another size than its own.
-
-        Args:
-            run: Run folder.
-            images: Image files or slides.
-            checkpoint: The one with the best validation score, or the last.
-            device: Device to run on.
-            as_json: Print one JSON list.
-        """
-        from patchgd_jax.errors import ConfigError
-
-        if not images:
-            raise ConfigError(f"no image named; usage: {PROGRAM} predict RUN IMAGE [IMAGE ...]")
-        model, _ = _load(run, checkpoint, device)
-        results = model.predict_files(images)
-        if as_json:
-            print(json.dumps(results))
-            return
-        for result in results:
-            odds = sorted(result.get("probabilities", {}).items(), key=lambda item: -item[1])
-            listed = "  ".join(f"{name}: {value:.3f}" for name, value in odds)
-            label = result["label"]
-            if isinstance(label, list):
-                label = ", ".join(label) or "none"
-            print(f"{result['image']}  label {label}{f'  ({listed})' if listed else ''}")
-
-    tyro.cli(predict_images, prog=f"{PROGRAM} predict", args=list(arguments))
+    Args:
+        run: Run folder.
+        images: Image files or slides.
+        checkpoint: The one with the best validation score, or the last.
+        device: Device to run on.
+        as_json: Print one JSON list.
+    """
+    if not images:
+        raise ConfigError(f"no image named; usage: {PROGRAM} predict RUN IMAGE [IMAGE ...]")
+    model, _ = _load(run, checkpoint, device)
+    results = model.predict_files(images)
+    if as_json:
+        print(json.dumps(results))
+        return
+    for result in results:
+        odds = sorted(result.get("probabilities", {}).items(), key=lambda item: -item[1])
+        listed = "  ".join(f"{name}: {value:.3f}" for name, value in odds)
+        label = result["label"]
+        if isinstance(label, list):
+            label = ", ".join(label) or "none"
+        print(f"{result['image']}  label {label}{f'  ({listed})' if listed else ''}")
 
 
-def export_command(arguments: Sequence[str]) -> None:
-    """Write a run's best model as a weight file for other programs."""
+@command("export")
+def export_command(
+    run: Positional[str], to: Literal["safetensors"] = "safetensors", output: str | None = None
+) -> None:
+    """Write a run's best model as model.safetensors and preprocess.json.
 
-    def export_weights(
-        run: Positional[str], to: Literal["safetensors"] = "safetensors", output: str | None = None
-    ) -> None:
-        """Write a run's best model as model.safetensors and preprocess.json.
+    The encoder has the tensor names of torchvision or timm where it has published ones; latent
+    layer and head stand beside it under names that begin with `patchgd.`.
 
-        The encoder has the tensor names of torchvision or timm where it has published ones; latent
-        layer and head stand beside it under names that begin with `patchgd.`.
+    Args:
+        run: Run folder.
+        to: File format.
+        output: Folder to make; must not hold anything. None: RUN/export.
+    """
+    from patchgd_jax.engine.devices import select_device
+    from patchgd_jax.runs.export import export_run
+    from patchgd_jax.runs.record.progress import StderrProgress
 
-        Args:
-            run: Run folder.
-            to: File format.
-            output: Folder to make; must not hold anything. None: RUN/export.
-        """
-        from patchgd_jax.engine.devices import select_device
-        from patchgd_jax.runs.export import export_run
-        from patchgd_jax.runs.record.progress import StderrProgress
-
-        select_device("cpu")
-        print(f"Weights: {export_run(run, output, StderrProgress())}")
-
-    tyro.cli(export_weights, prog=f"{PROGRAM} export", args=list(arguments))
+    select_device("cpu")
+    print(f"Weights: {export_run(run, output, StderrProgress())}")
 
 
-def presets_command(arguments: Sequence[str]) -> None:
-    """List the presets, or show one in full."""
+@command("presets")
+def presets_command(name: Positional[str | None] = None) -> None:
+    """List the presets, or show every setting of one as JSON.
 
-    def show_presets(name: Positional[str | None] = None) -> None:
-        """List the presets, or show every setting of one as JSON.
-
-        Args:
-            name: Preset to show.
-        """
-        if name is not None:
-            print(json.dumps(to_dict(get_preset(name)), indent=2))
-            return
-        for key, preset in PRESETS.items():
-            print(f"{key:<14} {preset.about}")
-
-    tyro.cli(show_presets, prog=f"{PROGRAM} presets", args=list(arguments))
+    Args:
+        name: Preset to show.
+    """
+    if name is not None:
+        print(json.dumps(to_dict(get_preset(name)), indent=2))
+        return
+    for key, preset in PRESETS.items():
+        print(f"{key:<14} {preset.about}")
 
 
-def _load(run: str, checkpoint: Literal["best", "last"], device: str) -> tuple[Any, Any]:
+def _load(run: str, checkpoint: Checkpoint, device: Device) -> tuple[Any, Any]:
     from patchgd_jax.engine.compiling import use_compilation_cache
     from patchgd_jax.engine.devices import select_device
     from patchgd_jax.runs.predict import TrainedModel
@@ -293,7 +270,7 @@ def _load(run: str, checkpoint: Literal["best", "last"], device: str) -> tuple[A
     return TrainedModel(run, checkpoint, progress), progress
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+COMMANDS: dict[str, Command] = {
     "train": train_command,
     "resume": resume_command,
     "cross-validate": cross_validate_command,
@@ -320,11 +297,7 @@ def _usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command.
-
-    Returns:
-        The exit code: 0 for success, 1 for a defect of the program, and those of `errors.py`.
-    """
+    """Runs a command; returns the exit code: 0, 1 for a defect, or that of a `PatchGDError`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -335,10 +308,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM} {__version__}")
         return 0
     try:
-        command, *rest = arguments
-        if command not in COMMANDS:
-            raise unknown_name("command", command, COMMANDS)
-        COMMANDS[command](rest)
+        name, *rest = arguments
+        if name not in COMMANDS:
+            raise unknown_name("command", name, COMMANDS)
+        COMMANDS[name](rest)
         sys.stdout.flush()
         return 0
     except PatchGDError as error:
@@ -347,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        # The reader of our output has gone; there is nobody to tell.
+        # The reader of the output has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:

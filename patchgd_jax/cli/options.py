@@ -1,8 +1,8 @@
-"""Options on top of a preset, as `train`, `cross-validate` and `plan` take them."""
+"""Parsing of commands: parameters of a function, or options on top of a preset."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -12,6 +12,21 @@ from patchgd_jax.config.presets import PRESETS, preset_argument
 PROGRAM = "patchgd-jax"
 
 Options = TypeVar("Options")
+Command = Callable[[Sequence[str]], None]
+"""Parses its arguments and runs; the first line of its docstring is its help."""
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Command]:
+    """Makes a function a command, whose parameters are parsed from the arguments."""
+
+    def decorate(function: Callable[..., None]) -> Command:
+        def run(arguments: Sequence[str]) -> None:
+            tyro.cli(function, prog=f"{PROGRAM} {name}", args=list(arguments))
+
+        run.__doc__ = str(function.__doc__).partition("\n")[0]
+        return run
+
+    return decorate
 
 
 def parse_options(

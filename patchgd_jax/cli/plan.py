@@ -1,4 +1,4 @@
-"""`patchgd-jax plan`: what a run will take, and the largest one that fits."""
+"""`patchgd-jax plan`: memory of a run, and the largest setting that fits."""
 
 from __future__ import annotations
 
@@ -16,58 +16,59 @@ from patchgd_jax.config import TrainConfig, flatten, to_dict
 from patchgd_jax.config.presets import get_preset
 
 if TYPE_CHECKING:
-    from patchgd_jax.planner import Estimator, Method, PlanRequest
+    from patchgd_jax.planner import Estimator, Method
     from patchgd_jax.planner.report import PlanRow
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """A plan; every other setting is one of `train`."""
+    """Options of `plan`, beside the settings of `train`."""
 
     config: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
     budget: str | None = None
-    """Memory to fit in, such as 8GiB, or auto for what the device has. None: no budget."""
+    """Memory to fit in, such as 8GiB, or auto for the device's memory. None: no budget."""
     methods: tuple[str, ...] = ("all",)
     """Methods to compare: gd, gd-extended, gd-remat, downscale, patchwise, fully-conv, mil, ips,
     and PatchGD's modes patchgd, accumulate, exact, full; or all."""
     tier: Literal["estimate", "compile", "profile"] = "estimate"
     """estimate: from shapes, for any device, in seconds, within about 25 % of the compiled figure.
-    compile: XLA's own figure. profile: as compile, and real steps of the run's own method in a
-    process of their own; it calibrates later plans."""
+    compile: XLA's own figure. profile: as compile, and real steps of the run's own method in
+    separate processes; it calibrates later plans."""
     solve: tuple[str, ...] = ()
     """Find the largest batch, fraction, patch or image that fits the budget, checked by a
     compile."""
     explain: Annotated[bool, FlagCreatePairsOff] = False
-    """Work the textbook sums out by hand, and say why training takes more."""
+    """Work out the textbook sums, and show why training takes more."""
     layers: Annotated[bool, FlagCreatePairsOff] = False
-    """Show what each layer of the encoder takes for one patch."""
+    """Show the memory of each layer of the encoder for one patch."""
     plot: str | None = None
-    """PNG file to draw: memory against the image's side, for each method."""
+    """PNG file to draw: memory against image side, for each method."""
     as_json: Annotated[bool, arg(name="json"), FlagCreatePairsOff] = False
     """Print one JSON object."""
 
 
 def plan_command(arguments: Sequence[str]) -> None:
-    """Say what memory a run takes by every method, and the largest setting that fits."""
-    about = "Plan a run; --budget 8GiB says what it must fit, only --tier profile allocates memory."
+    """Estimate a run's memory for each method, and find the largest setting that fits."""
+    about = "Plan a run; --budget 8GiB sets the limit; only --tier profile allocates memory."
     options, preset = parse_options(PlanOptions, "plan", about, arguments)
     result = make_plan(options, preset)
     print(json.dumps(result.pop("json"), indent=2) if options.as_json else result["text"])
 
 
 def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
-    """Makes a plan; the preset is the one that the printed command starts from.
+    """Makes a plan; the printed `train` command starts from `preset`.
 
     Returns:
         `text`, and `json` with the same figures in bytes.
 
     Raises:
-        ConfigError: for an unknown size, method or quantity, and settings that no method can have.
-        DeviceError: if the device is not there.
-        MemoryBudgetError: if the budget is below the parameters, or what is to be solved for does
-            not fit at its smallest.
+        ConfigError: for an unknown size, method or quantity, or settings that no method supports.
+        DeviceError: if the device is missing.
+        MemoryBudgetError: if the budget is below the parameters, or the smallest value of a
+            quantity in `solve` does not fit.
     """
     from patchgd_jax import planner
+    from patchgd_jax.baselines.registry import WHOLE_IMAGE
     from patchgd_jax.engine.build import check_settings
     from patchgd_jax.errors import ConfigError, unknown_name
     from patchgd_jax.planner.methods import encoder_inputs
@@ -107,10 +108,14 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         )
 
     height, width, channels = request.image
+    seen = f", seen whole ({config.method})"
+    if config.method not in WHOLE_IMAGE:
+        patches = f"{request.sampled} of {request.grid.num_patches}"
+        seen = f"; patches of {request.patchgd.patch} px, {patches} at a time"
     lines = [
         f"{request.model.encoder} + {request.model.head}, {request.model.dtype}, "
         f"{config.optimizer.name}; images {height} x {width} x {channels}, batch "
-        f"{request.batch}" + _patches(request, config.method),
+        f"{request.batch}{seen}",
         f"Steps take {known.factor:.2f} times XLA's figure on {device.device_kind}"
         + (f" and up to {show_size(known.overhead + known.kept)}" if known.overhead else "")
         + (" (measured here)." if known.measured else " (a first guess: --tier profile)."),
@@ -136,14 +141,9 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
         figures["explanation"] = planner.explain(request, table, plan.row, compiled=plan.compiled)
         lines += ["", *figures["explanation"]]
     figures["answers"] = []
-    for quantity in options.solve:
-        answer = planner.solve(
-            request,
-            chosen,
-            quantity,  # type: ignore[arg-type]
-            budget or 0,
-            expected=known.expected,
-        )
+    quantities: Any = options.solve
+    for quantity in quantities:
+        answer = planner.solve(request, chosen, quantity, budget or 0, expected=known.expected)
         command = train_arguments(config, answer.request, preset)
         lines += [
             "",
@@ -163,7 +163,7 @@ def make_plan(options: PlanOptions, preset: str = "default") -> dict[str, Any]:
 
 
 def _resolved(options: PlanOptions) -> tuple[TrainConfig, Any]:
-    """Resolves all settings of the run, and its device."""
+    """Resolves all settings of the run, and selects its device."""
     from patchgd_jax.baselines.registry import resolve_method
     from patchgd_jax.data.sources.channels import resolve_channels
     from patchgd_jax.engine.compiling import use_compilation_cache
@@ -205,17 +205,6 @@ def _rows(
         else:
             rows.append(PlanRow(row, compiled, measured.get(method), side))
     return rows, refused
-
-
-def _patches(request: PlanRequest, method: str) -> str:
-    from patchgd_jax.baselines.registry import WHOLE_IMAGE
-
-    if method in WHOLE_IMAGE:
-        return f", seen whole ({method})"
-    return (
-        f"; patches of {request.patchgd.patch} px, {request.sampled} of "
-        f"{request.grid.num_patches} at a time"
-    )
 
 
 def train_arguments(config: TrainConfig, request: Any, preset: str) -> str:

@@ -27,7 +27,7 @@ HostBatch = Mapping[str, np.ndarray]
 
 
 class Setup(NamedTuple):
-    """What a run is made of."""
+    """The static objects of a run."""
 
     config: TrainConfig
     data: RunData
@@ -37,11 +37,11 @@ class Setup(NamedTuple):
     """The static part of a step for each padded size, as `data.shapes`."""
     optimizer: Optimizer
     key: Array
-    """The run's."""
+    """Key of the run."""
 
     @property
     def task(self) -> Task:
-        """The run's task."""
+        """The task of the run."""
         return self.problems[0].task
 
     @property
@@ -72,14 +72,14 @@ class Executor(abc.ABC):
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.read_wait = 0.0
-        """Seconds so far that steps themselves have waited for pixels."""
+        """Seconds so far that steps themselves waited for pixels."""
 
     def layout(self, like: TrainState) -> TrainState:
         """Returns the state's `jax.ShapeDtypeStruct`s with their shardings."""
         return like
 
     def place(self, state: TrainState) -> TrainState:
-        """Lays a state over the devices, of which every process has all."""
+        """Lays a state, which every process holds whole, over the devices."""
         return state
 
     def local_rows(self, size: int) -> range:
@@ -88,46 +88,36 @@ class Executor(abc.ABC):
 
     def train_batches(self, start: int, on_bad: OnBad) -> TrainBatches:
         """Iterates over this process's rows of the train batches from number `start` on."""
-        config = self.setup.config
+        config, source = self.setup.config, self._examples(self.setup.data.train)
         size = config.images_per_step
-        own = self.local_rows(size)
-        return TrainBatches(
-            self._examples(self.setup.data.train),
-            batch_size=size,
-            seed=config.seed,
-            start=start,
-            threads=config.reader_threads,
-            buffer_bytes=config.reader_mib * 2**20,
-            rows=slice(own.start, own.stop),
-            bad_images=config.data.bad_images,
-            bad_limit=config.data.bad_limit,
-            on_bad=on_bad,
-        )
+        options = self._reading(size, on_bad)
+        return TrainBatches(source, batch_size=size, seed=config.seed, start=start, **options)
 
     def eval_batches(
         self, source: ExampleSource, on_bad: OnBad
     ) -> Generator[dict[str, np.ndarray], None, None]:
         """Iterates over this process's rows of the eval batches of a source."""
-        config = self.setup.config
-        own = self.local_rows(config.eval_batch_size)
-        return eval_batches(
-            self._examples(source),
-            config.eval_batch_size,
-            rows=slice(own.start, own.stop),
-            threads=config.reader_threads,
-            buffer_bytes=config.reader_mib * 2**20,
-            bad_images=config.data.bad_images,
-            bad_limit=config.data.bad_limit,
-            on_bad=on_bad,
-        )
+        size = self.setup.config.eval_batch_size
+        return eval_batches(self._examples(source), size, **self._reading(size, on_bad))
+
+    def _reading(self, size: int, on_bad: OnBad) -> dict[str, Any]:
+        config, own = self.setup.config, self.local_rows(size)
+        return {
+            "rows": slice(own.start, own.stop),
+            "threads": config.reader_threads,
+            "buffer_bytes": config.reader_mib * 2**20,
+            "bad_images": config.data.bad_images,
+            "bad_limit": config.data.bad_limit,
+            "on_bad": on_bad,
+        }
 
     def _examples(self, source: ExampleSource) -> ExampleSource:
-        """Returns the examples that batches are made of."""
+        """Wraps a source for reading batches from it."""
         return source
 
     @abc.abstractmethod
     def compile(self, state: TrainState) -> str:
-        """Compiles what it can ahead; returns what was done, a line for the user."""
+        """Compiles programs ahead of the first step; returns a line for the user."""
 
     def compiled_bytes(self) -> int | None:
         """Returns the device memory of the largest program by XLA; None before any is compiled."""
@@ -135,14 +125,14 @@ class Executor(abc.ABC):
 
     @abc.abstractmethod
     def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
-        """Makes an outer step without waiting for it; it may consume (donate) `state`."""
+        """Runs an outer step without waiting for it; `state` may be donated."""
 
     @abc.abstractmethod
     def evaluate(self, source: ExampleSource, weights: Weights, batch: HostBatch) -> Metrics:
         """Evaluates a batch of a source.
 
-        Returns the results of `forward.eval_step`, with `label` and `weight`; of the whole batch,
-        also where this process read some of it. Padding rows may be left out.
+        Returns the results of `forward.eval_step` with `label` and `weight`, for the whole batch
+        even if this process read only some of it. Padding rows may be left out.
         """
 
 

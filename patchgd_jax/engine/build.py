@@ -1,4 +1,4 @@
-"""Building a run's executor from its config and data, and what is checked on the way."""
+"""Checks a run's settings, and builds its executor from config and data."""
 
 import jax
 from jax.sharding import Mesh
@@ -30,11 +30,10 @@ from patchgd_jax.models.registry import build_encoder, encoder_norm, head_entry
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Checks a run's settings, with its method resolved, as far as that needs no look at its data.
+    """Checks a run's settings, with its method resolved, without reading its data.
 
-    Raises:
-        ConfigError: for an unknown name, a patch larger than the images, more inner steps than
-            patches, or settings that cannot work together.
+    Raises `ConfigError` for an unknown name, a patch larger than the images, more inner steps than
+    patches, or conflicting settings.
     """
     model = method_model(config.method, config.model)
     head_entry(model.head)
@@ -77,8 +76,12 @@ def check_run(config: TrainConfig, data: RunData) -> None:
         assert isinstance(grid, PatchGrid)
         check_grid(mesh, grid)
     own = len(own_images(mesh, config.images_per_step))
-    if own * jax.process_count() > config.images_per_step:
-        _check_shared_images(config)
+    shared = own * jax.process_count() > config.images_per_step
+    if shared and config.data.bad_images == "substitute":
+        raise ConfigError(
+            "data.bad_images substitute: processes that share images could each substitute another "
+            "one; use raise, or a mesh whose axis data has a multiple of the processes"
+        )
 
 
 def build(
@@ -97,14 +100,6 @@ def build(
     if mesh is None:
         return ResidentExecutor(setup)
     return MeshExecutor(setup, mesh, parse_rules(config.param_rules))
-
-
-def _check_shared_images(config: TrainConfig) -> None:
-    if config.data.bad_images == "substitute":
-        raise ConfigError(
-            "data.bad_images substitute: processes that share images could each put another in "
-            "the place of one; use raise, or a mesh whose axis data has a multiple of the processes"
-        )
 
 
 def _mesh(config: TrainConfig) -> Mesh | None:

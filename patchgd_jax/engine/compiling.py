@@ -14,9 +14,8 @@ import jax
 def compiler_options() -> dict[str, bool | int | str | float]:
     """Returns options for `jax.jit(..., compiler_options=)`, for the current backend.
 
-    On the CPU, jax 0.10 undoes `jax.checkpoint`: it drops the barriers around what is to be
-    computed again, and then finds it to be there already. Without that pass a remat policy saves
-    what it promises.
+    On the CPU, jax 0.10 undoes `jax.checkpoint`: it drops the barriers around recomputed operations
+    and then merges these with the first computation. Without that pass remat saves memory.
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -32,16 +31,16 @@ class Compiled(NamedTuple):
     aliased: int
     """Outputs that lie in donated arguments."""
     resident: int
-    """What stays on the device beside the program's arguments."""
+    """Bytes that stay on the device beside the program's arguments."""
 
     @property
     def total(self) -> int:
-        """All that must fit at once."""
+        """Bytes that must fit at once."""
         return self.arguments + self.outputs - self.aliased + self.temporary + self.resident
 
 
 def allotted(compiled: Any, resident: int = 0) -> Compiled:
-    """Reads what XLA allots to a compiled program.
+    """Reads the memory that XLA allots to a compiled program.
 
     Its `peak_memory_in_bytes` is not used: on the CPU it leaves the temporary buffers out.
     """
@@ -56,7 +55,7 @@ def allotted(compiled: Any, resident: int = 0) -> Compiled:
 
 
 def release_memory() -> None:
-    """Gives memory that compilation freed back to the system; glibc keeps several hundred MB."""
+    """Returns memory freed by compilation to the system; glibc keeps several hundred MB."""
     if sys.platform == "linux":
         # Other C libraries than glibc keep nothing and have no such function.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -67,8 +66,8 @@ def release_memory() -> None:
 def use_compilation_cache() -> str:
     """Keeps compiled programs between processes, in a folder only this user can write.
 
-    A folder that the environment or the caller has set stays. Returns where they are kept, or why
-    they are not, to show to the user.
+    A folder set by the environment or the caller stays. Returns a phrase for the user: where they
+    are kept, or why they are not.
     """
     chosen = getattr(jax.config, "jax_compilation_cache_dir", None)
     if chosen is not None:
@@ -79,7 +78,7 @@ def use_compilation_cache() -> str:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
-        # Whoever can write here can make this process run code of theirs.
+        # Users who can write here could make this process run their code.
         if status.st_uid != os.getuid() or status.st_mode & 0o022:
             return f"not kept: {path} can be written by others; remove it or make it private"
     except OSError as error:

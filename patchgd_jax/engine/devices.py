@@ -12,14 +12,14 @@ from patchgd_jax.errors import DeviceError
 def select_device(name: str, *, shared: bool = False) -> jax.Device:
     """Makes a platform (auto, cpu, gpu or tpu) JAX's only one; returns this process's first device.
 
-    Must run before anything else touches JAX. `shared`: several devices share the work. Raises
-    `DeviceError` if the platform is not there.
+    Must run before any other use of JAX. `shared`: several devices share the work. Raises
+    `DeviceError` if the platform is missing.
     """
     if name != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}[name])
     if shared and str(getattr(jax.config, "jax_platforms", None) or "").startswith("cpu"):
         # XLA:CPU starts independent collectives in any order, and one that waits keeps its thread:
-        # with as few threads as cores, virtual devices can wait for each other for good.
+        # with as few threads as cores, virtual devices can deadlock.
         os.environ.setdefault("NPROC", "32")
     try:
         return jax.local_devices()[0]

@@ -1,4 +1,4 @@
-"""The process group of a run: joining, agreement, failing together, and a watchdog for hangs."""
+"""The process group of a run: joining, collectives on the host, error checks and a watchdog."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ HEARTBEAT_SECONDS = 15
 STEP_SECONDS = 600.0
 """Longest time of a step before the watchdog ends a process."""
 _LEAVE_SECONDS = 3
-"""How long process 0 lets the others end before it does."""
+"""Time that process 0 gives the others to end before it does."""
 
 
 class PeerError(PatchGDError):
-    """Another process of the run has failed, or never came up."""
+    """Another process of the run failed, or never started."""
 
     exit_code = 9
 
@@ -44,7 +44,7 @@ def initialize(
     start_seconds: int | None = None,
     heartbeat_seconds: int | None = None,
 ) -> bool:
-    """Joins the process group of a run. Call it before anything else of jax.
+    """Joins the process group of a run; must be called before anything else of jax.
 
     Arguments that are None come from `PATCHGD_COORDINATOR`, `PATCHGD_PROCESSES`, `PATCHGD_PROCESS`,
     `PATCHGD_JAX_START_SECONDS` and `PATCHGD_JAX_HEARTBEAT_SECONDS`. Without the first three, a run
@@ -53,9 +53,9 @@ def initialize(
     Args:
         coordinator: `host:port` of process 0; or `auto`, for jax to find everything: needed on
             Cloud TPU slices outside GKE.
-        processes: how many there are.
+        processes: number of processes.
         process: number of this one, from 0.
-        start_seconds: time within which all must have come up; 45 by default. Otherwise the process
+        start_seconds: time within which all must have started; 45 by default. Otherwise the process
             ends with `ConfigError`'s exit code and a message.
         heartbeat_seconds: silence after which a process counts as dead and the others end; 15 by
             default.
@@ -64,7 +64,7 @@ def initialize(
         Whether the run has several processes. None of jax's devices are started yet.
 
     Raises:
-        ConfigError: if only some of the first three are given, or they make no sense.
+        ConfigError: if only some of the first three are given, or their values are invalid.
     """
     coordinator = coordinator or os.environ.get("PATCHGD_COORDINATOR")
     processes = _number("PATCHGD_PROCESSES", processes)
@@ -80,14 +80,14 @@ def initialize(
     elif any(value is None for value in given):
         raise ConfigError(
             "of coordinator, number of processes and process number only some are given; give all "
-            "three, or none where Slurm or a TPU's environment has them"
+            "three, or none where Slurm or a TPU's environment sets them"
         )
     options: dict[str, Any] = {}
     if coordinator is not None and processes is not None and process is not None:
         if not 0 <= process < processes:
             raise ConfigError(f"process {process} of {processes}: it must be in 0..{processes - 1}")
         if not coordinator.rpartition(":")[2].isdigit():
-            raise ConfigError(f"coordinator {coordinator!r} is not host:port")
+            raise ConfigError(f"coordinator {coordinator!r} is not host:port; add the port")
         options = {
             "coordinator_address": coordinator,
             "num_processes": processes,
@@ -101,7 +101,7 @@ def initialize(
         f"(coordinator {coordinator or 'of the cluster'}); start all of them with the same "
         "coordinator, and see that its port can be reached"
     )
-    # Its handler of SIGTERM would take the place of the run's own, which saves and stops.
+    # Its handler of SIGTERM would replace the run's own, which saves and stops.
     jax.config.update("jax_enable_preemption_service", False)
     with deadline(start, message, ConfigError.exit_code):
         try:
@@ -155,7 +155,7 @@ def check_same(settings: Mapping[str, Any]) -> None:
     ]
     if lines:
         listed = "\n  ".join(lines[:10])
-        raise ConfigError(f"the processes of the run differ; start all of them alike:\n  {listed}")
+        raise ConfigError(f"the processes differ; give all the same settings:\n  {listed}")
 
 
 def _gather(own: Any) -> list[Any]:
@@ -171,7 +171,7 @@ def _gather(own: Any) -> list[Any]:
 
 @contextmanager
 def raise_together() -> Iterator[None]:
-    """Raises in all processes if the body does in one. All must enter; none may wait in the body.
+    """Raises in all processes if the body raises in one. All must enter; none may wait in the body.
 
     The others raise a `PatchGDError` with the message and exit code of the first that failed.
     """

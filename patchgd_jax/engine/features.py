@@ -1,4 +1,4 @@
-"""Executor of steps on stored features: the encoder is frozen (method mil)."""
+"""Executor of steps on stored latents of a frozen encoder (method mil)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEPT = "kept"
 
 
 class _Features:
-    """Z of the train images of one padded size that were visited last; thread-safe."""
+    """A thread-safe store of Z of recently visited train images, for one padded size."""
 
     def __init__(self, store: LatentStore, latents: jax.ShapeDtypeStruct) -> None:
         self.latents = latents
@@ -43,7 +43,7 @@ class _Features:
 
 
 class _Visited(ReadOtherwise):
-    """Train examples, without reading pixels of those whose Z is stored."""
+    """Train examples; the pixels of those with stored Z are not read."""
 
     def __init__(self, source: ExampleSource, features: dict[tuple[int, ...], _Features]) -> None:
         super().__init__(source)
@@ -68,7 +68,7 @@ class _Visited(ReadOtherwise):
 class FeatureExecutor(ResidentExecutor):
     """Encodes a train image at its first visit, and stores its Z on the host.
 
-    Z of the images visited last is stored, within `stream.store_mib` of memory or on the disk of
+    Z of the last visited images is stored, within `stream.store_mib` of memory or on the disk of
     `stream.store_dir`; the others are read and encoded again. Validation images are always encoded.
     """
 
@@ -76,23 +76,18 @@ class FeatureExecutor(ResidentExecutor):
         super().__init__(setup)
         self._encode: dict[int, Program] = {}
         self._features: dict[tuple[int, ...], _Features] = {}
+        # Each padded size has a store of its own.
+        self._budget = setup.config.stream.store_mib * 2**20 // len(setup.problems)
         check_budget(setup, self._budget)
 
-    @property
-    def _budget(self) -> int:
-        # A store is for latents of one shape.
-        return self.setup.config.stream.store_mib * 2**20 // len(self.setup.problems)
-
     def compiled_bytes(self) -> int | None:
-        """See `Executor`; encoding is a program of its own."""
+        # Encoding is a program of its own.
         encode = [allotted(program.run).total for program in self._encode.values()]
         step = super().compiled_bytes()
         return None if step is None else max(step, *encode)
 
     def _examples(self, source: ExampleSource) -> ExampleSource:
-        if source is not self.setup.data.train:
-            return source
-        return _Visited(source, self._features)
+        return _Visited(source, self._features) if source is self.setup.data.train else source
 
     def _compile_train(self, state: TrainState, number: int) -> Program:
         """Compiles the encoding, and a step on its latents."""
@@ -103,15 +98,13 @@ class FeatureExecutor(ResidentExecutor):
         lowered = encode.lower(state.weights, batch)
         self._encode[number] = Program(lowered.compile(), tuple(batch))
         z = jax.eval_shape(encode, state.weights, batch)
+        latents = jax.ShapeDtypeStruct(z.shape[1:], z.dtype)
         store = LatentStore(self._budget, config.stream.store_dir)
-        self._features[setup.data.shapes[number]] = _Features(
-            store, jax.ShapeDtypeStruct(z.shape[1:], z.dtype)
-        )
+        self._features[setup.data.shapes[number]] = _Features(store, latents)
         del batch["image"]
         return self._compile_step(state, number, {**batch, FEATURES: z})
 
     def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
-        """See `Executor`."""
         number = self._number(batch)
         features, program = self._features[self.setup.data.shapes[number]], self._encode[number]
         indices = batch["id"].tolist()

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from patchgd_jax.core.problem import Problem, Weights
 from patchgd_jax.core.update import Metrics, TrainState
@@ -23,7 +23,6 @@ from patchgd_jax.engine.sharding.mesh import (
     batch_shardings,
     own_images,
     own_pixels,
-    replicated,
     shard_batch,
 )
 from patchgd_jax.engine.sharding.params import Rules, check_rules, param_shardings
@@ -47,10 +46,10 @@ class MeshExecutor(ResidentExecutor):
         self._one_by_one = mesh.devices.flat[0].platform == "cpu"
 
     def _own_parts(self) -> tuple[list[slice] | None, list[tuple[int, int]]]:
-        """Returns the pixel rows to read of images of each padded size, and the shapes read.
+        """Returns the pixel rows that this process reads for each padded size, and their shapes.
 
         The rows are None if images are read whole: if this process needs all rows, if the images
-        cannot be read by parts, or if the parts' shapes would not identify the padded size.
+        cannot be read by regions, or if the parts' shapes would not identify the padded size.
         """
         grids = self.setup.patch_grids
         whole = [(grid.height, grid.width) for grid in grids]
@@ -62,19 +61,15 @@ class MeshExecutor(ResidentExecutor):
         return rows, shapes
 
     def layout(self, like: TrainState) -> TrainState:
-        """See `Executor`."""
-        laid_out: TrainState = jax.tree.map(
+        return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             like,
             param_shardings(like, self._rules, self._mesh),
         )
-        return laid_out
 
     def place(self, state: TrainState) -> TrainState:
-        """See `Executor`."""
         shardings = param_shardings(state, self._rules, self._mesh)
-        placed: TrainState = jax.device_put(jax.tree.map(np.asarray, state), shardings)
-        return placed
+        return jax.device_put(jax.tree.map(np.asarray, state), shardings)
 
     def _examples(self, source: ExampleSource) -> ExampleSource:
         """Returns this process's bands of the images, where they can be read by regions."""
@@ -91,7 +86,6 @@ class MeshExecutor(ResidentExecutor):
         return self._shapes.index(batch["image"].shape[1:3])
 
     def local_rows(self, size: int) -> range:
-        """See `Executor`."""
         return own_images(self._mesh, size)
 
     def _train_step(self, problem: Problem) -> jax.stages.Wrapped:
@@ -102,12 +96,12 @@ class MeshExecutor(ResidentExecutor):
 
     def _eval_step(self, problem: Problem) -> jax.stages.Wrapped:
         def evaluate(weights: Weights, batch: dict[str, Any]) -> Metrics:
-            # Of the whole batch, also what this process did not read.
+            # Those of the whole batch, with the rows that other processes read.
             known = {"label": batch["label"], "weight": batch["weight"]}
             step = partial(sharded_eval_step, mesh=self._mesh, rules=self._rules)
             return {**step(problem, weights, batch), **known}
 
-        return jax.jit(evaluate, out_shardings=replicated(self._mesh))
+        return jax.jit(evaluate, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
 
     def _laid_out(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
         shardings = batch_shardings(batch, self._mesh)
@@ -127,12 +121,10 @@ class MeshExecutor(ResidentExecutor):
         return shard_batch(arrays, grid, self._mesh, first=first, total=size, rows=rows)
 
     def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
-        """See `Executor`."""
-        return self._ended(super().train(state, batch))
+        return self._finished(super().train(state, batch))
 
     def evaluate(self, source: ExampleSource, weights: Weights, batch: HostBatch) -> Metrics:
-        """See `Executor`."""
-        return self._ended(super().evaluate(source, weights, batch))
+        return self._finished(super().evaluate(source, weights, batch))
 
-    def _ended(self, result: Any) -> Any:
+    def _finished(self, result: Any) -> Any:
         return jax.block_until_ready(result) if self._one_by_one else result

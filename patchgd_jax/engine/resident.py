@@ -37,7 +37,6 @@ class ResidentExecutor(Executor):
         self._eval: dict[int, Program] = {}
 
     def compile(self, state: TrainState) -> str:
-        """Compiles training and evaluation for each padded size; see `Executor`."""
         begun = time.monotonic()
         for number in range(len(self.setup.problems)):
             self._train[number] = self._compile_train(state, number)
@@ -46,14 +45,12 @@ class ResidentExecutor(Executor):
         return f"Compiled {2 * len(self._train)} programs in {time.monotonic() - begun:.1f} s."
 
     def compiled_bytes(self) -> int | None:
-        """See `Executor`."""
-        totals = [allotted(program.run).total for program in self._train.values()]
-        return max(totals, default=None)
+        return max((allotted(program.run).total for program in self._train.values()), default=None)
 
     def _compile_train(self, state: TrainState, number: int) -> Program:
-        setup = self.setup
-        size, weighted = setup.config.images_per_step, setup.data.weighted
-        return self._compile_step(state, number, setup.batch_spec(number, size, weight=weighted))
+        size, weighted = self.setup.config.images_per_step, self.setup.data.weighted
+        batch = self.setup.batch_spec(number, size, weight=weighted)
+        return self._compile_step(state, number, batch)
 
     def _compile_step(self, state: TrainState, number: int, batch: dict[str, Any]) -> Program:
         """Compiles the train step of one padded size on the arrays of `batch`."""
@@ -76,27 +73,23 @@ class ResidentExecutor(Executor):
         return jax.jit(partial(self.setup.algorithm.eval_step, problem))
 
     def _laid_out(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
-        """Returns the shapes of a batch of one padded size as they are on the devices."""
+        """Returns the shapes of a batch of one padded size, with their layout over the devices."""
         return batch
 
     def _put(self, arrays: HostBatch, number: int, size: int) -> dict[str, Array]:
         """Sends the arrays of a batch of `size` examples to the devices."""
-        on_device: dict[str, Array] = jax.device_put(dict(arrays))
-        return on_device
+        return jax.device_put(dict(arrays))
 
     def _number(self, batch: HostBatch) -> int:
         return self.setup.data.shapes.index(batch["image"].shape[1:3])
 
     def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
-        """See `Executor`."""
         number = self._number(batch)
         program = self._train[number]
         arrays = self._put(program.of(batch), number, self.setup.config.images_per_step)
-        new_state, metrics = program.run(state, arrays, self.setup.key)
-        return new_state, metrics
+        return program.run(state, arrays, self.setup.key)
 
     def evaluate(self, source: ExampleSource, weights: Weights, batch: HostBatch) -> Metrics:
-        """See `Executor`."""
         number = self._number(batch)
         if number not in self._eval:
             self._eval[number] = self._compile_eval(weights, number)

@@ -1,4 +1,4 @@
-"""From a config to the objects of a run: grids, models, problems and optimizer."""
+"""Makes the objects of a run from its config: grids, models, problems and optimizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from patchgd_jax.data.run_data import RunData
 from patchgd_jax.engine.base import Setup
 from patchgd_jax.engine.sharding.layout import model_options
 from patchgd_jax.errors import ConfigError
-from patchgd_jax.models.depth import Layers, encoder_layers
+from patchgd_jax.models.depth import encoder_layers
 from patchgd_jax.models.registry import (
     build_encoder,
     build_model,
@@ -44,16 +44,16 @@ def method_grid(config: TrainConfig, height: int, width: int, background: int = 
     if config.augment.turns and height != width:
         raise ConfigError(
             f"augment.turns with method {config.method}: an image of {height} x {width} px cannot "
-            "be turned by 90 degrees and keep its shape; leave it out"
+            "be turned by 90 degrees without changing its shape; leave it out"
         )
     if config.method == "fully-conv":
-        # Its windows are as large as patches.
+        # Checks the windows, which are as large as patches.
         make_grid(config, height, width)
     return WholeImage(height, width)
 
 
 def samples_patches(config: TrainConfig) -> bool:
-    """Tells whether the number of inner steps decides how many patches are encoded at a time."""
+    """Tells whether the number of inner steps sets the number of patches encoded at a time."""
     return config.patchgd.mode in ("patchgd", "accumulate") or (
         config.method == "ips" and config.baseline.top_patches is None
     )
@@ -62,9 +62,8 @@ def samples_patches(config: TrainConfig) -> bool:
 def training_grids(config: TrainConfig, data: RunData) -> tuple[Grid, ...]:
     """Makes the grid of each padded size, and checks it against the sampling and the head.
 
-    Raises:
-        ConfigError: if the patch is larger than the image, there are more inner steps than patches,
-            or there are several grids for a head that takes one.
+    Raises `ConfigError` if the patch is larger than the image, there are more inner steps than
+    patches, or there are several grids for a head that takes one.
     """
     grids = tuple(method_grid(config, *shape, data.background) for shape in data.shapes)
     for grid, slots in zip(grids, data.slots, strict=True):
@@ -74,8 +73,8 @@ def training_grids(config: TrainConfig, data: RunData) -> tuple[Grid, ...]:
         sizes = {grid.patch_shape for grid in grids}
         if len(sizes) > 1:
             raise ConfigError(
-                f"{config.model.encoder} has a table of positions for one size of image, but these "
-                f"have {len(sizes)}; use --data.fit resize, or another encoder"
+                f"{config.model.encoder} has a table of positions for one image size, but these "
+                f"images have {len(sizes)}; use --data.fit resize, or another encoder"
             )
     head = method_model(config.method, config.model).head
     if len({(grid.rows, grid.cols) for grid in grids}) > 1 and head_entry(head).fixed_grid:
@@ -90,19 +89,18 @@ def make_model(
     config: TrainConfig, grid: Grid, preprocess: Preprocess, mesh: Mesh | None = None
 ) -> PatchModel:
     """Makes the model for one grid; ConfigError for a name or head that the method cannot train."""
+    classes, channels = len(preprocess.class_names), config.data.num_channels
+    options = {} if mesh is None else model_options(mesh)
+    if config.method == "fully-conv":
+        options["window"] = map_side(config.model, config.patchgd.patch, channels)
     model = build_model(
         method_model(config.method, config.model),
         grid=grid,
-        channels=config.data.num_channels,
-        classes=make_run_task(config, len(preprocess.class_names)).num_outputs(
-            len(preprocess.class_names)
-        ),
+        channels=channels,
+        classes=make_run_task(config, classes).num_outputs(classes),
         mean=preprocess.mean,
         std=preprocess.std,
-        window=map_side(config.model, config.patchgd.patch, config.data.num_channels)
-        if config.method == "fully-conv"
-        else None,
-        **({} if mesh is None else model_options(mesh)),
+        **options,
     )
     if config.method == "ips":
         require_attention(model, grid, config.model.latent_dim)
@@ -118,14 +116,6 @@ def make_run_task(config: TrainConfig, classes: int) -> Task:
     return make_task(task, classes)
 
 
-def _layers(config: TrainConfig) -> Layers:
-    return encoder_layers(
-        build_encoder(config.model, config.patchgd.patch),
-        patch=config.patchgd.patch,
-        channels=config.data.num_channels,
-    )
-
-
 def run_frozen(config: TrainConfig) -> frozenset[str]:
     """Lists the encoder's top-level entries that a run does not train."""
     return frozen_entries(
@@ -139,12 +129,17 @@ def run_frozen(config: TrainConfig) -> frozenset[str]:
 
 def make_run_optimizer(config: TrainConfig, examples: int) -> Optimizer:
     """Makes the optimizer for a run over `examples` training images."""
+    depth = None
+    if config.optimizer.layer_decay != 1:
+        patch = config.patchgd.patch
+        encoder = build_encoder(config.model, patch)
+        depth = encoder_layers(encoder, patch=patch, channels=config.data.num_channels).depth
     return make_optimizer(
         config.optimizer,
         total_steps=config.total_steps(examples),
         steps_per_epoch=config.steps_per_epoch(examples),
         updates_per_step=config.patchgd.updates_per_step,
-        depth=_layers(config).depth if config.optimizer.layer_decay != 1 else None,
+        depth=depth,
     )
 
 
@@ -176,7 +171,7 @@ def make_setup(
     """
     grids = training_grids(config, data)
     if config.method in WHOLE_IMAGE:
-        # Patches that are nothing but padding are part of the image for it.
+        # These methods also see patches that hold only padding.
         data = dataclasses.replace(data, slots=(None,) * len(grids), mean_slots=None)
     task = make_run_task(config, data.num_classes)
     return Setup(

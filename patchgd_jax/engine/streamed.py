@@ -1,4 +1,4 @@
-"""Executor of steps on images that stay in their files."""
+"""Executor of steps on images that are read from their files patch by patch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from patchgd_jax.engine.streaming.step import StreamedStep
 
 
 class StreamedExecutor(Executor):
-    """Executes steps with no more than some chunks of patches in memory."""
+    """Executes steps with only a few chunks of patches in memory."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         stream = setup.config.stream
         assert setup.data.regions_level is not None
-        # Each padded size has latents of its own form, and its share of the memory.
+        # Each padded size has a store of its own.
         budget = stream.store_mib * 2**20 // len(setup.problems)
         if stream.max_age:
             check_budget(setup, budget)
@@ -43,11 +43,10 @@ class StreamedExecutor(Executor):
         return Unread(as_regions(source))
 
     def compile(self, state: TrainState) -> str:
-        """Compiles nothing: a step's programs are small, and compiled at first use."""
-        return "Images are streamed; programs are compiled as they are needed."
+        # A step's programs are small.
+        return "Images are streamed; programs are compiled at first use."
 
     def train(self, state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
-        """See `Executor`."""
         source = as_regions(self.setup.data.train)
         step = self._step_of(source, batch)
         waited = step.read_wait
@@ -59,9 +58,8 @@ class StreamedExecutor(Executor):
         return new_state, metrics
 
     def evaluate(self, source: ExampleSource, weights: Weights, batch: HostBatch) -> Metrics:
-        """See `Executor`."""
         regions = as_regions(source)
-        # Rows that are padding are not read: an image may be a large one.
+        # Padding rows repeat an image, which may be large, and are not read.
         real = np.flatnonzero(batch["weight"] > 0)
         micro = self.setup.config.stream.micro_batch or 1
         rows = np.resize(real, -(-len(real) // micro) * micro)

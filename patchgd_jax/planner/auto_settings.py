@@ -36,9 +36,9 @@ def resolve_auto(
 
     Args:
         config: a run.
-        budget: memory that training may take, such as 8GiB. None: what is free on the device, on
+        budget: memory that training may take, such as 8GiB. None: the device's free memory, on
             the CPU less the buffer of read images (`reader_mib`).
-        on_message: called with what was chosen and why.
+        on_message: called with each choice and its reason.
         files: the config's image files, if they are read already.
 
     Returns:
@@ -46,7 +46,7 @@ def resolve_auto(
 
     Raises:
         MemoryBudgetError: if not even the smallest setting fits.
-        PatchGDError: for an unreadable budget, or one where nothing is auto, and as `train`.
+        PatchGDError: for an unreadable budget, for a budget where nothing is auto, and as `train`.
     """
     size = None if budget is None else parse_size(budget)
     if is_resolved(config):
@@ -58,8 +58,8 @@ def resolve_auto(
         return config
     if jax.process_count() > 1:
         raise ConfigError(
-            "auto settings are for one process: it cannot know the free memory of the others; give "
-            "numbers"
+            "auto settings are for one process: it cannot know the free memory of the others; set "
+            "--batch-size and --patchgd.fraction to numbers"
         )
     both = config.batch_size == "auto" and config.patchgd.fraction == "auto"
     plan = plan_of(_smallest(config), files)
@@ -90,7 +90,7 @@ def resolve_auto(
             batch_size=min(request.batch, plan.examples),
             eval_batch_size=request.config.eval_batch_size,
         )
-    # Gives what compilation has freed back for training.
+    # Frees the memory of compilation for training.
     release_memory()
     return dataclasses.replace(config, patchgd=request.patchgd)
 

@@ -1,4 +1,4 @@
-"""The compiler's figure: a step compiled for shapes alone, and nothing allocated."""
+"""Memory of a step as XLA compiles it, from shapes alone: nothing is allocated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from patchgd_jax.planner.request import PlanRequest
 
 def compile_program(program: Program) -> tuple[Compiled, Any]:
     """Compiles a program as `train` does; returns its memory and the compiled program."""
-    # Training alone is compiled with them: an evaluation has nothing to compute again.
+    # For training only: an evaluation recomputes nothing.
     options = compiler_options() if program.donated else None
     jitted = jax.jit(program.function, donate_argnums=program.donated, compiler_options=options)
     compiled = jitted.lower(*program.arguments).compile()
@@ -27,20 +27,11 @@ def compiled_total(
 ) -> int:
     """Compiles a method for its bytes: the larger of its training and its evaluation step.
 
-    Args:
-        request: what is planned.
-        method: one of METHODS.
-        side: for `downscale`, the longer side in pixels.
-        evaluation: whether the evaluation step is compiled too.
-
-    Raises:
-        ConfigError: if the encoder does not support the method.
+    Arguments and errors are those of `step_of`; without `evaluation` only training is compiled.
     """
     step = step_of(request, method, side)
-    total = compile_program(step.train)[0].total
-    if evaluation:
-        total = max(total, compile_program(step.evaluate)[0].total)
-    return total
+    programs = (step.train, step.evaluate) if evaluation else (step.train,)
+    return max(compile_program(program)[0].total for program in programs)
 
 
 class Line(NamedTuple):
@@ -51,7 +42,7 @@ class Line(NamedTuple):
 
     @classmethod
     def through(cls, points: Sequence[tuple[float, int]]) -> Line:
-        """Fits a line by least squares; through one point, a constant."""
+        """Fits a line by least squares; a constant through one point."""
         if len({x for x, _ in points}) < 2:
             return cls(float(points[0][1]), 0.0)
         sizes, totals = np.array(points, np.float64).T
@@ -59,11 +50,11 @@ class Line(NamedTuple):
         return cls(float(fixed), float(slope))
 
     def at(self, size: float) -> float:
-        """Bytes at a size."""
+        """Evaluates the line: bytes at a size."""
         return self.fixed + self.slope * size
 
     def largest(self, budget: float) -> float:
-        """The size that takes the budget; infinite where size costs nothing."""
+        """Inverts the line: the size that takes the budget; infinite where size costs nothing."""
         if self.slope <= 0:
             return float("inf") if self.fixed <= budget else 0.0
         return max(0.0, (budget - self.fixed) / self.slope)

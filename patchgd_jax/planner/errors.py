@@ -1,4 +1,4 @@
-"""What the planner says when nothing fits."""
+"""Errors of the planner."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from patchgd_jax.errors import PatchGDError
 
 
 class MemoryBudgetError(PatchGDError):
-    """The memory that is there is not enough, and no smaller setting helps."""
+    """The memory is not enough, and no smaller setting helps."""
 
     exit_code = 4
 
 
 class MeasureError(PatchGDError):
-    """A step that was to be measured did not run."""
+    """A step to measure did not run."""
 
     exit_code = 4

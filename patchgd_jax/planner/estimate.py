@@ -1,11 +1,11 @@
 """A device-neutral estimate of every method's memory: nothing is compiled or allocated.
 
 Exact, from shapes: parameters, gradients, optimizer state, input images, Z, and the residuals that
-`jax.vjp` of encoder and head keeps. Beside them, an allowance for the working set of the backward
-pass: the encoder's inputs as floats, raw and normalised, and the larger of the left operand of its
-largest product and what its largest block computes again. Compilers reuse and copy buffers in their
-own ways: expect up to 25 % more or less (`benchmarks/plan_accuracy.py`); `--tier compile` has the
-figure of the device at hand.
+`jax.vjp` of encoder and head keeps. Added is an allowance for the working set of the backward pass:
+the encoder's inputs as floats, raw and normalised, and the larger of the left operand of its
+largest product and the recomputed residuals of its largest block. Compilers reuse and copy buffers
+differently: expect up to 25 % more or less (`benchmarks/plan_accuracy.py`); `--tier compile` gives
+the figure of the present device.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from patchgd_jax.baselines.ips import require_attention
 from patchgd_jax.baselines.registry import method_model
 from patchgd_jax.config import ModelConfig
 from patchgd_jax.core.freezing import partition_frozen
 from patchgd_jax.core.grid import WholeImage
-from patchgd_jax.engine.setup import make_run_optimizer, run_frozen
-from patchgd_jax.models.registry import build_model, encoder_entry, head_entry
+from patchgd_jax.engine.setup import make_model, make_run_optimizer, run_frozen
+from patchgd_jax.models.registry import encoder_entry, head_entry
 from patchgd_jax.planner.layers import LayerTable, encoder_table, residuals
 from patchgd_jax.planner.methods import (
     EXAMPLES,
@@ -36,6 +35,7 @@ from patchgd_jax.planner.methods import (
     downscaled_size,
     encoder_inputs,
     encoder_shapes,
+    plain_preprocess,
     require_supported,
     trained_as,
     z_bytes,
@@ -43,7 +43,7 @@ from patchgd_jax.planner.methods import (
 from patchgd_jax.planner.request import PlanRequest, leaf_bytes, tree_bytes, with_sampled
 
 _TRACED = 31
-"""Inputs of a trace: a prime, so that residuals that grow with them are told by their size."""
+"""Inputs of a trace: a prime, so that residuals that grow with them are known by their size."""
 
 
 class Row(NamedTuple):
@@ -64,7 +64,7 @@ class Row(NamedTuple):
 
 
 class Traces:
-    """Traces that several estimates share."""
+    """Cached traces that several estimates share."""
 
     def __init__(self) -> None:
         self.table: Callable[..., LayerTable] = cache(encoder_table)
@@ -73,12 +73,7 @@ class Traces:
 
 
 class Estimator:
-    """Estimates the methods of one request.
-
-    Args:
-        request: what is planned.
-        traces: those of earlier requests, to be used again.
-    """
+    """Estimates the methods of one request; `traces` of earlier requests are reused."""
 
     def __init__(self, request: PlanRequest, traces: Traces | None = None) -> None:
         self.request = request
@@ -100,11 +95,10 @@ class Estimator:
 
         Args:
             method: one of METHODS.
-            side: for `downscale`, the longer side in pixels; None: the patch's.
+            side: longer side in pixels for `downscale`. None: the patch's.
 
         Raises:
-            ConfigError: if the encoder does not support the method, or for settings that cannot
-                be together.
+            ConfigError: if the encoder does not support the method, or settings conflict.
         """
         request = self.request
         require_supported(request, method)
@@ -121,10 +115,8 @@ class Estimator:
         plain = dataclasses.replace(config, remat="none", head="linear", dropout=None)
         encoder = self._traces.encoder(plain, patchgd.patch if single else min(size), channels)
         if method == "ips":
-            model = build_model(
-                config, grid=grid, channels=channels, classes=request.classes, mean=0.0, std=1.0
-            )
-            require_attention(model, grid, config.latent_dim)
+            # Raises for a head without attention.
+            make_model(run, grid, plain_preprocess(request, size))
 
         variables = {"encoder": encoder, "head": head}
         params = {part: tree.get("params", {}) for part, tree in variables.items()}
@@ -154,13 +146,10 @@ class Estimator:
         return Row(method, parameters, gradients, optimizer, kept, given, z, rest, total)
 
     def largest_side(self, budget: float | None) -> int:
-        """Finds the longest side in pixels that `downscale` can have.
+        """Finds the longest side in pixels that `downscale` can have within `budget` bytes.
 
-        Args:
-            budget: bytes; None: the patch's side.
-
-        Returns:
-            A multiple of what the encoder takes, from the patch's side to the image's own.
+        Without a budget it is the patch's side. The side is a multiple of the encoder's
+        `side_multiple`, from the patch's side to the image's own.
         """
         patch, longest = self.request.patchgd.patch, max(self.request.size)
         if budget is None:
@@ -176,7 +165,7 @@ class Estimator:
     def encoder_bytes(
         self, config: ModelConfig, size: tuple[int, int], count: int
     ) -> tuple[int, int]:
-        """Residuals of `count` inputs, and the working set of their backward pass."""
+        """Estimates the residuals of `count` inputs, and the working set of their backward pass."""
         patch, channels = (self.request.patchgd.patch,) * 2, self.request.image[2]
         traced = size if size == patch else self._whole
         config = dataclasses.replace(config, head="linear", dropout=None)
@@ -191,7 +180,7 @@ class Estimator:
             plain = dataclasses.replace(config, remat="none")
             blocks = self._traces.table(plain, channels, patch, _TRACED).kept_by_block()
             kept = self._traces.table(config, channels, patch, _TRACED).kept_by_block()
-            each = [size - kept.get(block, 0) for block, size in blocks.items()]
+            each = [size - kept[block] for block, size in blocks.items()]
             again = sum(each) if config.remat == "everything" else max(each)
             again *= math.prod(traced) / math.prod(patch)
         floats = math.prod(traced) * channels * jnp.dtype(config.dtype).itemsize
@@ -201,7 +190,7 @@ class Estimator:
 
 
 def _head(config: ModelConfig, rows: int, cols: int, classes: int) -> tuple[Any, int]:
-    """Shapes of a head's variables, and bytes of its residuals for one image."""
+    """Returns shapes of a head's variables, and bytes of its residuals for one image."""
     dropout = {} if config.dropout is None else {"dropout": config.dropout}
     head = head_entry(config.head).build(classes=classes, **dropout)
     key = jax.eval_shape(lambda: jax.random.key(0))

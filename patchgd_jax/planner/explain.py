@@ -1,4 +1,4 @@
-"""The sums that textbooks do by hand, with the user's own numbers, and why training takes more."""
+"""Textbook memory sums for the user's own numbers, beside what training really takes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def dense_weights(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
 
 
-def image_bytes(height: int, width: int, channels: int, itemsize: int = FLOAT) -> int:
-    """Bytes of an image's pixels."""
-    return height * width * channels * itemsize
+def image_bytes(height: int, width: int, channels: int) -> int:
+    """Bytes of an image's pixels as float32."""
+    return height * width * channels * FLOAT
 
 
 def parameter_copies(optimizer: OptimizerConfig) -> int:
@@ -43,27 +43,19 @@ def hand_activation_bytes(activations: int) -> int:
     return 2 * activations * FLOAT
 
 
-def hand_total(
-    parameters: int, activations: int, batch: int, data_bytes: int, copies: int = 3
-) -> int:
-    """Adds up parameters, twice the outputs times the batch, and data."""
-    return (
-        hand_parameter_bytes(parameters, copies)
-        + batch * hand_activation_bytes(activations)
-        + data_bytes
-    )
+def hand_total(parameters: int, activations: int, batch: int, data_bytes: int) -> int:
+    """Adds up three copies of the parameters, twice the outputs times the batch, and data."""
+    activation_bytes = batch * hand_activation_bytes(activations)
+    return hand_parameter_bytes(parameters) + activation_bytes + data_bytes
 
 
 def explain(
     request: PlanRequest, table: LayerTable, row: Row, *, compiled: int | None = None
 ) -> list[str]:
-    """Works the textbook sums out for one request, line by line.
+    """Works out the textbook sums for one request, line by line.
 
-    Args:
-        request: what is planned.
-        table: of the encoder, for one input of the size that the method gives it.
-        row: of the method.
-        compiled: bytes of the compiled programs, if known.
+    `table` has the layers of the encoder for one of the method's inputs, `row` the method's
+    estimate, and `compiled` the bytes of the compiled programs, if known.
     """
     height, width, channels = request.image
     parameters = table.total("parameters")

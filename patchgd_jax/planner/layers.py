@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +26,9 @@ class Layer(NamedTuple):
     """A module of the network, without its submodules, which have rows of their own."""
 
     name: str
-    """Its path, such as `Bottleneck_0/Conv_1`; `(encoder)` is the network itself."""
+    """Path, such as `Bottleneck_0/Conv_1`; `(encoder)` is the network itself."""
     kind: str
-    """Its class."""
+    """Name of the module's class."""
     output: tuple[int, ...]
     parameters: int
     parameter_bytes: int
@@ -34,11 +36,11 @@ class Layer(NamedTuple):
     kept_bytes: int
     """Residuals for the backward pass."""
     flops: int
-    """Of its kernel's products, forward: two for each multiplication and addition."""
+    """Operations of the forward pass: two for each multiplication and addition."""
 
     @property
     def unfolded_bytes(self) -> int:
-        """The left operand of its products, where a convolution runs as one matrix product."""
+        """Bytes of the left operand, where a convolution runs as one matrix product."""
         if not self.flops:
             return 0
         return self.flops // 2 // self.output[-1] * self.output_bytes // int(np.prod(self.output))
@@ -49,56 +51,43 @@ class LayerTable(NamedTuple):
 
     layers: tuple[Layer, ...]
     residuals: tuple[Any, ...]
-    """Shapes of what is kept for the backward pass."""
+    """Shapes of the arrays that are kept for the backward pass."""
 
     def total(self, column: str) -> int:
         """Sums a column of numbers."""
         return sum(getattr(layer, column) for layer in self.layers)
 
     @property
-    def training_flops(self) -> int:
-        """A backward pass costs two forward passes: one product for each operand's gradient."""
-        return 3 * self.total("flops")
-
-    @property
     def training_bytes(self) -> int:
-        """Parameters, their gradients and the residuals."""
+        """Bytes of parameters, gradients and residuals."""
         return 2 * self.total("parameter_bytes") + self.total("kept_bytes")
 
     @property
     def inference_bytes(self) -> int:
-        """Parameters, and the largest output with the one after it."""
-        outputs = [0, *(layer.output_bytes for layer in self.layers if layer.output)]
-        pair = max(a + b for a, b in zip(outputs, outputs[1:] or [0], strict=False))
-        return self.total("parameter_bytes") + pair
+        """Bytes of parameters, and of the largest output with the next one."""
+        outputs = [0, *(layer.output_bytes for layer in self.layers if layer.output), 0]
+        return self.total("parameter_bytes") + max(map(sum, pairwise(outputs)))
 
-    def kept_by_block(self) -> dict[str, int]:
+    def kept_by_block(self) -> Counter[str]:
         """Sums residuals over each top-level module."""
-        kept: dict[str, int] = {}
+        kept: Counter[str] = Counter()
         for layer in self.layers:
-            block = layer.name.split("/")[0]
-            kept[block] = kept.get(block, 0) + layer.kept_bytes
+            kept[layer.name.split("/")[0]] += layer.kept_bytes
         return kept
 
 
 def residuals(function: Callable[..., Any], params: Any, *arguments: Any) -> list[jax.Array]:
-    """Lists what `jax.vjp` of a function keeps, each array once, `params` left out."""
+    """Lists the arrays that `jax.vjp` of a function keeps, each once, without `params`."""
     _, pull_back = jax.vjp(lambda p: function(p, *arguments), params)
     given = {id(leaf) for leaf in jax.tree.leaves(params)}
     kept = {id(leaf): leaf for leaf in jax.tree.leaves(pull_back)}
     return [leaf for key, leaf in kept.items() if key not in given]
 
 
-def layer_table(
-    function: Callable[..., Any], params: Any, *arguments: Any, name: str = "network"
-) -> LayerTable:
-    """Traces a function of Linen modules and its residuals.
+def _layer_table(encode: Callable[..., Any], params: Any, *arguments: Any) -> LayerTable:
+    """Traces `encode(params, *arguments)`, which applies Linen modules, and its residuals.
 
-    Args:
-        function: of `params` and the other arguments to an array; it applies Linen modules.
-        params: shapes of the trained parameters, by module name.
-        arguments: shapes of the rest.
-        name: of the row of the function itself.
+    `params` are shapes by module name, `arguments` shapes; the result of `encode` is an array.
     """
     modules: dict[Path, tuple[str, Any]] = {}
 
@@ -111,16 +100,15 @@ def layer_table(
         return out
 
     with nn.intercept_methods(record):
-        traced = jax.make_jaxpr(partial(residuals, function))(params, *arguments)
-    modules.setdefault((), (name, None))
+        traced = jax.make_jaxpr(partial(residuals, encode))(params, *arguments)
+    modules.setdefault((), ("encoder", None))
     # JAX names the operations of a module by its path.
     scopes = {var: eqn.source_info.name_stack for eqn in traced.jaxpr.eqns for var in eqn.outvars}
-    kept: dict[Path, int] = {}
+    kept: Counter[Path] = Counter()
     for var, aval in zip(traced.jaxpr.outvars, traced.out_avals, strict=True):
         # Literals cannot be looked up, and are of no module.
         scope = scopes.get(var, "") if getattr(var, "val", None) is None else ""
-        path = _module_of(str(scope), modules)
-        kept[path] = kept.get(path, 0) + leaf_bytes(aval)
+        kept[_module_of(str(scope), modules)] += leaf_bytes(aval)
     own: dict[Path, dict[str, Any]] = {path: {} for path in modules}
     for keys, leaf in jax.tree.leaves_with_path(params):
         names = tuple(str(key.key) for key in keys)
@@ -128,13 +116,13 @@ def layer_table(
         own[path]["/".join(names[len(path) :])] = leaf
     layers = [
         Layer(
-            name="/".join(path) or f"({name})",
+            name="/".join(path) or "(encoder)",
             kind=kind,
             output=() if output is None else output.shape,
             parameters=sum(leaf.size for leaf in own[path].values()),
             parameter_bytes=tree_bytes(own[path]),
             output_bytes=tree_bytes(output),
-            kept_bytes=kept.get(path, 0),
+            kept_bytes=kept[path],
             flops=_flops(own[path], output),
         )
         for path, (kind, output) in modules.items()
@@ -143,7 +131,7 @@ def layer_table(
 
 
 def _module_of(scope: str, modules: dict[Path, Any]) -> Path:
-    """The innermost module among the names of an operation's scopes."""
+    """Finds the innermost module among the names of an operation's scopes."""
     path: Path = ()
     for part in scope.split("/"):
         # A transformation puts its name around that of the outermost scope: jvp(Conv_0).
@@ -155,7 +143,7 @@ def _module_of(scope: str, modules: dict[Path, Any]) -> Path:
 
 
 def _flops(own: dict[str, Any], output: Any) -> int:
-    """Every weight of a kernel is used once at each position of the output."""
+    """Counts two operations for each weight of the kernel at each position of the output."""
     kernel = own.get("kernel")
     if kernel is None or output is None:
         return 0
@@ -166,25 +154,14 @@ def _flops(own: dict[str, Any], output: Any) -> int:
 def encoder_table(
     config: ModelConfig, channels: int, size: tuple[int, int], inputs: int = 1
 ) -> LayerTable:
-    """Makes the layer table of an encoder in training.
+    """Makes the layer table of an encoder in training, for `inputs` inputs in one pass.
 
-    Args:
-        config: of the model.
-        channels: of an input.
-        size: height and width of an input in pixels.
-        inputs: how many there are at once.
+    `size` is height and width of an input in pixels.
     """
-    # The parameters of a convolution are the same for every size; a table of positions is made for
-    # square inputs.
+    # The parameters of a convolution do not depend on the size; position tables are for squares.
     square = WholeImage(min(size), min(size))
-    model = build_model(
-        dataclasses.replace(config, head="linear", dropout=None),
-        grid=square,
-        channels=channels,
-        classes=1,
-        mean=0.0,
-        std=1.0,
-    )
+    config = dataclasses.replace(config, head="linear", dropout=None)
+    model = build_model(config, grid=square, channels=channels, classes=1, mean=0.0, std=1.0)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, stats = jax.eval_shape(model.init, key)
     images = jax.ShapeDtypeStruct((inputs, *size, channels), np.uint8)
@@ -193,4 +170,4 @@ def encoder_table(
         weights = {**params, "encoder": encoder}
         return model.encode(weights, stats, images, train=True, rng=key)[0]
 
-    return layer_table(encode, params["encoder"], stats, images, key, name="encoder")
+    return _layer_table(encode, params["encoder"], stats, images, key)

@@ -70,12 +70,12 @@ class Calibration(NamedTuple):
         return cls(factor, _OVERHEAD.get(platform, 0), _KEPT.get(platform, 0), measured)
 
     def expected(self, compiled: float) -> int:
-        """Predicts the peak of steps in bytes."""
+        """Predicts the peak of steps in bytes, from the compiled figure."""
         kept = min(_MOST_COPIES * compiled, self.kept)
         return math.ceil(self.factor * compiled + kept) + self.overhead
 
     def within(self, budget: int) -> float:
-        """The largest compiled figure of steps that fit a budget."""
+        """Inverts `expected`: the largest compiled figure of steps that fit a budget."""
         room = budget - self.overhead
         small = min(room / (self.factor + _MOST_COPIES), self.kept / _MOST_COPIES)
         return max((room - self.kept) / self.factor, small)
@@ -100,10 +100,10 @@ class Measured(NamedTuple):
 
 
 def measure(request: PlanRequest, method: Method, *, platform: str | None = None) -> Measured:
-    """Runs training steps of a method on zeros in two new processes, and takes the higher peak.
+    """Measures training steps of a method on zeros in two new processes; the higher peak counts.
 
     Args:
-        request: what is planned; a registered encoder is not known to the new process.
+        request: the run to plan; the new process does not know encoders registered here.
         method: one of METHODS.
         platform: cpu, gpu or tpu; None: as here.
 
@@ -125,14 +125,14 @@ def measure(request: PlanRequest, method: Method, *, platform: str | None = None
 def calibrate(request: PlanRequest, method: Method, *, platform: str | None = None) -> Measured:
     """Measures a request and a second size of it (`other_size`), and keeps the larger factor.
 
-    Arguments and errors are those of `measure`, and so is what is returned: of the request itself.
+    Arguments and errors are those of `measure`; the result is that of the request itself.
     """
     measured = measure(request, method, platform=platform)
     keep_calibration(measured)
     device = jax.devices(platform)[0]
     other = other_size(request, measured.compiled, calibration(device), free_memory(device)[0])
     if other is not None:
-        # Other processes may have taken what was free.
+        # Other processes may have taken the free memory.
         with contextlib.suppress(MeasureError):
             keep_calibration(measure(other, method, platform=platform))
     return measured
@@ -146,7 +146,7 @@ def other_size(
     Args:
         request: the first size.
         compiled: bytes by XLA for it; twice the batch takes at most twice as much.
-        known: of the device.
+        known: calibration of the device.
         free: bytes that steps may take.
 
     Returns:
@@ -194,14 +194,11 @@ def _zeros(leaf: Any) -> Any:
 
 
 class PeakMeter:
-    """Measures the most memory that steps take after it was made.
+    """Measures the peak memory of steps from its construction on.
 
     On the CPU it is the growth of the resident memory, known on Linux only, without pages of
-    library files, which the system drops under a limit. On other devices it is what the allocator
-    has counted since the process began.
-
-    Args:
-        device: the steps run on.
+    library files, which the system drops under a limit. On other devices it is the allocator's peak
+    since the process began.
     """
 
     def __init__(self, device: jax.Device) -> None:
@@ -209,15 +206,15 @@ class PeakMeter:
         self._before: int | None = None
         if device.platform != "cpu" or not _CLEAR.exists():
             return
-        # The runtime's threads and their stacks are there before any step is.
+        # Starts the runtime's threads, whose stacks would count as a step's.
         jax.block_until_ready(jax.jit(lambda x: (x @ x).sum())(np.ones((1024, 1024), np.float32)))
         release_memory()
         self._before, self._files = _status("VmRSS"), _status("RssFile")
-        # Sets the peak to what is resident now.
+        # Resets the peak to the memory resident now.
         _CLEAR.write_text("5")
 
     def peak(self) -> int | None:
-        """Bytes; None where the system does not say."""
+        """Reads the peak in bytes; None where the system does not count it."""
         if self._before is not None:
             files = max(0, _status("RssFile") - self._files)
             return _status("VmHWM") - self._before - files
@@ -226,7 +223,7 @@ class PeakMeter:
 
 
 def _run(program: Program) -> Measured:
-    """Runs steps, each on the state of the one before."""
+    """Runs steps, each on the state of the previous one."""
     use_compilation_cache()
     figures, compiled = compile_program(program)
     device = jax.devices()[0]

@@ -1,4 +1,4 @@
-"""The methods that a plan compares, each as a step that compiles and runs."""
+"""Methods that a plan compares, each as a training and an evaluation step."""
 
 from __future__ import annotations
 
@@ -17,30 +17,15 @@ from patchgd_jax.config import MethodName, ModelConfig, TrainConfig
 from patchgd_jax.core.model import Params
 from patchgd_jax.core.update import TrainState, init_state
 from patchgd_jax.data.preprocess import Preprocess
-from patchgd_jax.engine.setup import (
-    make_problem,
-    make_run_optimizer,
-    make_run_task,
-    method_grid,
-)
+from patchgd_jax.engine.setup import make_problem, make_run_optimizer, make_run_task, method_grid
 from patchgd_jax.errors import ConfigError, unknown_name
 from patchgd_jax.models.registry import build_encoder, encoder_entry, encoder_norm
 from patchgd_jax.planner.request import PlanRequest, tree_bytes
 
 Method = Literal[
-    "gd",
-    "gd-extended",
-    "gd-remat",
-    "downscale",
-    "patchwise",
-    "fully-conv",
-    "mil",
-    "ips",
-    "patchgd",
-    "accumulate",
-    "exact",
-    "full",
-]
+    "gd", "gd-extended", "gd-remat", "downscale", "patchwise", "fully-conv", "mil", "ips",
+    "patchgd", "accumulate", "exact", "full",
+]  # fmt: skip
 METHODS: tuple[Method, ...] = get_args(Method)
 PATCHGD: tuple[Method, ...] = ("patchgd", "accumulate", "exact", "full")
 """Modes of `patchgd_jax train`."""
@@ -64,7 +49,7 @@ ABOUT: dict[Method, str] = {
     "exact": "the gradient of all patches at the memory of one chunk; no batch statistics",
     "full": "the gradient of all patches, each encoded alone",
 }
-"""What a method changes statistically, in one phrase."""
+"""Statistical difference of each method from the reference, in one phrase."""
 
 
 class Program(NamedTuple):
@@ -75,11 +60,11 @@ class Program(NamedTuple):
     """Trees of `jax.ShapeDtypeStruct`."""
     donated: tuple[int, ...] = ()
     resident: int = 0
-    """Bytes that stay on the device beside the arguments while it runs."""
+    """Bytes that stay on the device beside the arguments."""
 
 
 class Step(NamedTuple):
-    """Training and evaluation by one method."""
+    """Training and evaluation step of one method."""
 
     train: Program
     evaluate: Program
@@ -91,9 +76,9 @@ def step_of(request: PlanRequest, method: Method, side: int | None = None) -> St
     """Builds the step of a method.
 
     Args:
-        request: what is planned.
+        request: the run to plan.
         method: one of METHODS.
-        side: for `downscale`, the longer side in pixels that images are shrunk to.
+        side: longer side in pixels of the shrunk images of `downscale`. None: the patch's.
 
     Raises:
         ConfigError: for an unknown method, one that the encoder does not support, or conflicting
@@ -105,9 +90,8 @@ def step_of(request: PlanRequest, method: Method, side: int | None = None) -> St
         size = downscaled_size(size, side or request.patchgd.patch)
     config, channels = trained_as(request, method), request.image[2]
     grid = method_grid(config, *size)
-    names = tuple(map(str, range(request.classes)))
-    plain = Preprocess((0.0,) * channels, (1.0,) * channels, 0, names, (size,))
-    problem = make_problem(config, grid, plain, make_run_task(config, request.classes))
+    preprocess, task = plain_preprocess(request, size), make_run_task(config, request.classes)
+    problem = make_problem(config, grid, preprocess, task)
     optimizer = make_run_optimizer(config, EXAMPLES)
     state: TrainState = jax.eval_shape(partial(init_state, problem, optimizer), _key())
     steps = make_algorithm(config.method, config.baseline, config.patchgd)
@@ -120,20 +104,23 @@ def step_of(request: PlanRequest, method: Method, side: int | None = None) -> St
         for arrays in (batch, scored):
             shape = (arrays["label"].shape[0], request.slots)
             arrays["patches"] = jax.ShapeDtypeStruct(shape, np.int32)
+    # While it evaluates, the device also holds the rest of the state and a training batch.
+    resident = tree_bytes((state.step, state.opt_state, images))
     return Step(
-        train=Program(train, (state, batch, _key()), donated=(0,)),
-        evaluate=Program(
-            evaluate,
-            (state.weights, scored),
-            # The rest of the state, and a training batch.
-            resident=tree_bytes((state.step, state.opt_state, images)),
-        ),
-        state=state,
+        Program(train, (state, batch, _key()), donated=(0,)),
+        Program(evaluate, (state.weights, scored), resident=resident),
+        state,
     )
 
 
+def plain_preprocess(request: PlanRequest, size: tuple[int, int]) -> Preprocess:
+    """Makes a preprocessing without effect, for images of `size`."""
+    names, channels = tuple(map(str, range(request.classes))), request.image[2]
+    return Preprocess((0.0,) * channels, (1.0,) * channels, 0, names, (size,))
+
+
 def trained_as(request: PlanRequest, method: Method) -> TrainConfig:
-    """Translates a method to the settings that `train` has for it."""
+    """Translates a method to settings of `train`."""
     config, mode = request.config, request.patchgd.mode
     name: str = method
     if method in PATCHGD:
@@ -155,12 +142,8 @@ def trained_as(request: PlanRequest, method: Method) -> TrainConfig:
 def encoder_inputs(request: PlanRequest, method: Method) -> tuple[int, tuple[int, int]]:
     """Counts the encoder's inputs in one backward pass (for mil, in one pass of the fill).
 
-    Returns:
-        Their number, and their height and width.
-
-    Raises:
-        ConfigError: if there are more inner steps than patches, or the patch is larger than the
-            image.
+    Returns their number, and their height and width. Raises `ConfigError` if there are more inner
+    steps than patches, or the patch is larger than the image.
     """
     patchgd, grid = request.patchgd, request.grid
     if method in ("gd", "gd-extended", "gd-remat", "fully-conv"):

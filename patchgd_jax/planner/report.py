@@ -1,4 +1,4 @@
-"""A plan as text, as JSON, and as a picture."""
+"""Formats a plan as text, as JSON, and as a picture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from patchgd_jax.errors import ConfigError, DiskError
+from patchgd_jax.errors import ConfigError
+from patchgd_jax.io.files import disk_errors
 from patchgd_jax.planner.estimate import Estimator, Row
 from patchgd_jax.planner.layers import LayerTable
 from patchgd_jax.planner.measure import Calibration
@@ -22,24 +23,24 @@ _COLUMNS = (
 
 
 class PlanRow(NamedTuple):
-    """A method's figures in all tiers."""
+    """Figures of a method in all tiers."""
 
     row: Row
     compiled: int | None = None
     """Bytes of the compiled programs, of training and evaluation."""
     measured: int | None = None
-    """Bytes of a real step."""
+    """Peak bytes of real steps."""
     side: int | None = None
     """For `downscale`, the longer side in pixels."""
 
     def expected(self, calibration: Calibration) -> int:
-        """The best figure there is: measured, else from the compiled one, else the estimate."""
+        """Returns the best figure: measured, else from the compiled one, else the estimate."""
         if self.measured is not None:
             return self.measured
         return calibration.expected(self.row.total if self.compiled is None else self.compiled)
 
     def as_dict(self, budget: int | None, calibration: Calibration) -> dict[str, Any]:
-        """For JSON; all sizes in bytes."""
+        """Returns the figures for JSON; all sizes in bytes."""
         expected = self.expected(calibration)
         return {
             **self.row._asdict(),
@@ -98,11 +99,13 @@ def layer_lines(table: LayerTable) -> list[str]:
             output = " x ".join(map(str, layer.output))
             cells.append(line(layer.name, output, (getattr(layer, n) for n in numbers)))
     cells.append(line("sum", "", map(table.total, numbers)))
+    # A backward pass costs two forward passes: a product for the gradient of each operand.
+    forward = table.total("flops") / 1e6
     return [
         *_aligned(cells),
         f"training: {show_size(table.training_bytes)} of parameters, gradients and residuals, "
-        f"{table.training_flops / 1e6:,.1f} MFLOP; inference: "
-        f"{show_size(table.inference_bytes)}, {table.total('flops') / 1e6:,.1f} MFLOP",
+        f"{3 * forward:,.1f} MFLOP; inference: {show_size(table.inference_bytes)}, "
+        f"{forward:,.1f} MFLOP",
     ]
 
 
@@ -121,10 +124,7 @@ def _aligned(cells: list[list[str]]) -> list[str]:
 def sweep(
     estimator: Estimator, methods: Sequence[Method], sides: Sequence[int]
 ) -> dict[Method, list[tuple[int, int]]]:
-    """Estimates each method for square images of several sides.
-
-    Sides that a method or its settings do not allow are left out.
-    """
+    """Estimates each method for square images of the sides that it and its settings allow."""
     lines: dict[Method, list[tuple[int, int]]] = {}
     for side in sides:
         for method in methods:
@@ -137,7 +137,7 @@ def sweep(
 def _merged(
     lines: Mapping[Method, Sequence[tuple[int, int]]],
 ) -> list[tuple[list[Method], Sequence[tuple[int, int]]]]:
-    """Merges the lines of methods that differ by less than a hundredth everywhere."""
+    """Merges the lines of methods that differ by less than 1 % everywhere."""
     groups: list[tuple[list[Method], Sequence[tuple[int, int]]]] = []
     for method, points in lines.items():
         for methods, others in groups:
@@ -157,18 +157,15 @@ def _short_size(size: float) -> str:
 def plot_sweep(
     lines: Mapping[Method, Sequence[tuple[int, int]]], budget: int | None, path: Path
 ) -> None:
-    """Draws memory against the image's side for every method, and the budget, into a PNG file.
+    """Draws memory against image side for every method, and the budget, into a PNG file.
 
-    Raises:
-        DiskError: if the file cannot be written.
+    Raises `DiskError` if the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
     for methods, points in _merged(lines):
         sides, sizes = zip(*points, strict=True)
         axis.plot(sides, sizes, "o-", label=", ".join(methods), markersize=4)
@@ -181,9 +178,5 @@ def plot_sweep(
     axis.set(xlabel="image side (px)", ylabel="estimated memory of a training step")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    try:
+    with disk_errors(f"cannot write {path}"):
         figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        plt.close(figure)

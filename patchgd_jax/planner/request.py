@@ -1,4 +1,4 @@
-"""What is planned: a run's settings, with the size of its images."""
+"""`PlanRequest`: the settings of a run to plan, with the size of its images."""
 
 from __future__ import annotations
 
@@ -18,20 +18,16 @@ from patchgd_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """A run on one device, with the images that the model sees.
-
-    Raises:
-        ConfigError: for sizes that are not positive.
-    """
+    """A run on one device, with the size of its images; `ConfigError` if that is not positive."""
 
     config: TrainConfig
-    """Nothing of it may be auto."""
+    """Without settings that are auto."""
     size: tuple[int, int]
     """Height and width of the images."""
     classes: int = 10
     """Number of logits."""
     slots: int | None = None
-    """The most valid patches of an image; None: all of the grid's."""
+    """Most valid patches of an image. None: all of the grid."""
 
     def __post_init__(self) -> None:
         if min(*self.size, self.classes) < 1:
@@ -49,7 +45,7 @@ class PlanRequest:
         return cls(config, config.data.image_shape[:2], config.data.classes)
 
     def changed(self, **settings: Any) -> PlanRequest:
-        """The request with other settings of the run."""
+        """Returns the request with other settings of the run."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **settings))
 
     @property
@@ -74,11 +70,7 @@ class PlanRequest:
 
     @property
     def grid(self) -> PatchGrid:
-        """The patch grid of the images.
-
-        Raises:
-            ConfigError: if the patch is larger than the image.
-        """
+        """The patch grid of the images; `ConfigError` if the patch is larger than the image."""
         return PatchGrid(*self.size, self.patchgd.patch, self.patchgd.stride or 0)
 
     @property
@@ -90,14 +82,13 @@ class PlanRequest:
     def sampled(self) -> int:
         """k, the patches of an image that one inner step encodes.
 
-        Raises:
-            ConfigError: if there are more inner steps than patches, or the fraction is still auto.
+        Raises `ConfigError` if there are more inner steps than patches, or the fraction is auto.
         """
         return group_size(self.patches, self.patchgd.num_inner_steps)
 
 
 def with_inner_steps(request: PlanRequest, inner: int) -> PlanRequest:
-    """Changes the sampling fraction to that of so many inner steps."""
+    """Changes the sampling fraction to that of `inner` inner steps."""
     patchgd = request.patchgd
     epsilon = patchgd.epsilon if inner % patchgd.epsilon == 0 else 1
     patchgd = dataclasses.replace(patchgd, fraction=1 / inner, inner_steps=None, epsilon=epsilon)
@@ -105,7 +96,7 @@ def with_inner_steps(request: PlanRequest, inner: int) -> PlanRequest:
 
 
 def with_sampled(request: PlanRequest, sampled: int) -> PlanRequest:
-    """Changes the sampling fraction to at most so many patches in an inner step."""
+    """Changes the sampling fraction to at most `sampled` patches in an inner step."""
     return with_inner_steps(request, max(1, math.ceil(request.patches / sampled)))
 
 

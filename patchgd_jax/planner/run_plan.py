@@ -1,4 +1,4 @@
-"""The memory plan of a run: its settings, with the true shapes of its images."""
+"""The memory plan of a run, with the true shapes of its images."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from patchgd_jax.planner.methods import Method
 from patchgd_jax.planner.request import PlanRequest, leaf_bytes
 from patchgd_jax.planner.solver import Answer, Quantity, solve
 
-# On the CPU, what a run takes of the same memory beside its steps: for reading, evaluating and
-# saving (measured: 17 to 25 MB).
+# Memory of a run on the CPU for reading, evaluating and saving, beside its steps (measured: 17 to
+# 25 MB).
 _HOST_BYTES = 24 * 2**20
 
 
@@ -31,7 +31,7 @@ class RunPlan(NamedTuple):
     """The plan of a run; all requests have the same settings and differ in the images."""
 
     method: Method
-    """What the planner calls the run's method."""
+    """The planner's name of the run's method."""
     requests: tuple[PlanRequest, ...]
     """One for each padded size that no other exceeds in pixels and patches, the largest first."""
     examples: int
@@ -43,7 +43,7 @@ class RunPlan(NamedTuple):
     traces: Traces
 
     def expected(self, request: PlanRequest, compiled: int) -> int:
-        """Bytes that training takes of the device, given the compiled or estimated figure.
+        """Predicts the device memory of training in bytes, from the compiled or estimated figure.
 
         The loop sends the next batch to the device while a step computes. On the CPU the device's
         memory is the process's, which has its other needs.
@@ -53,7 +53,7 @@ class RunPlan(NamedTuple):
         return self.calibration.expected(compiled) + leaf_bytes(image) + beside
 
     def compiled(self, request: PlanRequest) -> int:
-        """What training with a request's settings takes, by a compile for each size."""
+        """Predicts bytes of training with a request's settings, by a compile for each size."""
         return max(self.expected(r, compiled_total(r, self.method)) for r in self._sizes(request))
 
     def row(self, request: PlanRequest) -> Row:
@@ -61,7 +61,7 @@ class RunPlan(NamedTuple):
         return Estimator(request, self.traces).row(self.method)
 
     def estimated(self, request: PlanRequest) -> int:
-        """What training with a request's settings takes, by estimate."""
+        """Predicts bytes of training with a request's settings, by estimate."""
         return max(self.expected(r, self.row(r).total) for r in self._sizes(request))
 
     def largest(
@@ -80,20 +80,15 @@ class RunPlan(NamedTuple):
 
 
 def plan_of(config: TrainConfig, files: ImageFiles | None = None) -> RunPlan:
-    """The plan of a run on the images that its settings name.
+    """Plans a run without auto settings on its images; `files` are its image files if read already.
 
-    Args:
-        config: the run; no setting of it may be auto.
-        files: its image files, if they are read already.
-
-    Raises:
-        ConfigError: for images that are streamed or on a mesh.
-        PatchGDError: as `make_data`, and if the device is not there.
+    Raises `ConfigError` for images that are streamed or on a mesh, `DeviceError` if the device is
+    missing, and as `make_data`.
     """
     if config.stream.enabled or config.mesh is not None:
         raise ConfigError(
-            "the memory planner plans for one device that holds whole images; leave "
-            "stream.enabled and mesh out"
+            "the memory planner plans for one device that holds whole images; leave out "
+            "stream.enabled and mesh"
         )
     device = select_device(config.device)
     data = make_data(config, files)
@@ -106,7 +101,7 @@ def plan_of(config: TrainConfig, files: ImageFiles | None = None) -> RunPlan:
     ]
 
     def extent(request: PlanRequest) -> tuple[int, int]:
-        """Pixels, and the patches of a method that has some."""
+        """Counts pixels, and the patches of a method that has some."""
         return math.prod(request.size), 1 if config.method in WHOLE_IMAGE else request.patches
 
     requests.sort(key=extent, reverse=True)
@@ -115,13 +110,12 @@ def plan_of(config: TrainConfig, files: ImageFiles | None = None) -> RunPlan:
         pixels, patches = extent(request)
         if not any(pixels <= extent(r)[0] and patches <= extent(r)[1] for r in most):
             most.append(request)
+    fewest = min(slots or grid.num_patches for slots, grid in zip(data.slots, grids, strict=True))
     return RunPlan(
         method=planned_method(config),
         requests=tuple(most),
         examples=len(data.train),
-        fewest_patches=min(
-            slots or grid.num_patches for slots, grid in zip(data.slots, grids, strict=True)
-        ),
+        fewest_patches=fewest,
         device=device,
         calibration=calibration(device),
         traces=Traces(),
@@ -129,7 +123,7 @@ def plan_of(config: TrainConfig, files: ImageFiles | None = None) -> RunPlan:
 
 
 def planned_method(config: TrainConfig) -> Method:
-    """What the planner calls the method of a run."""
+    """Returns the planner's name of a run's method."""
     if config.method == "patchgd":
         return config.patchgd.mode
     # The run's images are the shrunk ones already.

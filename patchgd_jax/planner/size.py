@@ -1,4 +1,4 @@
-"""Memory sizes as text, and what a device has."""
+"""Memory sizes as text, and the memory of a device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MACHINE = "the machine's memory"
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `8GiB`, `512 MiB`, `8GB` (10^9) or `1073741824`.
+    """Parses a size such as `8GiB`, `512 MiB`, `8GB` (10^9) or `1073741824` to bytes.
 
     Raises:
         ConfigError: for anything else, and for sizes that are not positive.
@@ -59,7 +59,7 @@ class _Limit(NamedTuple):
 
 
 def device_limit(device: jax.Device) -> tuple[int, str]:
-    """Bytes of a device that this process may have, and the source of the figure.
+    """Finds the bytes of a device that this process may have, and the source of the figure.
 
     For the CPU it is the smallest of the machine's memory, its control group's limit, and this
     process's own (`ulimit -d` and `-v`).
@@ -69,12 +69,10 @@ def device_limit(device: jax.Device) -> tuple[int, str]:
 
 
 def free_memory(device: jax.Device) -> tuple[int, str]:
-    """Bytes of a device that are still free for this process, and the source of the figure."""
+    """Finds the bytes of a device that are free for this process, and the source of the figure."""
     limit = min(_limits(device), key=lambda limit: limit.size - limit.used)
-    return (
-        max(1, limit.size - limit.used),
-        f"what is free of {show_size(limit.size)}, {limit.source}",
-    )
+    source = f"what is free of {show_size(limit.size)}, {limit.source}"
+    return max(1, limit.size - limit.used), source
 
 
 def _limits(device: jax.Device) -> list[_Limit]:

@@ -1,9 +1,9 @@
-"""The largest batch, sampling fraction, patch or image that fits a budget.
+"""Finds the largest batch, sampling fraction, patch or image that fits a budget.
 
 Memory is nearly affine in each: two small compiles give a line, and the line an answer, which is
-compiled with the next larger setting. Where memory is no line, as where a convolution takes another
-kernel, the search goes on between the two settings nearest to the budget. Large sizes compile as
-fast as small ones.
+compiled with the next larger setting. Where memory is not affine, as where XLA takes another
+convolution kernel, the search continues between the two settings nearest to the budget. Large sizes
+compile as fast as small ones.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ class Answer(NamedTuple):
     request: PlanRequest
     """With that setting."""
     bytes: int
-    """What it is expected to take, from a compile of this very setting."""
+    """Expected bytes, from a compile of this very setting."""
     compiles: int
     next_value: float | None
-    """The next larger setting; None if this is the largest there can be."""
+    """The next larger setting. None: there is none."""
     next_bytes: int | None
-    """What the next larger setting takes, by the line; more than the budget."""
+    """Bytes of the next larger setting, by the line; more than the budget."""
 
 
 class _Setting(NamedTuple):
     value: float
     size: float
-    """What memory is affine in."""
+    """The number that memory is affine in."""
     request: PlanRequest
 
 
@@ -109,16 +109,16 @@ def solve(
 ) -> Answer:
     """Finds the largest setting of one quantity that fits.
 
-    For `patch` and `image`, the number of patches in an inner step stays what it is.
+    For `patch` and `image`, the number of patches in an inner step stays the same.
 
     Args:
-        request: what is planned; its other settings stay.
+        request: the run to plan; its other settings stay.
         method: one of METHODS.
-        quantity: what is to be as large as possible.
+        quantity: the setting to maximise.
         budget: bytes.
-        expected: bytes that a step takes, given the compiled figure: `Calibration.expected`.
-        total: bytes of a setting; None: `compiled_total` of the method.
-        most_inner_steps: the most that a fraction may lead to; None: the patches of an image.
+        expected: bytes of a step as a function of the compiled figure: `Calibration.expected`.
+        total: bytes of a setting. None: `compiled_total` of the method.
+        most_inner_steps: most inner steps of a fraction. None: the patches of an image.
 
     Raises:
         MemoryBudgetError: if even the smallest setting does not fit.
@@ -159,13 +159,13 @@ def solve(
 
 
 def _line(known: dict[int, int], settings: list[_Setting], near: int) -> Line:
-    """The line through the two compiled settings that are nearest to one."""
+    """Fits the line through the two compiled settings nearest to one."""
     nearest = sorted(known, key=lambda i: abs(settings[i].size - settings[near].size))[:2]
     return Line.through([(settings[i].size, known[i]) for i in nearest])
 
 
 def _next_guess(known: dict[int, int], settings: list[_Setting], budget: int) -> int | None:
-    """The setting to compile next; None if the largest that fits is known."""
+    """Chooses the setting to compile next; None if the largest that fits is known."""
     fits = max(i for i, size in known.items() if size <= budget)
     exceeds = min((i for i, size in known.items() if size > budget), default=len(settings))
     if exceeds <= fits + 1:

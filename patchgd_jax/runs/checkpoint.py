@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there, and known to be undamaged.
+"""Checkpoints that are committed atomically and verified when read.
 
-Orbax writes the arrays; around them stands our commit protocol, because no common checkpoint
-format notices a flipped bit: a SHA-256 manifest over every file, fsync, one rename. Restoring scans
-the folder, verifies newest first and falls back to the newest step that is intact.
+Orbax writes the arrays. Our commit protocol adds a SHA-256 manifest over every file, fsync and one
+rename, because no common checkpoint format detects a flipped bit. Restoring scans the folder,
+verifies newest first and falls back to the newest step that is intact.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _KEEP_LAST = 2
 
 
 def tree_spec(tree: PyTree) -> dict[str, str]:
-    """Shape and dtype of every leaf, by its path."""
+    """Lists shape and dtype of every leaf by its path."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
@@ -62,8 +62,8 @@ class Checkpoints:
     `latest.json` and `best.json` name steps.
 
     Args:
-        folder: where they stand; made when first written to.
-        warn: called with one line for each step that is passed over as damaged.
+        folder: folder of the checkpoints; made when first written to.
+        warn: called with one line for each step that is skipped as damaged.
     """
 
     def __init__(self, folder: Path, warn: Callable[[str], None] = warnings.warn) -> None:
@@ -71,7 +71,7 @@ class Checkpoints:
         self._warn = warn
 
     def steps(self) -> list[int]:
-        """The committed steps, oldest first; not yet verified."""
+        """Lists the committed steps, oldest first, without verifying them."""
         if not self.folder.is_dir():
             return []
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
@@ -80,15 +80,11 @@ class Checkpoints:
         return self.folder / f"{step:08d}"
 
     def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
-        """Writes one step; when it returns, the step is on disk and `latest.json` names it.
+        """Writes the state after `step` outer steps to disk, and its number to `latest.json`.
 
-        Args:
-            step: number of outer steps done.
-            state: pytree of arrays; with several processes, each holds its shards.
-            meta: JSON values stored beside it.
-
-        Raises:
-            DiskError: if it cannot be written; nothing of it is left and older steps are intact.
+        With several processes each holds its shards of `state`; `meta` are JSON values stored
+        beside it. Raises `DiskError` if it cannot be written; then nothing of it is left, and older
+        steps are intact.
         """
         state, final = _stored(state), self._path(step)
         partial = self.folder / f".{final.name}.partial"
@@ -99,11 +95,7 @@ class Checkpoints:
                     shutil.rmtree(leftover)
                 partial.mkdir()
         # All processes write their shards; if one fails, the watchdog ends those that wait for it.
-        with (
-            self._all_or_nothing(final, partial),
-            watchdog(),
-            _checkpointer() as checkpointer,
-        ):
+        with self._all_or_nothing(final, partial), watchdog(), _checkpointer() as checkpointer:
             checkpointer.save(partial.absolute() / "state", state)
             checkpointer.wait_until_finished()
         with raise_together(), self._all_or_nothing(final, partial):
@@ -140,9 +132,8 @@ class Checkpoints:
 
     def mark_best(self, step: int) -> None:
         """Names the best step in `best.json`."""
-        if self._named_best() == step:
-            return
-        write_json(self.folder / "best.json", {"step": step})
+        if self._named_best() != step:
+            write_json(self.folder / "best.json", {"step": step})
 
     def _named_best(self) -> int | None:
         try:
@@ -157,7 +148,7 @@ class Checkpoints:
             if later > step:
                 path = self._path(later)
                 aside = path.with_name(f"{path.name}.damaged")
-                with disk_errors(f"cannot set {path} aside"):
+                with disk_errors(f"cannot rename {path} to {aside.name}"):
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
 
@@ -170,7 +161,7 @@ class Checkpoints:
                     shutil.rmtree(self._path(step))
 
     def damage(self, step: int) -> str | None:
-        """Describes what is wrong with a step's files; None if every byte is as written."""
+        """Describes the first damaged file of a step; None if every byte is as written."""
         path = self._path(step)
         try:
             manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
@@ -187,10 +178,9 @@ class Checkpoints:
         return None
 
     def newest_intact(self) -> int:
-        """Finds the newest step whose files verify, with a warning for each damaged one.
+        """Finds the newest step whose files verify; warns of each damaged one.
 
-        Raises:
-            CheckpointError: if there is none.
+        Raises `CheckpointError` if there is none.
         """
         for step in reversed(self.steps()):
             problem = self.damage(step)
@@ -198,7 +188,7 @@ class Checkpoints:
                 return step
             self._warn(f"checkpoint {self._path(step)} is damaged: {problem}; trying an older one")
         raise CheckpointError(
-            f"no usable checkpoint in {self.folder}; train the run anew in another folder"
+            f"no usable checkpoint in {self.folder}; train again in another folder"
         )
 
     def best(self) -> int:
@@ -213,19 +203,15 @@ class Checkpoints:
         return self.newest_intact()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Reads what was stored beside a step's arrays; `tree` is its `tree_spec`."""
+        """Reads the JSON values stored beside a step's arrays; `tree` is its `tree_spec`."""
         return dict(json.loads((self._path(step) / _META).read_text(encoding="utf-8")))
 
     def restore(self, step: int, like: PyTree) -> PyTree:
-        """Reads a verified step.
+        """Reads a step that was verified by `newest_intact` or `best`.
 
-        Args:
-            step: from `newest_intact` or `best`.
-            like: a tree of the same shapes and dtypes (arrays or ShapeDtypeStructs). Leaves go
-                where their `sharding` says, or to the first device.
-
-        Raises:
-            CheckpointError: if the stored tree is another model's.
+        `like` is a tree of the same shapes and dtypes (arrays or ShapeDtypeStructs). Leaves are
+        placed by their `sharding`, or on the first device. Raises `CheckpointError` if the stored
+        tree is another model's.
         """
         stored = _stored(like)
         difference = describe_difference(self.meta(step)["tree"], tree_spec(stored))
@@ -245,15 +231,10 @@ class Checkpoints:
         return TrainState(*state) if isinstance(like, TrainState) else state
 
     def restore_part(self, step: int, name: str, like: PyTree) -> PyTree:
-        """Reads one part of a step, written on any devices, such as `params/encoder`.
+        """Reads a part of a verified step by its path in the state, such as `params/encoder`.
 
-        Args:
-            step: from `newest_intact` or `best`.
-            name: path of fields of the saved state.
-            like: nested dicts of the same shapes and dtypes.
-
-        Raises:
-            CheckpointError: if the stored part is another model's.
+        It may be written on any devices. `like` are nested dicts of the same shapes and dtypes.
+        Raises `CheckpointError` if the stored part is another model's.
         """
         part: Any = self.restore_arrays(step)
         for field in name.split("/"):
@@ -278,7 +259,7 @@ class Checkpoints:
 
 
 class _StoredState(NamedTuple):
-    """A train state by its names on disk, which are those of the first version."""
+    """A train state under its names on disk, those of the first version."""
 
     step: Any
     params: Any
@@ -293,17 +274,10 @@ def _stored(state: PyTree) -> PyTree:
 def restore_params(
     checkpoints: Checkpoints, step: int, config: TrainConfig, like: Params, part: str
 ) -> PyTree:
-    """Restores a part's parameters as the run evaluated them: their EMA if it keeps one.
+    """Restores the evaluated parameters of `encoder` or `head`: their EMA if the run keeps one.
 
-    Args:
-        checkpoints: of the run.
-        step: from `newest_intact` or `best`.
-        config: of the run.
-        like: parameters of both parts, of the same shapes and dtypes.
-        part: `encoder` or `head`.
-
-    Raises:
-        CheckpointError: if they are another model's.
+    `like` has the encoder and head parameters of the model, by shape and dtype. Raises
+    `CheckpointError` if the stored part is another model's.
     """
     params = checkpoints.restore_part(step, f"params/{part}", like[part])
     if config.optimizer.ema_decay is None:

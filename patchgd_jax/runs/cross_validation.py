@@ -1,4 +1,4 @@
-"""A run for each fold of the data, and what they score together."""
+"""Cross-validation: a run for each fold of the data, and their mean scores."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ RESULT = "cross_validation.json"
 
 
 def fold_configs(config: TrainConfig, folder: str | Path) -> dict[int, TrainConfig]:
-    """The run of each fold that is not the test fold, by its number.
+    """Makes the config of each fold but the test fold, by its number.
 
-    Raises:
-        ConfigError: if the images are generated, which have no folds.
+    Raises `ConfigError` for data without folds.
     """
     if config.data.generated:
         raise ConfigError(
@@ -56,25 +55,25 @@ def cross_validate(
 ) -> dict[str, Any]:
     """Trains a run for each fold, each into a folder of its own.
 
-    Folds that are finished are taken as they are and one that was stopped is resumed, so the same
-    call continues a cross-validation that was interrupted.
+    Finished folds are kept and a stopped one is resumed, so the same call continues an interrupted
+    cross-validation.
 
     Args:
         config: the run; its `data.split.fold` is replaced.
         folder: gets `fold-0`, `fold-1`, ... and `cross_validation.json`.
-        progress: makes what shows a run.
-        budget: as `train`'s; settings that are auto become the same numbers in every fold.
+        progress: makes the display of a run.
+        budget: as `train`'s; auto settings become the same numbers in every fold.
 
     Returns:
         `folds`: the best evaluation of each fold by its number, and for each of its single numbers
         `mean` and `std` (over folds, n - 1 degrees of freedom).
 
     Raises:
-        ConfigError: if the images have no folds, or a folder is that of another run.
+        ConfigError: if the images have no folds, or a folder belongs to another run.
         PatchGDError: as `train`.
         DiskError: if the result cannot be written.
     """
-    # Looked at once, with a fold named: that refuses images that have splits of their own.
+    # Read once, with a fold set: that raises for images that have their own splits.
     one = next(iter(fold_configs(config, folder).values()))
     channels = resolve_channels(one).data.channels
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, channels=channels))
@@ -113,20 +112,18 @@ def cross_validate(
 def _resolved(
     config: TrainConfig, folder: str | Path, budget: str | None, progress: Progress
 ) -> TrainConfig:
-    """Makes numbers of settings that are auto: those that the first fold has if it is there."""
-    if not is_resolved(config):
-        for path in sorted(Path(folder).glob(f"fold-*/{CONFIG}")):
-            known = RunFolder(path.parent).config()
-            batch = known.batch_size, known.eval_batch_size
-            if config.batch_size != "auto":
-                batch = config.batch_size, config.eval_batch_size
-            patchgd = config.patchgd
-            if patchgd.fraction == "auto":
-                patchgd = dataclasses.replace(patchgd, fraction=known.patchgd.fraction)
-            return dataclasses.replace(
-                config, batch_size=batch[0], eval_batch_size=batch[1], patchgd=patchgd
-            )
-    return resolve_auto(config, budget, progress.message)
+    """Resolves auto settings: to those of the first fold with a config, if there is one."""
+    paths = sorted(Path(folder).glob(f"fold-*/{CONFIG}"))
+    if is_resolved(config) or not paths:
+        return resolve_auto(config, budget, progress.message)
+    known = RunFolder(paths[0].parent).config()
+    changes: dict[str, Any] = {}
+    if config.batch_size == "auto":
+        changes = {"batch_size": known.batch_size, "eval_batch_size": known.eval_batch_size}
+    if config.patchgd.fraction == "auto":
+        fraction = known.patchgd.fraction
+        changes["patchgd"] = dataclasses.replace(config.patchgd, fraction=fraction)
+    return dataclasses.replace(config, **changes)
 
 
 def _spread(scores: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""A rehearsal of a run: everything that can fail is tried once, and no run folder is left."""
+"""A dry run: tries each part of a run once, and leaves no run folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from patchgd_jax.errors import CheckpointError, ConfigError
 from patchgd_jax.planner import PeakMeter, show_size
 from patchgd_jax.planner.run_plan import plan_of
 from patchgd_jax.runs.checkpoint import Checkpoints
-from patchgd_jax.runs.out_of_memory import out_of_memory_told
+from patchgd_jax.runs.out_of_memory import explain_oom
 from patchgd_jax.runs.record.progress import Progress
 from patchgd_jax.runs.run import Run
 from patchgd_jax.runs.signals import StopRequest
@@ -31,21 +31,21 @@ def dry_run(
 
     Args:
         config: the run.
-        progress: shows how it goes; silent by default.
+        progress: shows the progress; silent by default.
         budget: as `train`'s.
 
     Returns:
         Bytes of a training step: `estimated`, `compiled` (the largest of the run's own programs, by
         XLA), `expected` (that with the calibration), and `measured`, None where the system does
-        not tell.
+        not count it.
 
     Raises:
-        PatchGDError: as `train`, and if what is restored is not what was saved.
+        PatchGDError: as `train`, and if the restored state differs from the saved one.
     """
     progress = progress or Progress()
     with StopRequest() as stop, stop.immediate(), tempfile.TemporaryDirectory() as folder:
         config, files = resolve(config, budget, progress)
-        with out_of_memory_told(config, folder):
+        with explain_oom(config, folder):
             return _rehearse(config, files, progress, Path(folder))
 
 
@@ -57,12 +57,9 @@ def _rehearse(
     executor, data = run.executor, run.data
     progress.message(executor.compile(state))
 
-    def on_bad(index: int, path: str, reason: str) -> None:
-        progress.warn(f"left out: {path}: {reason}")
-
-    with executor.train_batches(0, on_bad) as reader:
+    with executor.train_batches(0, progress.left_out) as reader:
         batches = [next(reader) for _ in range(_STEPS)]
-    # State and batches are there already; the meter counts what comes on top of them.
+    # The meter counts only memory beyond the state and the batches.
     held = sum(leaf.nbytes for leaf in (*jax.tree.leaves(state), *batches[0].values()))
     meter = PeakMeter(run.device)
     for batch in batches:
@@ -71,7 +68,7 @@ def _rehearse(
     peak = meter.peak()
     if peak is not None and run.device.platform == "cpu":
         peak += held
-    batch = next(executor.eval_batches(data.validation, on_bad))
+    batch = next(executor.eval_batches(data.validation, progress.left_out))
     weights = state.weights._replace(params=ema_params(state))
     jax.block_until_ready(executor.evaluate(data.validation, weights, batch))
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -81,18 +78,18 @@ def _rehearse(
         f"{_STEPS} training steps and an evaluation of {len(batch['id'])} images ran; {count} "
         "arrays were saved and restored, equal bit for bit."
     )
-    return _told(config, files, executor.compiled_bytes(), peak, progress)
+    return _report_memory(config, files, executor.compiled_bytes(), peak, progress)
 
 
-def _told(
+def _report_memory(
     config: TrainConfig,
     files: ImageFiles | None,
     compiled: int | None,
     peak: int | None,
     progress: Progress,
 ) -> dict[str, int | None]:
-    """Compares what was measured with the plan."""
-    measured = "not told by this system" if peak is None else show_size(peak)
+    """Reports the measured memory beside the plan."""
+    measured = "not counted by this system" if peak is None else show_size(peak)
     figures = {"estimated": None, "compiled": compiled, "expected": None, "measured": peak}
     try:
         plan = plan_of(config, files)
@@ -107,7 +104,7 @@ def _told(
         expected = plan.expected(request, compiled)
         text += (
             f", {show_size(expected)} by XLA ({show_size(compiled)} x "
-            f"{plan.calibration.factor:.2f} and what is around it)"
+            f"{plan.calibration.factor:.2f} and the needs of the process)"
         )
     progress.message(f"Memory of training: {text}; {measured} measured.")
     return {**figures, "estimated": estimated, "expected": expected}

@@ -1,19 +1,20 @@
-"""Scores a model on a source of examples."""
+"""Evaluates a model on a source of examples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
 import jax
 import numpy as np
 
-from patchgd_jax.core.tasks import SINGLE_LABEL, Task
+from patchgd_jax.core.problem import Weights
+from patchgd_jax.core.tasks import Task
+from patchgd_jax.data.loading.bad_records import OnBad
 from patchgd_jax.data.protocols import ExampleSource
+from patchgd_jax.engine.base import Executor
 from patchgd_jax.engine.distributed import watchdog
-
-EvalStep = Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
 
 
 class Results:
@@ -23,11 +24,9 @@ class Results:
         self._batches: list[dict[str, np.ndarray]] = []
 
     def add(self, out: Mapping[str, np.ndarray]) -> int:
-        """Adds a batch without its padding, and returns the number of its examples.
+        """Adds the results of `Executor.evaluate` without padding; returns the number of examples.
 
-        Args:
-            out: what `eval_step` gives per example, and `label` and `weight` of the batch; examples
-                of weight 0 are padding.
+        Examples of weight 0 are padding.
         """
         valid = np.asarray(out["weight"]) > 0
         names = ("loss", "label", "prediction", "logits")
@@ -53,20 +52,19 @@ class Results:
 
 
 def evaluate(
-    eval_step: EvalStep,
+    executor: Executor,
     source: ExampleSource,
-    batches: Generator[dict[str, np.ndarray], None, None],
-    *,
-    task: Task = SINGLE_LABEL,
-    on_batch: Callable[[int], bool] = lambda done: True,
+    weights: Weights,
+    on_bad: OnBad,
+    on_batch: Callable[[int], bool],
 ) -> dict[str, Any] | None:
     """Evaluates every example of the source once.
 
     Args:
-        eval_step: `Executor.evaluate` of a batch that is still on the host.
+        executor: evaluates the batches; its task defines the metrics.
         source: the examples.
-        batches: all of them, from `eval_batches`; closed at the end.
-        task: that of the step; it has the metrics.
+        weights: of the model.
+        on_bad: called for each example that is left out.
         on_batch: called with the number of examples done; False stops the evaluation.
 
     Returns:
@@ -76,11 +74,11 @@ def evaluate(
     waiting: dict[str, Any] | None = None
     done = 0
     # device_get, not np.asarray: the latter would hold back a Ctrl-C until the step is done.
-    with closing(batches):
+    with closing(executor.eval_batches(source, on_bad)) as batches:
         for batch in batches:
             with watchdog():
-                out = eval_step(batch)
-                # The batch before, while the device is busy with this one.
+                out = executor.evaluate(source, weights, batch)
+                # The previous batch, while the device is busy with this one.
                 if waiting is not None:
                     done += results.add(jax.device_get(waiting))
             waiting = out
@@ -90,5 +88,5 @@ def evaluate(
     with watchdog():
         done += results.add(jax.device_get(waiting))
     on_batch(done)
-    summary = results.summary(task, len(source.class_names))
+    summary = results.summary(executor.setup.task, len(source.class_names))
     return summary if done == len(source) else {**summary, "bad_images": len(source) - done}

@@ -1,4 +1,4 @@
-"""A trained model as a weight file: published names for the encoder, ours for the rest."""
+"""Exports a trained model as a weight file: published names for the encoder, ours for the rest."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def export_run(
     Args:
         run_dir: the run folder.
         output: the folder to make; None: `export` in the run folder.
-        progress: told of damaged checkpoints that were passed over.
+        progress: gets a warning for each damaged checkpoint that is skipped.
 
     Returns:
         The weight file. The folder is made whole or not at all.
@@ -59,7 +59,7 @@ def export_run(
 
 
 def export_header(config: TrainConfig, preprocess: Preprocess) -> dict[str, str]:
-    """The metadata of an export: where it comes from and how its input must be scaled."""
+    """Makes the metadata of an export: its version, settings and input scaling."""
     origin = {
         "version": __version__,
         "settings": {
@@ -72,18 +72,12 @@ def export_header(config: TrainConfig, preprocess: Preprocess) -> dict[str, str]
         },
         "preprocess": dataclasses.asdict(preprocess),
     }
-    # Other libraries want to be told whose tensor layout a file has.
+    # Other libraries read the tensor layout from `format`.
     return {"format": "pt", METADATA_KEY: json.dumps(origin)}
 
 
 def export_tensors(encoder: str, params: Params, batch_stats: Params) -> dict[str, np.ndarray]:
-    """A model's tensors under the names and in the layouts of an export.
-
-    Args:
-        encoder: its name in the registry.
-        params: of both parts.
-        batch_stats: of both parts.
-    """
+    """Converts a model's tensors to the names and layouts of an export."""
     leaves = tensor_paths(params, batch_stats)
     tensors = {}
     for path, name in tensor_names(encoder, leaves).items():

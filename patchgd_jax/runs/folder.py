@@ -1,4 +1,4 @@
-"""The folder of a run: which files are in it and how they are read and written."""
+"""The folder of a run: its files, and how they are read and written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from patchgd_jax.config import SCHEMA, TrainConfig, from_dict, migrate, nest, to_dict
 from patchgd_jax.data.preprocess import Preprocess
-from patchgd_jax.errors import CheckpointError, ConfigError
+from patchgd_jax.errors import CheckpointError, ConfigError, PatchGDError
 from patchgd_jax.io.files import disk_errors, write_json
 
 CONFIG, ENVIRONMENT, PREPROCESS = "config.json", "environment.json", "preprocess.json"
@@ -22,14 +22,7 @@ EXAMPLES = "examples"
 
 
 class RunFolder:
-    """An existing run folder.
-
-    Args:
-        path: the folder.
-
-    Raises:
-        CheckpointError: if no run is in it.
-    """
+    """An existing run folder; raises `CheckpointError` if `path` holds no run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -43,7 +36,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, config: TrainConfig, preprocess: dict[str, Any]) -> RunFolder:
-        """Makes the folder of a new run and writes what never changes in it.
+        """Makes the folder of a new run and writes its constant files.
 
         Raises:
             ConfigError: if the folder holds anything already.
@@ -61,13 +54,13 @@ class RunFolder:
 
     @staticmethod
     def check_free(path: str | Path) -> None:
-        """Checks that a new run may have the folder.
+        """Checks that the folder is free for a new run.
 
-        What a kill left of a folder that never became a run does not count.
+        Files of a run that was killed before it had a config do not count.
 
         Raises:
             ConfigError: if it holds anything else.
-            DiskError: if it cannot be looked into.
+            DiskError: if it cannot be listed.
         """
         path = Path(path)
         with disk_errors(f"cannot write run folder {path}"):
@@ -82,60 +75,30 @@ class RunFolder:
             )
 
     def config(self) -> TrainConfig:
-        """The resolved config the run was started with.
-
-        Raises:
-            ConfigError: if the file is damaged or from a version with other settings.
-        """
-        path = self.path / CONFIG
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from error
-        config = from_dict(TrainConfig, nest(migrate(values, str(path))), str(path))
-        assert isinstance(config, TrainConfig)
-        return config
+        """Reads the run's resolved config; `ConfigError` if damaged or of an unknown version."""
+        path = str(self.path / CONFIG)
+        return from_dict(TrainConfig, nest(migrate(self.read(CONFIG, ConfigError), path)), path)
 
     def preprocess(self) -> Preprocess:
-        """What the run's images go through.
-
-        Raises:
-            CheckpointError: if the file is missing or damaged.
-        """
+        """Reads the preprocessing of the run's images; raises as `read`."""
         return Preprocess.from_dict(self.read(PREPROCESS))
 
     @property
     def checkpoints(self) -> Path:
-        """Where the run's `Checkpoints` stand."""
+        """Folder of the run's `Checkpoints`."""
         return self.path / "checkpoints"
 
-    def write(self, name: str, value: Any) -> None:
-        """Writes a JSON file of the folder with `atomic_file`."""
-        write_json(self.path / name, value)
-
-    def read(self, name: str) -> Any:
-        """Reads a JSON file of the folder.
-
-        Raises:
-            CheckpointError: if it is missing or damaged.
-        """
+    def read(self, name: str, failure: type[PatchGDError] = CheckpointError) -> Any:
+        """Reads a JSON file; raises `failure` if it is missing or damaged."""
         path = self.path / name
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from error
+            raise failure(f"cannot read {path}: {error}") from error
 
 
 def _environment() -> dict[str, Any]:
-    packages = (
-        "patchgd-jax",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "numpy",
-    )
+    packages = ("patchgd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     versions: dict[str, str | None] = {}
     for package in packages:
         try:

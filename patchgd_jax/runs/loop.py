@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,16 +23,7 @@ OnStep = Callable[[int], None]
 
 
 class Loop:
-    """The loop over a run's outer steps.
-
-    Args:
-        run: what stays the same.
-        folder: its folder.
-        state: to start from.
-        step: outer steps done.
-        stop: tells whether a signal came.
-        on_step: called after each outer step.
-    """
+    """The loop over a run's outer steps, from `state` after `step` steps, until done or `stop`."""
 
     def __init__(
         self,
@@ -57,7 +47,7 @@ class Loop:
         """Runs to the end, or to a signal.
 
         Returns:
-            What `summary.json` holds.
+            The content of `summary.json`.
 
         Raises:
             Interrupted: on a signal, after saving.
@@ -79,13 +69,13 @@ class Loop:
                     self._next(batches)
             except DataError as error:
                 if self._agreement is not None:
-                    # The others are in the middle of a step that this one cannot join.
+                    # A checkpoint is collective, and the others are in the middle of a step.
                     raise
                 raise self._saved(error) from error
         return recorder.finish(self._state, step_bytes)
 
     def _catch_up(self) -> None:
-        """Evaluates first if a run was stopped during an evaluation."""
+        """Makes up an evaluation during which a run was stopped."""
         step, recorder = self._step, self._recorder
         if step and self._due(self._eval_every) and not recorder.has_score(step):
             self._evaluate()
@@ -127,13 +117,7 @@ class Loop:
             # Processes that must agree do so between steps only.
             return self._stop.signal_number is None or self._agreement is not None
 
-        metrics = evaluate(
-            partial(run.executor.evaluate, source, weights),
-            source,
-            run.executor.eval_batches(source, self._on_bad),
-            task=run.setup.task,
-            on_batch=keep_evaluating,
-        )
+        metrics = evaluate(run.executor, source, weights, self._on_bad, keep_evaluating)
         if metrics is not None:
             self._recorder.log_eval(self._step, metrics)
 
@@ -145,7 +129,7 @@ class Loop:
         self._run.progress.warn(f"left out: {path}: {reason}; see {self._bad_images.path}")
 
     def _signal(self) -> int:
-        """Returns the signal that all processes know of; 0 for none."""
+        """Returns the stop signal that all processes agree on; 0 for none."""
         number = self._stop.signal_number or 0
         return number if self._agreement is None else self._agreement.exchange(number)
 
@@ -164,6 +148,6 @@ class Loop:
         if self._run.config.stream.enabled:
             substitute = ""
         return DataError(
-            f"{error}\nThe run is saved after step {self._step}. Mend the image{substitute}; "
+            f"{error}\nThe run is saved after step {self._step}. Repair the image{substitute}; "
             f"then: patchgd-jax resume {self._folder.path} --accept-changed-data"
         )

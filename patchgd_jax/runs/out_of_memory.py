@@ -1,4 +1,4 @@
-"""What a run says when its memory is not enough: the plan, a smaller setting, and what is saved."""
+"""Explains an out-of-memory error: the plan, a smaller setting, and the saved state."""
 
 from __future__ import annotations
 
@@ -18,22 +18,17 @@ from patchgd_jax.planner.run_plan import RunPlan, plan_of
 from patchgd_jax.runs.checkpoint import Checkpoints
 from patchgd_jax.runs.folder import CONFIG, RunFolder
 
-# Where the plan said that a setting fits and it did not, by how much it was wrong is not known.
+# Where a setting did not fit although the plan says it does, the plan's error is not known.
 _SHRINK = 0.75
-# The second is what XLA:CPU's library for products says when it cannot have its own buffers.
+# The second is of XLA:CPU's library for products, when it cannot allocate its own buffers.
 _SIGNS = ("RESOURCE_EXHAUSTED", "YNNPACK operation failed")
 
 
 @contextmanager
-def out_of_memory_told(config: TrainConfig, run_dir: str | Path) -> Iterator[None]:
-    """Turns a failure for want of memory into an error that says what to do.
+def explain_oom(config: TrainConfig, run_dir: str | Path) -> Iterator[None]:
+    """Turns an out-of-memory error of Python or XLA into a `MemoryBudgetError` with next steps.
 
-    Args:
-        config: of the run; nothing of it is auto.
-        run_dir: its folder, which need not be there yet.
-
-    Raises:
-        MemoryBudgetError: instead of Python's or XLA's error.
+    `config` must have no settings that are auto; the run folder may not exist yet.
     """
     try:
         yield
@@ -42,21 +37,21 @@ def out_of_memory_told(config: TrainConfig, run_dir: str | Path) -> Iterator[Non
             sign in str(error) for sign in _SIGNS
         ):
             raise
-        # What the failed step holds is in the way of planning another.
+        # The memory of the failed step is needed for planning another.
         traceback.clear_frames(error.__traceback__)
         release_memory()
         what = (str(error).strip() or "Python has no memory left").splitlines()[0]
-        lines = [f"out of memory: {what[:300]}", *_advice(config), *_what_is_saved(Path(run_dir))]
+        lines = [f"out of memory: {what[:300]}", *_advice(config), *_saved_state(Path(run_dir))]
         raise MemoryBudgetError("\n".join(lines)) from error
 
 
-def _what_is_saved(run_dir: Path) -> list[str]:
+def _saved_state(run_dir: Path) -> list[str]:
     there = (run_dir / CONFIG).exists()
     steps = Checkpoints(RunFolder(run_dir).checkpoints).steps() if there else []
     if not steps:
         return ["Nothing was saved."]
     return [
-        f"The run is saved after step {steps[-1]}. With more memory, go on with: patchgd-jax "
+        f"The run is saved after step {steps[-1]}. With more memory, continue with: patchgd-jax "
         f"resume {run_dir}",
         "With another setting it is a new run, which can start from this one's encoder: "
         f"--init-encoder {run_dir}",
@@ -64,7 +59,7 @@ def _what_is_saved(run_dir: Path) -> list[str]:
 
 
 def _advice(config: TrainConfig) -> list[str]:
-    """The plan's row of the setting, and the next smaller one that fits."""
+    """Formats the plan's row of the setting, and the next smaller one that fits."""
     lines: list[str] = []
     try:
         plan = plan_of(config)
@@ -84,7 +79,7 @@ def _advice(config: TrainConfig) -> list[str]:
 
 
 def _smaller(plan: RunPlan, budget: int) -> str | None:
-    """The flags of a setting that takes no more than the budget, by estimate."""
+    """Finds the flags of a setting that fits the budget, by estimate."""
     request = plan.requests[0]
     quantities: tuple[Quantity, ...] = ("batch",)
     if plan.method in ("patchgd", "accumulate", "patchwise"):

@@ -1,4 +1,4 @@
-"""Uses a trained run: scores it again, or labels image files."""
+"""Evaluates the model of a trained run, or labels image files with it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,7 @@ from patchgd_jax.data.protocols import ExampleSource
 from patchgd_jax.data.run_data import RunData, file_reader, make_data
 from patchgd_jax.data.sources.file_reader import used_patches
 from patchgd_jax.engine.build import build
-from patchgd_jax.engine.setup import (
-    make_grid,
-    make_model,
-    make_problem,
-    make_run_task,
-    method_grid,
-)
+from patchgd_jax.engine.setup import make_grid, make_model, make_problem, make_run_task, method_grid
 from patchgd_jax.engine.streaming.step import StreamedStep
 from patchgd_jax.errors import ConfigError, DataError
 from patchgd_jax.models.registry import encoder_entry, head_entry
@@ -48,15 +42,15 @@ RESIDENT_BYTES = 2**28
 
 
 class TrainedModel:
-    """The parameters of a run and what its images must go through.
+    """The weights of a run and the preprocessing of its images.
 
     Args:
         run_dir: the run folder.
         which: the checkpoint with the best validation score, or the last one.
-        progress: gets a warning for each damaged checkpoint that was passed over.
+        progress: gets a warning for each damaged checkpoint that is skipped.
 
     Raises:
-        CheckpointError: if no usable checkpoint is there.
+        CheckpointError: if there is no usable checkpoint.
     """
 
     def __init__(
@@ -92,7 +86,7 @@ class TrainedModel:
         return jax.jit(partial(algorithm.eval_step, problem))
 
     def source(self, split: EvaluationSplit, data: RunData | None = None) -> ExampleSource:
-        """The images of a split, of `data` if they are made already.
+        """Returns the images of a split, from `data` if given.
 
         Raises:
             ConfigError: if the run has no test images.
@@ -112,11 +106,11 @@ class TrainedModel:
     def evaluate(
         self, progress: Progress | None = None, split: EvaluationSplit = "validation"
     ) -> dict[str, Any]:
-        """Scores the images of a split, as in training.
+        """Evaluates the images of a split, as in training.
 
         Returns:
-            The metrics, `step`, and `recorded`: what the run's log says of the validation images at
-            that step, or None.
+            The metrics, `step`, and `recorded`: the metrics of the validation images at that step
+            in the run's log, or None.
 
         Raises:
             ConfigError: if there are no such images.
@@ -124,7 +118,7 @@ class TrainedModel:
         """
         data = make_data(self.config)
         source = self.source(split, data)
-        # On one device, whatever it was trained on.
+        # On one device, even if it was trained on several.
         config = dataclasses.replace(
             self.config,
             mesh=None,
@@ -138,16 +132,7 @@ class TrainedModel:
             progress.evaluating(done, len(source))
             return True
 
-        def on_bad(index: int, path: str, reason: str) -> None:
-            progress.warn(f"left out: {path}: {reason}")
-
-        metrics = evaluation.evaluate(
-            partial(executor.evaluate, source, self.weights),
-            source,
-            executor.eval_batches(source, on_bad),
-            task=self.task,
-            on_batch=show,
-        )
+        metrics = evaluation.evaluate(executor, source, self.weights, progress.left_out, show)
         assert metrics is not None
         recorded = [
             {k: v for k, v in line.items() if k in metrics}
@@ -157,7 +142,7 @@ class TrainedModel:
         return {"step": self.step, **metrics, "recorded": recorded[0] if recorded else None}
 
     def read(self, path: str | Path) -> np.ndarray:
-        """Reads an image file as the model needs it, `uint8 [H, W, C]`.
+        """Reads an image file as the model's input, `uint8 [H, W, C]`.
 
         Raises:
             DataError: if it cannot be read, or is smaller than a patch.
@@ -178,7 +163,7 @@ class TrainedModel:
         return image
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:
-        """The size that an image of this size was padded to in training; at least a patch."""
+        """Returns the size that such an image was padded to in training; at least a patch."""
         if self.config.method in WHOLE_IMAGE:
             for rows, cols in sorted(self.preprocess.shapes, key=lambda s: s[0] * s[1]):
                 if rows >= height and cols >= width:
@@ -186,7 +171,7 @@ class TrainedModel:
         return self._at_least_a_patch(height, width)
 
     def _check_shape(self, path: str | Path, shape: tuple[int, int]) -> Grid:
-        """The grid of an image, checked against the encoder and the head."""
+        """Makes the grid of an image, and checks it against the encoder and the head."""
         try:
             grid = self._grid_of(shape)
         except ConfigError as error:
@@ -209,11 +194,11 @@ class TrainedModel:
         return grid
 
     def open_streamed(self, path: str | Path) -> RegionSource | None:
-        """Opens an image to be read patch by patch; the caller closes it.
+        """Opens an image for reading patch by patch; the caller closes it.
 
         Returns:
-            The image; or None if it is to be read whole: small images of a run that does not
-            stream, images that are resized, and methods that see images whole.
+            The image; or None if it must be read whole: small images of a run that does not stream,
+            resized images, and methods that see images whole.
 
         Raises:
             DataError: if it cannot be opened, or is smaller than a patch.
@@ -242,15 +227,12 @@ class TrainedModel:
     def predict_streamed(
         self, source: RegionSource, name: str, patches: np.ndarray | None = None
     ) -> dict[str, Any]:
-        """Labels one image patch by patch, with only a few patches in memory.
+        """Labels one image as `predict`, but patch by patch, with only a few patches in memory.
 
         Args:
             source: from `open_streamed`.
-            name: what errors call the image.
+            name: name of the image in errors.
             patches: from `patches`; the others are neither read nor encoded.
-
-        Returns:
-            As `predict`.
 
         Raises:
             DataError: if a patch cannot be read.
@@ -258,24 +240,19 @@ class TrainedModel:
         shape = source.level_shapes[self.config.data.level]
         grid = make_grid(self.config, *self._at_least_a_patch(*shape), self.preprocess.background)
         batch = self._batch(grid, patches)
-        out = self._streamed(grid).evaluate(self.weights, [source], batch, [name])
-        return self._answer(out)
+        return self._answer(self._streamed(grid).evaluate(self.weights, [source], batch, [name]))
 
     def _streamed_step(self, grid: PatchGrid) -> StreamedStep:
         config = self.config
         problem = make_problem(config, grid, self.preprocess, self.task)
-        # The gradient's mode does not matter here, but streaming has no mode full.
+        # Evaluation ignores the gradient's mode, but streaming has no mode full.
         patchgd = dataclasses.replace(config.patchgd, mode="accumulate", importance="none")
+        problem = dataclasses.replace(problem, config=patchgd)
         stream = StreamConfig(buffers=config.stream.buffers, readers=config.stream.readers)
-        return StreamedStep(
-            dataclasses.replace(problem, config=patchgd),
-            optax.identity(),
-            stream,
-            level=config.data.level,
-        )
+        return StreamedStep(problem, optax.identity(), stream, level=config.data.level)
 
     def patches(self, path: str | Path) -> np.ndarray | None:
-        """Ids of a file's patches that are not background, `int32 [m]`; None: all are used."""
+        """Finds ids of a file's patches that are not background, `int32 [m]`; None: all."""
         if self.config.data.empty.method == "none":
             return None
         with closing(self._reader.open(path)) as source:
@@ -299,7 +276,7 @@ class TrainedModel:
         return self._answer(self._eval(grid)(self.weights, jax.device_put(batch)))
 
     def _batch(self, grid: Grid, patches: np.ndarray | None) -> dict[str, np.ndarray]:
-        """A batch of one image, without its pixels."""
+        """Makes a batch of one image, without its pixels."""
         spec = self.task.label_spec(1, len(self.preprocess.class_names))
         batch = {"label": np.zeros(spec.shape, spec.dtype)}
         if patches is not None:
@@ -316,11 +293,10 @@ class TrainedModel:
         if self.task.name == "regression":
             return {"label": float(answer)}
         (probabilities,) = self.task.probabilities(out["logits"]).tolist()
-        label: Any = (
-            [name for name, holds in zip(names, answer, strict=True) if holds]
-            if self.task.name == "multi-label"
-            else names[int(answer)]
-        )
+        if self.task.name == "multi-label":
+            label: Any = [name for name, holds in zip(names, answer, strict=True) if holds]
+        else:
+            label = names[int(answer)]
         return {"label": label, "probabilities": dict(zip(names, probabilities, strict=True))}
 
     def predict_files(self, paths: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -355,5 +331,5 @@ def load_run(run_dir: str | Path, which: Which = "best") -> TrainedModel:
 
 
 def evaluate(run_dir: str | Path, split: EvaluationSplit = "validation") -> dict[str, Any]:
-    """Scores the best checkpoint of a run again; see `TrainedModel.evaluate`."""
+    """Evaluates the best checkpoint of a run; see `TrainedModel.evaluate`."""
     return load_run(run_dir).evaluate(split=split)

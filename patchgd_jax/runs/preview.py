@@ -30,18 +30,10 @@ IMPORTANCE_NOTE = (
 def preview(
     config: TrainConfig, count: int, split: Literal["train", "validation"]
 ) -> list[SheetEntry]:
-    """Reads the first examples of a split, and draws patches as the first outer step would.
+    """Reads the first `count` examples of a split, or all, and draws patches for them.
 
-    The examples of each size are laid out in batches of the run's size.
-
-    Args:
-        config: the run.
-        count: examples, at most what there are.
-        split: which examples.
-
-    Raises:
-        ConfigError: for settings that do not fit together.
-        DataError: for images or labels that cannot be used.
+    The examples of each size form batches of the run's size; the draws are those of the first outer
+    step. Raises `ConfigError` for conflicting settings, `DataError` for unusable images or labels.
     """
     files = read_files(config)
     config = resolve_method(resolve_channels(config, files))
@@ -88,7 +80,7 @@ def _read(source: ExampleSource, count: int, *, leave_out_bad: bool) -> dict[int
 
 
 def _problem(config: TrainConfig, data: RunData, grid: Grid) -> Problem:
-    """The static part of the run's steps, without importance sampling, which needs a state."""
+    """Makes the run's problem for a grid, without importance sampling, which needs a state."""
     plain = dataclasses.replace(config.patchgd, importance="none")
     channels = config.data.num_channels
     return make_problem(
@@ -105,11 +97,7 @@ def _problem(config: TrainConfig, data: RunData, grid: Grid) -> Problem:
 def _draw(
     config: TrainConfig, problem: Problem, examples: list[dict[str, Any]]
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Draws the first rows of a batch of the first outer step.
-
-    Returns:
-        For each example the patches of the first inner step, and those that are not valid.
-    """
+    """Draws, for each example, the patches of the first inner step; lists those not valid too."""
     size = config.images_per_step
     rows = [examples[min(row, len(examples) - 1)] for row in range(size)]
     batch: dict[str, Any] = {"label": np.empty(size)}

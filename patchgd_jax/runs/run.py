@@ -21,7 +21,8 @@ from patchgd_jax.engine.compiling import use_compilation_cache
 from patchgd_jax.engine.devices import select_device
 from patchgd_jax.engine.distributed import watchdog
 from patchgd_jax.engine.setup import samples_patches
-from patchgd_jax.errors import CheckpointError, DiskError
+from patchgd_jax.errors import CheckpointError
+from patchgd_jax.io.files import disk_errors
 from patchgd_jax.runs.folder import EXAMPLES, RunFolder
 from patchgd_jax.runs.record.progress import Progress
 from patchgd_jax.runs.starting_point import starting_point
@@ -47,21 +48,21 @@ _OWN = ("run_dir", "reader_threads", "reader_mib", "stream.store_dir")
 """Settings that may differ between processes."""
 
 _EXAMPLE_PIXELS = 2**24
-"""Pixels of generated images up to which a few are written to the run folder."""
+"""Most pixels of a generated image for writing a few to the run folder."""
 
 
 class Run:
-    """What stays the same during a run.
+    """The constant objects of a run: data, preprocessing, executor and identity.
 
     Args:
-        config: of the run, resolved.
-        preprocess: of a run that is resumed. None: measured.
+        config: the run, resolved.
+        preprocess: that of a resumed run. None: measured.
         progress: shows notes about the data and the device.
         optimizer: replaces the config's, of which freezing and the EMA stay.
         files: the config's image files, if they are read already.
 
     Raises:
-        PatchGDError: of the kind that fits.
+        PatchGDError: of the subclass that fits.
     """
 
     def __init__(
@@ -90,11 +91,9 @@ class Run:
         if preprocess is None:
             substitute = config.data.bad_images == "substitute"
             preprocess = Preprocess.measure(self.data, leave_out_bad=substitute)
-            if self.start is not None:
-                # The encoder's input must be scaled as it was when the encoder was trained.
-                preprocess = dataclasses.replace(
-                    preprocess, mean=self.start.mean, std=self.start.std
-                )
+        if start := self.start:
+            # The encoder's input must be scaled as it was when the encoder was trained.
+            preprocess = dataclasses.replace(preprocess, mean=start.mean, std=start.std)
         self.preprocess = preprocess
         self.executor = build(config, self.data, preprocess, optimizer)
         self.setup = self.executor.setup
@@ -159,10 +158,10 @@ class Run:
                 changed = (
                     "the images have changed (a file, its time or size, a label, or the split)"
                 )
-                if not accept_changed_data:
-                    lines.append(f"{changed}; to go on with them, use --accept-changed-data")
-                    continue
-                self.progress.warn(changed)
+                if accept_changed_data:
+                    self.progress.warn(changed)
+                else:
+                    lines.append(f"{changed}; to continue with them, use --accept-changed-data")
                 continue
             lines += [
                 f"{kind}: {name} was {then.get(name)!r}, is {now.get(name)!r}"
@@ -176,10 +175,8 @@ class Run:
                 f"start a new run:\n  {changed}"
             )
         if meta.get("version") != __version__:
-            self.progress.warn(
-                f"checkpoint {step} was written by version {meta.get('version')}, this is "
-                f"{__version__}"
-            )
+            written = f"checkpoint {step} was written by version {meta.get('version')}"
+            self.progress.warn(f"{written}, this is {__version__}")
 
     def write_examples(self, folder: RunFolder) -> None:
         """Writes a few generated validation images, to look at and to try `predict` on."""
@@ -190,12 +187,10 @@ class Run:
         if not isinstance(source, UltraMnist) or pixels_of_one > _EXAMPLE_PIXELS:
             return
         where = folder.path / EXAMPLES
-        try:
+        with disk_errors(f"cannot write {where}"):
             where.mkdir()
             for index in range(min(4, len(source))):
-                # As a user would have them: at full size, before any down-scaling.
+                # As users' images: at full size, before any down-scaling.
                 pixels = source.read(index, 0, 0, *self.config.data.size)
                 name = self.preprocess.class_names[source.plan(index).label]
                 Image.fromarray(pixels).save(where / f"{index}_label_{name}.png")
-        except OSError as error:
-            raise DiskError(f"cannot write {where}: {error.strerror or error}") from error

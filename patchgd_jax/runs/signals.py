@@ -23,8 +23,7 @@ class StopRequest:
 
     The training loop polls `signal_number`; within `immediate()`, where there is nothing to save,
     the signal raises `Interrupted` at once. A second signal ends the process without saving, unless
-    it is the same within a fifth of a second: what sends one to a process and to its group, as
-    `timeout` does, asks once.
+    it is the same within a fifth of a second: `timeout` sends one to the process and to its group.
     """
 
     def __init__(self) -> None:
@@ -34,7 +33,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        # Only the main thread may set handlers; elsewhere, signals are its owner's business.
+        # Only the main thread may set handlers; in others, the caller handles signals.
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
@@ -59,17 +58,17 @@ class StopRequest:
 
     @contextmanager
     def immediate(self) -> Iterator[None]:
-        """Within it a signal raises `Interrupted` instead of being noted."""
+        """Makes a signal within the body raise `Interrupted` at once."""
         self._immediate = True
         try:
             yield
         finally:
             self._immediate = False
         if self.signal_number is not None:
-            # It came where Python drops exceptions, in a finalizer or a callback from C.
+            # The signal came where Python drops exceptions, in a finalizer or a callback from C.
             self._stop_now()
 
 
 def interrupted(number: int, when: str) -> Interrupted:
-    """The error of a run that signal `number` has stopped."""
+    """Makes the error of a run stopped by signal `number`."""
     return Interrupted(number, f"stopped by {signal.Signals(number).name} {when}")

@@ -1,4 +1,4 @@
-"""Where a run starts from instead of random values: a weight file, or another run's encoder."""
+"""Initial values of a run other than random: a weight file, or another run's encoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from patchgd_jax.weights.matching import StartingPoint, weights_start
 
 
 def starting_point(config: TrainConfig, progress: Progress) -> StartingPoint | None:
-    """Finds what the config says the run starts from; None for random values.
+    """Finds the starting point that a config names; None for random values.
 
     Raises:
         ConfigError: for unknown weights, or images of another number of channels.
@@ -35,7 +35,7 @@ def starting_point(config: TrainConfig, progress: Progress) -> StartingPoint | N
 
 
 def _from_run(run_dir: str, progress: Progress) -> StartingPoint:
-    """The encoder of another run's best checkpoint, batch statistics included."""
+    """Starts from the encoder of another run's best checkpoint, with its batch statistics."""
     folder = RunFolder(run_dir)
     preprocess = folder.preprocess()
 

@@ -1,4 +1,4 @@
-"""Starting and resuming runs."""
+"""Starts and resumes runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from patchgd_jax.planner.auto_settings import resolve_auto
 from patchgd_jax.runs.checkpoint import Checkpoints
 from patchgd_jax.runs.folder import RunFolder
 from patchgd_jax.runs.loop import Loop, OnStep
-from patchgd_jax.runs.out_of_memory import out_of_memory_told
+from patchgd_jax.runs.out_of_memory import explain_oom
 from patchgd_jax.runs.record.progress import Progress
 from patchgd_jax.runs.run import Run
 from patchgd_jax.runs.signals import StopRequest
@@ -32,18 +32,10 @@ from patchgd_jax.runs.signals import StopRequest
 def resolve(
     config: TrainConfig, budget: str | None, progress: Progress
 ) -> tuple[TrainConfig, ImageFiles | None]:
-    """Resolves the settings that the method, the images or the memory decide, and checks them.
+    """Resolves the settings that depend on the method, the images or the memory, and checks them.
 
-    Args:
-        config: the run.
-        budget: memory that `auto` settings must fit, such as 8GiB. None: the device's free memory.
-        progress: shows what `auto` becomes.
-
-    Returns:
-        The config, and its image files if it names any.
-
-    Raises:
-        PatchGDError: of the kind that fits; wrong names and numbers before any data are read.
+    Returns the config, and its image files if it names any. `budget` is as `train`'s. Raises the
+    `PatchGDError` that fits, for wrong names and numbers before reading any data.
     """
     config = resolve_method(config)
     check_settings(config)
@@ -72,22 +64,22 @@ def train(
         budget: memory that `auto` settings must fit, such as 8GiB. None: the device's free memory.
 
     Returns:
-        What `summary.json` holds.
+        The content of `summary.json`.
 
     Raises:
-        PatchGDError: of the kind that fits; `exit_code` says which.
+        PatchGDError: of the subclass that fits, with its `exit_code`.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
     progress = progress or Progress()
     with StopRequest() as stop:
         with stop.immediate():
-            # Whatever is wrong with the config shows before the folder is made.
+            # Errors of the config are raised before the folder is made.
             with raise_together():
                 RunFolder.check_free(run_dir)
                 config, files = resolve(config, budget, progress)
                 run = Run(config, None, progress, optimizer, files)
             check_same(run.shared)
-            with out_of_memory_told(config, run_dir):
+            with explain_oom(config, run_dir):
                 state = run.first_state()
             with raise_together():
                 if is_first():
@@ -95,7 +87,7 @@ def train(
                     run.write_examples(folder)
             with raise_together():
                 folder = RunFolder(run_dir)
-        with out_of_memory_told(config, run_dir):
+        with explain_oom(config, run_dir):
             return Loop(run, folder, state, 0, stop, on_step).run()
 
 
@@ -111,16 +103,10 @@ def resume(
     """Continues a run from its newest intact checkpoint, or from the start if it has none.
 
     On the CPU the run ends with the same parameters and metrics, bit for bit, as one that was
-    never interrupted, unless it reuses latents (`stream.max_age`) or the mesh is another. Other
-    arguments, result and errors are those of `train`.
-
-    Args:
-        run_dir: its folder.
-        progress: as `train`'s.
-        optimizer: as `train`'s.
-        on_step: as `train`'s.
-        accept_changed_data: go on although images, labels or splits have changed.
-        mesh: replaces the run's; the result is the same up to rounding.
+    never interrupted, unless it reuses latents (`stream.max_age`) or the mesh is another. With
+    `accept_changed_data` it continues although images, labels or splits have changed; `mesh`
+    replaces the run's (the result is the same up to rounding). Other arguments, result and errors
+    are those of `train`.
     """
     progress = progress or Progress()
     with StopRequest() as stop:
@@ -142,5 +128,5 @@ def resume(
             else:
                 state, step = run.first_state(), 0
             progress.message(f"Resuming {folder.path} after step {step}")
-        with out_of_memory_told(run.config, run_dir):
+        with explain_oom(run.config, run_dir):
             return Loop(run, folder, state, step, stop, on_step).run()

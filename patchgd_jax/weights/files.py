@@ -1,4 +1,4 @@
-"""Weight files as NumPy arrays: safetensors, and PyTorch's `.pth` without running what is in it."""
+"""Reads weight files as NumPy arrays: safetensors, and PyTorch's `.pth` without executing it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from patchgd_jax.io.text import first_line
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
-# Under which a training script puts the state dict beside other things.
+# Keys under which training scripts store the state dict beside other values.
 _WRAPPERS = ("state_dict", "model")
 
 
 class WeightFile(NamedTuple):
-    """What is in a weight file."""
+    """The content of a weight file."""
 
     path: Path
     tensors: Mapping[str, np.ndarray]
     """By name; bfloat16 as `ml_dtypes.bfloat16`."""
     metadata: Mapping[str, str]
-    """Of a safetensors header; empty for others."""
+    """Metadata of a safetensors header; empty for other files."""
 
 
 def read_weights(path: Path) -> WeightFile:
-    """Reads a weight file whole; nothing that is in it is executed.
+    """Reads a whole weight file without executing anything in it.
 
     Args:
         path: `.safetensors`, or `.pth`, `.pt` or `.bin`, which need PyTorch.
@@ -93,7 +93,7 @@ def _to_numpy(path: Path, name: str, value: Any) -> np.ndarray:
         )
     try:
         value = value.detach()
-        # A view may claim to be far larger than what the file holds.
+        # A view may claim to be far larger than the file.
         if value.nbytes > value.untyped_storage().nbytes():
             raise DataError(f"weight file {path}: {name} claims more bytes than the file holds")
         if value.dtype == torch.bfloat16:
@@ -109,7 +109,7 @@ def write_safetensors(
     """Writes a safetensors file with `atomic_file`."""
     from safetensors.numpy import save
 
-    # The library reads memory as it lies there, whatever the strides say.
+    # The library ignores strides.
     content = save({name: np.ascontiguousarray(a) for name, a in tensors.items()}, dict(metadata))
     with atomic_file(path) as partial:
         partial.write_bytes(content)

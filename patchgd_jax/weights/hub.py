@@ -1,4 +1,4 @@
-"""Published weight files by name, Hugging Face repository or URL: fetched once, checked, kept."""
+"""Fetches published weight files by name, Hugging Face repository or URL, and caches them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PinnedFile(NamedTuple):
     encoder: str
     url: str
     sha256: str
-    """May be only the first digits."""
+    """Possibly only the first digits."""
 
 
 _TORCHVISION = "https://download.pytorch.org/models/"
@@ -47,8 +47,8 @@ PINNED: Mapping[str, PinnedFile] = {
     for name, url in _FILES.items()
 }
 """Names as in torchvision's weight enums. The publishers write the first 8 digits of the hash into
-the file name and check no more: enough against a damaged transfer but not against a forger; against
-one stand HTTPS, and a reader that executes nothing."""
+the file name and check no more: enough against a damaged transfer but not against a forged file;
+HTTPS and a reader that executes nothing protect against that."""
 
 REVISIONS: Mapping[str, str] = {
     "timm/resnet18.a1_in1k": "491b427b45c94c7fb0e78b5474cc919aff584bbf",
@@ -57,25 +57,25 @@ REVISIONS: Mapping[str, str] = {
     "timm/deit_small_patch16_224.fb_in1k": "91327a9c99f98fe6b524cd4d397b7226b80e1365",
     "timm/deit_base_patch16_224.fb_in1k": "b78cc5532a69df6bcad9c3a8d76653fd20b31ac6",
 }
-"""Commit of a Hugging Face repository that is meant where none is named."""
+"""Default commit of a Hugging Face repository."""
 
 _HUB_FILE = "model.safetensors"
 _BY_HAND = "Without a network, fetch it elsewhere and name the file with --model.weights"
 
 
 def locate_weights(weights: str, encoder: str, message: Callable[[str], None]) -> Path:
-    """Finds the file that `--model.weights` means; fetches it if it is not kept already.
+    """Finds the file named by `--model.weights`; fetches it if it is not in the cache.
 
     Args:
         weights: a file, a name of `PINNED`, `hf:OWNER/NAME`, `hf:OWNER/NAME@COMMIT`, or
             `https://...#sha256=<64 digits>`.
-        encoder: the encoder that is to be loaded.
-        message: gets one line about what is fetched.
+        encoder: name of the encoder to load.
+        message: gets one line about the fetched file.
 
     Raises:
         ConfigError: for an unknown name, or one of another encoder.
         DataError: if there is no such file, or it cannot be fetched, or differs from its pin.
-        DiskError: if a fetched file cannot be kept.
+        DiskError: if a fetched file cannot be written.
     """
     if weights in PINNED:
         pinned = PINNED[weights]
@@ -106,7 +106,7 @@ def locate_weights(weights: str, encoder: str, message: Callable[[str], None]) -
 
 
 def _from_hub(weights: str, message: Callable[[str], None]) -> Path:
-    """The `model.safetensors` of a Hugging Face repository, from the hub's own cache or fetched."""
+    """Fetches `model.safetensors` of a Hugging Face repository, or finds it in the hub's cache."""
     from huggingface_hub import errors, hf_hub_download
 
     name = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([0-9a-f]{40}))?", weights)
@@ -139,7 +139,7 @@ def _from_hub(weights: str, message: Callable[[str], None]) -> Path:
 
 
 def _fetched(url: str, pin: str, message: Callable[[str], None]) -> Path:
-    """The kept copy of a file, fetched if there is none that is intact."""
+    """Finds the cached copy of a file; fetches it if there is no intact one."""
     import platformdirs
 
     name = Path(urlsplit(url).path).name

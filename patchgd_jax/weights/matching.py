@@ -1,7 +1,7 @@
 """Matches the tensors of a weight file to the parameters of a model.
 
-Published weights hold an encoder without our latent layer, and a classifier that we have no use
-for. Our own exports (`export.py`) hold a whole model.
+Published weights hold an encoder without our latent layer, and a classifier that we do not use.
+Our own exports (`export.py`) hold a whole model.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ _LISTED = 10
 
 
 class StartingPoint(NamedTuple):
-    """Values for a model's parameters, and how its input must be scaled for them."""
+    """Values for a model's parameters, with the input scaling that they need."""
 
     mean: tuple[float, ...]
     """Per channel, of pixels in [0, 1]."""
     std: tuple[float, ...]
     into: Callable[[Params, Params], tuple[Params, Params]]
-    """Replaces what it has values for in `(params, batch_stats)`: all of it, or it raises."""
+    """Replaces the entries of `(params, batch_stats)` that it has; raises if one does not fit."""
 
 
 def tensor_paths(params: Params, batch_stats: Params) -> dict[TensorPath, Any]:
-    """Every leaf of a model by its path."""
+    """Lists every leaf of a model by its path."""
     return {
         _tensor_path(path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path((params, batch_stats))[0]
@@ -63,15 +63,15 @@ def tensor_paths(params: Params, batch_stats: Params) -> dict[TensorPath, Any]:
 
 def _tensor_path(path: tuple[Any, ...]) -> TensorPath:
     tree, part, *rest = path
-    # The model state has its collections by name, the parameters are one.
+    # Batch statistics have collection names; the parameters are one collection.
     collection = ("params",) if tree.idx == 0 else ()
     return (part.key, *collection, *(entry.key for entry in rest))
 
 
 def tensor_names(encoder: str, paths: Iterable[TensorPath]) -> dict[TensorPath, str]:
-    """What a model's tensors are called in an export.
+    """Names a model's tensors for an export.
 
-    The encoder's have their published names, but for the latent layer. That layer, the head, and
+    The encoder's have their published names, except the latent layer. That layer, the head, and
     encoders without published names (or with another norm than the published one) have ours: the
     path with `patchgd.` before it.
     """
@@ -83,7 +83,7 @@ def tensor_names(encoder: str, paths: Iterable[TensorPath]) -> dict[TensorPath, 
         try:
             names.update({path: published_name(table, path[1:]) for path in backbone})
         except ConfigError:
-            # A mixture would load into nothing: all of the encoder keeps our names.
+            # No model loads a mixture, so all of the encoder keeps our names.
             names.update({path: OWN_PREFIX + ".".join(path) for path in backbone})
     return names
 
@@ -91,16 +91,11 @@ def tensor_names(encoder: str, paths: Iterable[TensorPath]) -> dict[TensorPath, 
 def weights_start(
     model: ModelConfig, weights: str, message: Callable[[str], None]
 ) -> StartingPoint:
-    """The starting point that a weight file gives.
+    """Reads a weight file as a starting point for a model.
 
-    Args:
-        model: the model that is to start from it.
-        weights: file, name or address, as `locate_weights` takes it.
-        message: gets one line for a download, and one for what was loaded.
-
-    Raises:
-        ConfigError: for unknown weights, or of another encoder.
-        DataError: for a weight file that is missing or damaged.
+    `weights` and the errors are those of `locate_weights` and `read_weights`; `message` gets one
+    line for a download, and one for the loaded tensors. Raises `ConfigError` also for weights of
+    another encoder.
     """
     file = read_weights(locate_weights(weights, model.encoder, message))
     export = _read_export(file)
@@ -131,16 +126,13 @@ def weights_start(
             placed = fit.placed.get(_tensor_path(path))
             return leaf if placed is None else jax.device_put(placed)
 
-        replaced: tuple[Params, Params] = jax.tree_util.tree_map_with_path(
-            value, (params, batch_stats)
-        )
-        return replaced
+        return jax.tree_util.tree_map_with_path(value, (params, batch_stats))
 
     return StartingPoint(mean, std, into)
 
 
 class _Export(NamedTuple):
-    """What an export's header says."""
+    """Header of an export."""
 
     settings: Mapping[str, Any]
     mean: tuple[float, ...]
@@ -164,21 +156,21 @@ def _read_export(file: WeightFile) -> _Export | None:
 
 @dataclass
 class _Fit:
-    """How a file's tensors fit a model."""
+    """Result of matching a file's tensors to a model's parameters."""
 
     placed: dict[TensorPath, np.ndarray] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshapen: dict[str, str] = field(default_factory=dict)
-    """By key, what is wrong with it."""
+    """Description of the problem, by key."""
 
     @property
     def problems(self) -> list[str]:
-        """Every key that does not fit."""
+        """All keys that do not fit."""
         return [*self.missing, *self.unexpected, *self.misshapen]
 
     def without_head(self) -> _Fit:
-        """The same for the encoder alone."""
+        """Returns the match of the encoder alone."""
         return _Fit(
             {path: value for path, value in self.placed.items() if path[0] != "head"},
             [key for key in self.missing if not _is_head(key)],
@@ -187,7 +179,7 @@ class _Fit:
         )
 
     def check(self, path: Path, model: ModelConfig, export: _Export | None) -> None:
-        """Raises one error that names all that does not fit, or is not finite."""
+        """Raises one error that names all tensors that do not fit, or are not finite."""
         if self.problems:
             groups = {
                 "missing": self.missing,
@@ -215,7 +207,7 @@ def _is_head(key: str) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    # A file may name its tensors as it likes, also so that a terminal obeys.
+    # A hostile file may put terminal commands in names.
     shown = [name if name.isprintable() else ascii(name) for name in names[:_LISTED]]
     more = f", ... and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(name[:200] for name in shown) + more
@@ -224,13 +216,9 @@ def _listed(names: list[str]) -> str:
 def _match(
     file: WeightFile, encoder: str, wanted: Mapping[TensorPath, Any], *, whole: bool
 ) -> _Fit:
-    """Finds a place for each of a file's tensors.
+    """Matches a file's tensors to the model's leaves `wanted`.
 
-    Args:
-        file: the weights.
-        encoder: name of the model's encoder.
-        wanted: the model's leaves.
-        whole: whether the file is an export of a whole model, not a published encoder.
+    `whole`: the file is an export of a whole model, not a published encoder.
     """
     names = tensor_names(encoder, wanted)
     table = PUBLISHED.get(encoder)
@@ -249,7 +237,7 @@ def _match(
             assert table is not None
             if re.fullmatch(table.classifier, key) or re.fullmatch(table.ignored, key):
                 continue
-            # An architecture may be published under more names than we write.
+            # Published names may differ from those that we write.
             inner = flax_path(table, key)
             path = None if inner is None else ("encoder", *inner)
         if path not in names or path in seen:
@@ -274,7 +262,7 @@ def _match(
 def _in_layout(
     table: PublishedNames | None, key: str, array: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray | None:
-    """A file's tensor as the model has it; None if it cannot be that."""
+    """Converts a file's tensor to the model's layout; None if type or shape do not fit."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return None
     if table is not None:
@@ -285,5 +273,5 @@ def _in_layout(
 def _published_shape(table: PublishedNames | None, key: str, shape: tuple[int, ...]) -> list[int]:
     if table is None:
         return list(shape)
-    # Broadcasting makes no copy of what may be large.
+    # Broadcasting makes no copy.
     return list(to_published_layout(table, key, np.broadcast_to(np.float32(0), shape)).shape)

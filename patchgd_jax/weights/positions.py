@@ -16,7 +16,7 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
 
 
 def _weights(outputs: int, inputs: int) -> np.ndarray:
-    """The interpolation along one axis as a matrix `[outputs, inputs]`; edges are repeated."""
+    """Makes the matrix `[outputs, inputs]` of interpolation along one axis; edges are repeated."""
     centres = (np.arange(outputs) + 0.5) * inputs / outputs - 0.5
     weights = np.zeros((outputs, inputs))
     first = np.floor(centres).astype(int)
@@ -35,8 +35,8 @@ def interpolate_positions(table: np.ndarray, rows: int, cols: int) -> np.ndarray
 
     Args:
         table: `float [1, 1 + side * side, D]`, the class token first, then the tokens row by row.
-        rows: of the new grid.
-        cols: of the new grid.
+        rows: rows of the new grid.
+        cols: columns of the new grid.
 
     Returns:
         `[1, 1 + rows * cols, D]` in the table's dtype.

@@ -1,4 +1,4 @@
-"""Tables between published tensor names and layouts and those of our encoders, in both directions.
+"""Tables that map published tensor names and layouts to those of our encoders, and back.
 
 ResNet, MobileNetV2 and EfficientNet have torchvision's names, ViT and DeiT timm's, and ConvNeXt-V2
 the official ones (timm's are read as well).
@@ -58,10 +58,7 @@ class _Tensor(NamedTuple):
     layout: _Layout
 
 
-_NORM = (
-    _Tensor("weight", "params", "scale", "as-is"),
-    _Tensor("bias", "params", "bias", "as-is"),
-)
+_NORM = (_Tensor("weight", "params", "scale", "as-is"), _Tensor("bias", "params", "bias", "as-is"))
 _CONV = _Tensor("weight", "params", "kernel", "conv")
 _BIAS = _Tensor("bias", "params", "bias", "as-is")
 _TENSORS: Mapping[Kind, tuple[_Tensor, ...]] = {
@@ -89,40 +86,35 @@ _TENSORS: Mapping[Kind, tuple[_Tensor, ...]] = {
 }
 
 
-class _Index(NamedTuple):
-    """A table unrolled to single tensors."""
-
-    by_key: Mapping[str, tuple[FlaxPath, _Layout]]
-    by_path: Mapping[FlaxPath, str]
-
-
 @cache
-def _index(rules: tuple[Rule, ...]) -> _Index:
-    by_key: dict[str, tuple[FlaxPath, _Layout]] = {}
-    by_path: dict[FlaxPath, str] = {}
+def _by_key(rules: tuple[Rule, ...]) -> dict[str, tuple[FlaxPath, _Layout]]:
+    index: dict[str, tuple[FlaxPath, _Layout]] = {}
     for rule in rules:
         for tensor in _TENSORS[rule.kind]:
             key = f"{rule.published}.{tensor.published}".lstrip(".")
-            path = (tensor.collection, *rule.path, tensor.name)
-            by_key[key] = path, tensor.layout
-            by_path.setdefault(path, key)
-    return _Index(by_key, by_path)
+            index[key] = (tensor.collection, *rule.path, tensor.name), tensor.layout
+    return index
+
+
+@cache
+def _by_path(rules: tuple[Rule, ...]) -> dict[FlaxPath, str]:
+    # Of several names of a path the first is kept.
+    return {path: key for key, (path, _) in reversed(_by_key(rules).items())}
 
 
 def flax_path(names: PublishedNames, key: str) -> FlaxPath | None:
     """Looks up our path of a published tensor; None for classifier, ignored and unknown keys."""
-    entry = _index(names.rules).by_key.get(key)
+    entry = _by_key(names.rules).get(key)
     return None if entry is None else entry[0]
 
 
 def published_name(names: PublishedNames, path: FlaxPath) -> str:
     """Looks up the published name of a tensor of our encoder.
 
-    Raises:
-        ConfigError: for the latent layer, and for a norm that is not the published one.
+    Raises `ConfigError` for the latent layer, and for a norm that is not the published one.
     """
     try:
-        return _index(names.rules).by_path[tuple(path)]
+        return _by_path(names.rules)[tuple(path)]
     except KeyError:
         raise ConfigError(
             f"{'/'.join(path)} has no published name; only an encoder with its architecture's own "
@@ -142,16 +134,9 @@ def to_flax_layout(
     Convolutions go from OIHW to HWIO, dense layers are transposed (timm writes some of them as 1x1
     convolutions), and position embeddings are interpolated to a square of tokens.
 
-    Args:
-        names: the architecture's table.
-        key: a published name in it.
-        array: the published tensor.
-        target_shape: of our parameter.
-
-    Returns:
-        The array, of another shape than the target if its own shape cannot be right.
+    The result has another shape than the target if the published tensor's shape is wrong.
     """
-    layout = _index(names.rules).by_key[key][1]
+    layout = _by_key(names.rules)[key][1]
     if layout == "per-channel":
         return array.reshape(-1)
     if layout == "positions":
@@ -168,7 +153,7 @@ def to_flax_layout(
 
 def to_published_layout(names: PublishedNames, key: str, array: np.ndarray) -> np.ndarray:
     """Inverts `to_flax_layout`; position embeddings keep their grid."""
-    layout = _index(names.rules).by_key[key][1]
+    layout = _by_key(names.rules)[key][1]
     if layout == "per-channel":
         return array.reshape(1, 1, 1, -1)
     axes = _AXES.get(layout)
@@ -269,7 +254,7 @@ def _convnext_v2(depths: tuple[int, ...]) -> _Rules:
         yield Rule(last, (f"LayerNorm_{len(depths)}",), "layer-norm")
 
 
-_HALF = (0.5, 0.5, 0.5)
+_HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _DEPTHS_V2 = {
     "atto": (2, 2, 6, 2),
     "femto": (2, 2, 6, 2),
@@ -297,10 +282,8 @@ _TABLES = {
     },
 }
 PUBLISHED: Mapping[str, PublishedNames] = {
-    name: PublishedNames(tuple(rules), classifier)
     # ViT is DeiT's network, with weights that were trained on pixels in [-1, 1].
-    if not name.startswith("vit-")
-    else PublishedNames(tuple(rules), classifier, mean=_HALF, std=_HALF)
+    name: PublishedNames(tuple(rules), classifier, *(_HALVES if name.startswith("vit-") else ()))
     for name, (rules, classifier) in _TABLES.items()
 }
 """By the name of the encoder."""

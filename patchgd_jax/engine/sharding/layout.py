@@ -1,4 +1,4 @@
-"""Train and eval steps on a mesh: latents, gradients and batch statistics move, nothing else."""
+"""Train and eval steps on a mesh; devices exchange latents, gradients and batch statistics."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def sharded_train_step(
     """Runs `core.step.train_step` on a mesh; to be jitted.
 
     The result is that of one device with the same `config.strata`, up to rounding; only dropout is
-    drawn anew for each device.
+    drawn for each device.
 
     Args:
         problem: of one device, with the patch grid of the whole images. Batch statistics are those
@@ -60,7 +60,7 @@ def sharded_train_step(
         batch: from `shard_batch`.
         key: the run's key.
         mesh: from `make_mesh`.
-        rules: how parameters are divided; they are gathered for use, and the gradients' sums
+        rules: sharding of the parameters; they are gathered for use, and the gradients' sums
             divided again.
 
     Raises:
@@ -93,7 +93,7 @@ def model_options(mesh: Mesh) -> dict[str, Any]:
 
 
 def _divides_rows_only(mesh: Mesh) -> bool:
-    # The compiler alone does that; it cannot sum over axes of one device beside it (jax 0.10).
+    # Left to the compiler, which cannot sum over axes of one device beside it (jax 0.10).
     return mesh.shape[DATA] * mesh.shape[PATCH] == 1 and mesh.shape[ROWS] > 1
 
 
@@ -102,7 +102,7 @@ def shard_problem(
 ) -> Problem:
     """Lays a problem of one device over a mesh.
 
-    `images` is the shape of a batch's images as `shard_images` lays them out. Raises `ConfigError`
+    `images` is the shape of a batch's images as `shard_batch` lays them out. Raises `ConfigError`
     if they are not of the grid's size, or the mesh does not divide the grid.
     """
     grid, model = problem.grid, problem.model
@@ -124,12 +124,17 @@ def shard_problem(
 
 
 def _checked(model: PatchModel) -> PatchModel:
-    """Makes the model raise while it is traced if batch statistics differ between devices."""
+    """Wraps the model to raise while it is traced if batch statistics differ between devices."""
 
     def check(function: Callable[..., Any], part: str) -> Any:
         def apply(params: Params, batch_stats: Params, *args: Any, **kwargs: Any) -> Any:
             out, changed = function(params, batch_stats, *args, **kwargs)
-            _check_equal(batch_stats[part], changed[part], part)
+            if _types(changed[part]) != _types(batch_stats[part]):
+                raise ConfigError(
+                    f"the {part} keeps batch statistics that differ from device to device; build "
+                    f"it with axis_name={_GRADIENT_AXES[part]}, as build_model(..., "
+                    "**model_options(mesh)) does, or with norm group"
+                )
             return out, changed
 
         return apply
@@ -138,22 +143,16 @@ def _checked(model: PatchModel) -> PatchModel:
     return model._replace(encode=encode, classify=classify)
 
 
-def _check_equal(before: PyTree, after: PyTree, part: str) -> None:
-    kinds = [str(jax.typeof(leaf)) for leaf in jax.tree.leaves(after)]
-    if kinds != [str(jax.typeof(leaf)) for leaf in jax.tree.leaves(before)]:
-        raise ConfigError(
-            f"the {part} keeps batch statistics that differ from device to device; build it with "
-            f"axis_name={_GRADIENT_AXES[part]}, as build_model(..., **model_options(mesh)) does, "
-            "or with norm group"
-        )
+def _types(tree: PyTree) -> list[str]:
+    return [str(jax.typeof(leaf)) for leaf in jax.tree.leaves(tree)]
 
 
 @dataclass(frozen=True)
 class MeshLayout(Layout):
     """A layout of images and patches over a mesh.
 
-    The encoder's gradient is a part of the whole one on every device; the head is computed by all
-    devices that share an image, alike, so its gradient has a part for each place along `data` only.
+    Each device has its own part of the encoder's gradient. All devices that share an image compute
+    the head redundantly, so its gradient has a part for each place along `data` only.
     """
 
     mesh: Mesh
@@ -162,12 +161,9 @@ class MeshLayout(Layout):
 
     @property
     def patch_devices(self) -> int:  # type: ignore[override]
-        """See `Layout`."""
         return self.mesh.shape[PATCH]
 
     def spread(self, function: Callable[..., Any], arguments: Any, results: Any) -> Any:
-        """See `Layout`."""
-
         def everywhere(*args: Any) -> Any:
             weights = args[arguments.index(Spec.WEIGHTS)]
             specs = param_specs(weights.params, self.rules, self.mesh)
@@ -236,7 +232,6 @@ class MeshLayout(Layout):
         }
 
     def vary(self, params: Params) -> Params:
-        """See `Layout`."""
         # Else automatic differentiation would sum over devices wherever a parameter is used.
         return {
             part: jax.tree.map(lambda x, a=axes: lax.pcast(x, a, to="varying"), params[part])
@@ -249,36 +244,29 @@ class MeshLayout(Layout):
         return lax.dynamic_slice_in_dim(x, start, size, axis=dimension)
 
     def take(self, grid: Grid, images: Array, ids: Array) -> Array:
-        """See `Layout`."""
         first = jnp.asarray(self.bands.first_rows, ids.dtype)[lax.axis_index(PATCH)]
         return self.bands.of_band().take(images, ids - first * self.bands.grid.cols)
 
     def own_slots(self, groups: Any) -> Any:
-        """See `Layout`."""
         return jax.tree.map(lambda x: self._part(x, PATCH, x.ndim - 1), groups)
 
     def all_slots(self, latents: Array) -> Array:
-        """See `Layout`."""
         return lax.all_gather(latents, PATCH, axis=latents.ndim - 2, tiled=True, to="invarying")
 
     def sum_images(self, value: Array) -> Array:
-        """See `Layout`."""
         return lax.psum(value, DATA)
 
     def first_image(self, count: int) -> Array:
-        """See `Layout`."""
         return lax.axis_index(DATA) * count
 
     def patches_key(self, key: Array) -> Array:
-        """See `Layout`."""
         return self._folded(key, AXES)
 
     def images_key(self, key: Array) -> Array:
-        """See `Layout`."""
         return self._folded(key, (DATA,))
 
     def _folded(self, key: Array, axes: Iterable[str]) -> Array:
-        # One device draws what it would draw alone.
+        # An axis of one device leaves the key as it is, so its draws are those without a mesh.
         for axis in axes:
             if self.mesh.shape[axis] > 1:
                 key = jax.random.fold_in(key, lax.axis_index(axis))

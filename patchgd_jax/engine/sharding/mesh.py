@@ -1,8 +1,7 @@
-"""Meshes of devices: their axes, and how images and batches are laid over them.
+"""Meshes of devices: their axes, and the layout of images and batches over them.
 
 Along `data` each device has some of a batch's images, along `patch` a part of every image: a band
-of pixel rows with the patches of one run of patch ids. Along `rows` devices share each patch
-(`contrib.rows`).
+of pixel rows with a range of patch ids. Along `rows` devices share each patch (`contrib.rows`).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,8 +40,8 @@ def make_mesh(
 
     Args:
         layout: sizes of the axes, such as `data=2,patch=4,rows=2` (1 if left out); or `auto`, which
-            gives `data` as many devices as the batch allows: images share nothing but gradients,
-            and each device's share of the pixels and patches is the same anyway.
+            gives `data` as many devices as the batch allows: images share only gradients, and each
+            device's share of the pixels and patches is the same anyway.
         batch_size: images of a batch.
         eval_batch_size: images of an evaluation batch. None: `batch_size`.
         strata: `PatchGDConfig.strata`.
@@ -73,18 +73,16 @@ def make_mesh(
 
 def parse_layout(layout: str) -> tuple[int, int, int]:
     """Parses sizes of the axes `data`, `patch` and `rows` from a text such as `data=2,patch=4`."""
-    sizes = {DATA: 1, PATCH: 1, ROWS: 1}
-    named = []
+    sizes: dict[str, int] = {}
     for part in layout.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d*)\s*", part)
-        if match is None or match[1] not in sizes or match[1] in named:
+        if match is None or match[1] not in (*AXES, ROWS) or match[1] in sizes:
             raise ConfigError(
                 f"mesh {layout!r} cannot be read; write auto, or sizes such as {DATA}=2,{PATCH}=4 "
                 f"(axes: {DATA}, {PATCH}, {ROWS})"
             )
-        named.append(match[1])
         sizes[match[1]] = int(match[2])
-    return sizes[DATA], sizes[PATCH], sizes[ROWS]
+    return sizes.get(DATA, 1), sizes.get(PATCH, 1), sizes.get(ROWS, 1)
 
 
 def check_layout(data: int, patch: int, *, batch_size: int, strata: int) -> None:
@@ -127,7 +125,7 @@ class Bands:
     """The layout of an image over the `patch` axis: bands of whole pixel rows.
 
     Device `d` of D encodes the patches from `d * N // D` up to `(d + 1) * N // D`, so D is at most
-    N. Its band has their grid rows. All bands are equally high, so some have a row or two without a
+    N. Its band has their grid rows. All bands have one height, so some have a row or two without a
     patch of their own; where patches overlap, neighbours share pixels.
     """
 
@@ -189,51 +187,6 @@ class Bands:
         return np.pad(band, pad, constant_values=background)
 
 
-def shard_images(
-    image: np.ndarray,
-    grid: PatchGrid,
-    mesh: Mesh,
-    *,
-    first: int = 0,
-    total: int | None = None,
-    rows: slice | None = None,
-) -> Array:
-    """Lays images over the mesh: each device gets its band of its images only.
-
-    Args:
-        image: `[B, H, W, C]` on the host; of a memory map, only own bands are read.
-        grid: the patch grid of the images.
-        mesh: from `make_mesh`.
-        first: place of the first of them in the batch, if other processes have others; see
-            `own_images`.
-        total: images of the whole batch. None: these.
-        rows: pixel rows of `image`, from `own_pixels`. None: all.
-
-    Returns:
-        `[total, D * band height, W, C]`, the bands one after the other, divided along both axes.
-
-    Raises:
-        ConfigError: if they are not of the grid's size, or the mesh does not divide them.
-    """
-    rows = slice(0, grid.height) if rows is None else rows
-    if image.shape[1:3] != (rows.stop - rows.start, grid.width):
-        raise ConfigError(
-            f"the images are {image.shape[1]} x {image.shape[2]} px, but the grid is for "
-            f"{rows.stop - rows.start} x {grid.width} px"
-        )
-    bands = Bands(grid, mesh.shape[PATCH])
-    total = len(image) if total is None else total
-    check_layout(mesh.shape[DATA], 1, batch_size=total, strata=1)
-    shape = (total, bands.count * bands.height, *image.shape[2:])
-
-    def part(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(total)
-        number = (index[1].start or 0) // bands.height
-        return bands.cut(image[start - first : stop - first], number, rows.start)
-
-    return jax.make_array_from_callback(shape, batch_shardings(["image"], mesh)["image"], part)
-
-
 def shard_batch(
     batch: Mapping[str, np.ndarray],
     grid: PatchGrid,
@@ -243,32 +196,54 @@ def shard_batch(
     total: int | None = None,
     rows: slice | None = None,
 ) -> dict[str, Array]:
-    """Lays a batch over the mesh: images by `shard_images`, the rest divided by image."""
-    total = len(batch["image"]) if total is None else total
-    shardings = batch_shardings(batch, mesh)
+    """Lays a batch over the mesh: each device gets its images, and of them its band only.
 
-    def by_image(name: str) -> Array:
-        values = np.asarray(batch[name])
+    Args:
+        batch: arrays `[B, ...]` on the host, with `image [B, H, W, C]`; of an image in a memory
+            map, only own bands are read.
+        grid: the patch grid of the images.
+        mesh: from `make_mesh`.
+        first: place in the batch of the first example, if other processes have others; see
+            `own_images`.
+        total: images of the whole batch. None: these.
+        rows: pixel rows of `image`, from `own_pixels`. None: all.
 
-        def part(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(total)
-            return values[start - first : stop - first]
+    Returns:
+        Arrays `[total, ...]` divided by image; `image [total, D * band height, W, C]` has the bands
+        one after the other, divided along both axes.
 
-        return jax.make_array_from_callback((total, *values.shape[1:]), shardings[name], part)
+    Raises:
+        ConfigError: if images are not of the grid's size, or the mesh does not divide them.
+    """
+    image = batch["image"]
+    rows = slice(0, grid.height) if rows is None else rows
+    if image.shape[1:3] != (rows.stop - rows.start, grid.width):
+        raise ConfigError(
+            f"the images are {image.shape[1]} x {image.shape[2]} px, but the grid is for "
+            f"{rows.stop - rows.start} x {grid.width} px"
+        )
+    bands = Bands(grid, mesh.shape[PATCH])
+    count = len(image) if total is None else total
+    check_layout(mesh.shape[DATA], 1, batch_size=count, strata=1)
 
-    arrays = {name: by_image(name) for name in batch if name != "image"}
-    image = shard_images(batch["image"], grid, mesh, first=first, total=total, rows=rows)
-    return {"image": image, **arrays}
+    def part(name: str, index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(count)
+        values = np.asarray(batch[name][start - first : stop - first])
+        if name != "image":
+            return values
+        return bands.cut(values, (index[1].start or 0) // bands.height, rows.start)
+
+    shapes = {name: (count, *values.shape[1:]) for name, values in batch.items()}
+    shapes["image"] = (count, bands.count * bands.height, *image.shape[2:])
+    return {
+        name: jax.make_array_from_callback(shapes[name], sharding, partial(part, name))
+        for name, sharding in batch_shardings(batch, mesh).items()
+    }
 
 
 def batch_shardings(names: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding]:
     """Returns the shardings of a batch's arrays by name, as `shard_batch` lays them out."""
     return {name: NamedSharding(mesh, P(*AXES) if name == "image" else P(DATA)) for name in names}
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that is whole on every device."""
-    return NamedSharding(mesh, P())
 
 
 def own_images(mesh: Mesh, total: int) -> range:

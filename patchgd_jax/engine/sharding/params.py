@@ -15,9 +15,9 @@ from patchgd_jax.engine.sharding.mesh import AXES, DATA, PATCH
 from patchgd_jax.errors import ConfigError
 
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
-"""Regular expressions that are searched for in a parameter's path (`encoder/Conv_0/kernel`), each
-with the mesh axis that divides every dimension, or None. The first that is found, and has as many
-dimensions, counts; a parameter that matches none is whole on every device."""
+"""Regular expressions to search for in a parameter's path (`encoder/Conv_0/kernel`), each with the
+mesh axis that divides every dimension, or None. The first match with as many dimensions counts; a
+parameter without a match is whole on every device."""
 
 
 def parse_rules(texts: Iterable[str]) -> Rules:

@@ -1,1 +1,1 @@
-"""Streamed execution: images stay on the host or on disk, patches are read as they are needed."""
+"""Streamed execution: images stay on the host or on disk, and patches are read when needed."""

@@ -1,7 +1,7 @@
-"""The host's side of streaming: patches are read ahead of the device, a bounded number at a time.
+"""Reads patches ahead of the device, a bounded number of chunks at a time.
 
-A chunk is alive from the start of its read to the end of the computation on it, and no more than a
-given number are at once: host memory does not grow with the image.
+A chunk is alive from the start of its read to the end of the computation on it. The number of
+chunks alive is limited, so host memory does not grow with the image.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ class PatchReader:
             self.sizes.append((height, width))
 
     def read(self, place: int, number: int, out: np.ndarray) -> None:
-        """Reads one patch into `out uint8 [p, p, C]`; `place` is the image's in the batch.
+        """Reads patch `number` of the image at `place` in the batch into `out uint8 [p, p, C]`.
 
         Raises `DataError`, naming the image, if the source fails or returns other pixels than asked
-        for. The package's own errors pass as they are.
+        for. The package's own errors keep their kind.
         """
         grid = self.grid
         y, x = (number // grid.cols) * grid.stride, (number % grid.cols) * grid.stride
@@ -110,7 +110,7 @@ class _Chunk(NamedTuple):
 
 
 class PatchFeed:
-    """Hands out the chunks of a plan in order, and reads the next ones meanwhile.
+    """Returns the chunks of a plan in order, and reads the next ones meanwhile.
 
     Use it in a `with` statement: leaving it stops and joins its threads. For each chunk call
     `take`, start the computation on it, and call `used` with a result of that computation.
@@ -151,7 +151,7 @@ class PatchFeed:
     def used(self, result: Array) -> None:
         """Registers the computation on the last chunk by a result, which must not be donated.
 
-        Waits for the computation before it, so that at most two are queued on the device: a queued
+        Waits for the previous computation, so that at most two are queued on the device: a queued
         call keeps its chunk alive.
         """
         self._running.append(result)

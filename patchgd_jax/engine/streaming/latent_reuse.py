@@ -12,24 +12,24 @@ from patchgd_jax.engine.streaming.latent_store import NEVER, LatentStore
 
 
 class Visit(NamedTuple):
-    """The entries of a batch's Z that are reused, before the fill."""
+    """Reused entries of a batch's Z, before the fill."""
 
     z: np.ndarray
-    """`[B, N, D]`: the entries that are reused, zero elsewhere."""
+    """`[B, N, D]`: the reused entries, zero elsewhere."""
     missing: np.ndarray
     """`bool [B, N]`, the patches that the fill must encode."""
     when: np.ndarray
     """`int64 [B, N]`, the outer step in which each entry is computed once the fill is done."""
     ages: np.ndarray
-    """`int64`, outer steps since then, of all patches that count."""
+    """`int64`, outer steps since then, of all valid patches."""
 
 
 class LatentReuse:
     """Reuses entries of Z that are at most `max_age` outer steps old.
 
-    An entry is as old as its last computation, in a fill or in an inner step: where inner steps
-    draw only some of the patches, the entries grow old at different times, and the re-fill of an
-    image is spread over its visits.
+    The age of an entry counts from its last computation, in a fill or in an inner step. Where inner
+    steps draw only some of the patches, the entries reach `max_age` at different times, and the
+    re-fill of an image is spread over its visits.
     """
 
     def __init__(self, store: LatentStore, max_age: int) -> None:
@@ -37,33 +37,30 @@ class LatentReuse:
         self._pending: list[tuple[Sequence[str], Array, np.ndarray]] = []
 
     def begin(
-        self, step: int, names: Sequence[str], counted: np.ndarray, width: int, dtype: np.dtype
+        self, step: int, names: Sequence[str], valid: np.ndarray, width: int, dtype: np.dtype
     ) -> Visit:
-        """Looks up the images of an outer step; `counted` `bool [B, N]` marks the valid patches."""
-        self._keep_pending()
-        z = np.zeros((*counted.shape, width), dtype)
-        when = np.full(counted.shape, NEVER, np.int64)
+        """Looks up the images of an outer step; `valid` `bool [B, N]` marks the valid patches."""
+        for images, latents, computed in self._pending:
+            for name, row, steps in zip(images, np.asarray(latents), computed, strict=True):
+                self.store.put(name, row, steps)
+        self._pending.clear()
+        z = np.zeros((*valid.shape, width), dtype)
+        when = np.full(valid.shape, NEVER, np.int64)
         for row, name in enumerate(names):
             stored = self.store.get(name)
             if stored is not None:
                 age = step - stored.when
-                # A step that is not in the past is that of another run of the same steps.
-                usable = counted[row] & (age > 0) & (age <= self.max_age)
+                # Entries of this or a later step are from an earlier run of the same steps.
+                usable = valid[row] & (age > 0) & (age <= self.max_age)
                 z[row, usable] = stored.z[usable]
                 when[row, usable] = stored.when[usable]
-        missing = counted & (when == NEVER)
+        missing = valid & (when == NEVER)
         when[missing] = step
-        return Visit(z, missing, when, step - when[counted])
+        return Visit(z, missing, when, step - when[valid])
 
     def finish(self, names: Sequence[str], z: Array, when: np.ndarray) -> None:
-        """Stores the images' Z `[b, N, D]`, and `when int64 [b, N]` its entries were computed.
+        """Stores the images' Z `[b, N, D]`, and the steps `when int64 [b, N]` of its entries.
 
         Z is fetched when the next step begins: fetching it now would wait for this one.
         """
         self._pending.append((names, z, when))
-
-    def _keep_pending(self) -> None:
-        for names, z, when in self._pending:
-            for name, row, steps in zip(names, np.asarray(z), when, strict=True):
-                self.store.put(name, row, steps)
-        self._pending.clear()

@@ -10,6 +10,7 @@ from typing import BinaryIO, NamedTuple, Self
 import numpy as np
 
 from patchgd_jax.errors import ConfigError, DiskError
+from patchgd_jax.io.files import disk_errors
 
 NEVER = -(2**62)
 """The step of a latent that was never computed."""
@@ -21,16 +22,16 @@ class StoredLatents(NamedTuple):
     z: np.ndarray
     """`[N, D]`."""
     when: np.ndarray
-    """`int64 [N]`, the outer step in which each was computed; `NEVER` if none did."""
+    """`int64 [N]`, the outer step in which each was computed, or `NEVER`."""
 
 
 class LatentStore:
-    """Stores Z of the images visited last; the least recently visited make room.
+    """Stores Z of recently visited images; the least recently visited are dropped first.
 
     Args:
-        budget: bytes that the kept latents may take.
-        folder: keep them in an unnamed file there instead of in memory. It is read and written, not
-            mapped: a full disk is then an error, where writing to mapped pages ends the process.
+        budget: most bytes of stored latents.
+        folder: where to keep them in an unnamed file. None: in memory. The file is read and
+            written, not mapped: writing mapped pages to a full disk would end the process.
 
     Raises:
         ConfigError: if the budget is not positive.
@@ -44,13 +45,9 @@ class LatentStore:
         self._file: BinaryIO | None = None
         self._folder = folder
         if folder is not None:
-            try:
-                # Without a name: nothing stays behind, however the process ends.
+            with disk_errors(f"cannot write the latent store in {folder}"):
+                # Without a name: nothing is left, however the process ends.
                 self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-            except OSError as error:
-                raise DiskError(
-                    f"cannot write the latent store in {folder}: {error.strerror}"
-                ) from error
         self._kept: OrderedDict[str, StoredLatents | int] = OrderedDict()
         self._free: list[int] = []
         self._form: tuple[tuple[int, ...], np.dtype] | None = None
@@ -66,11 +63,11 @@ class LatentStore:
 
     @property
     def bytes_used(self) -> int:
-        """Bytes that the kept latents take, at most `budget`."""
+        """Bytes of the stored latents, at most `budget`."""
         return len(self._kept) * self._image_bytes()
 
     def get(self, name: str) -> StoredLatents | None:
-        """Returns a copy of an image's latents, or None if it has none here."""
+        """Returns a copy of an image's latents; None if none are stored."""
         kept = self._kept.get(name)
         if kept is None:
             return None
@@ -80,11 +77,11 @@ class LatentStore:
         return StoredLatents(kept.z.copy(), kept.when.copy())
 
     def put(self, name: str, z: np.ndarray, when: np.ndarray) -> None:
-        """Keeps an image's latents `z [N, D]`, `when int64 [N]` in place of its earlier ones.
+        """Stores an image's latents `z [N, D]`, `when int64 [N]` in place of its earlier ones.
 
         Raises:
             ConfigError: if one image's latents exceed the budget, or differ in shape.
-            DiskError: if the file cannot be written; the image then has none here.
+            DiskError: if the file cannot be written; the image then has no latents stored.
         """
         form = (z.shape, z.dtype)
         if self._form is None:
@@ -98,7 +95,7 @@ class LatentStore:
         if size > self.budget:
             raise ConfigError(
                 f"the latent store has {self.budget} bytes, but one image's latents take {size}; "
-                "raise its budget or keep none"
+                "raise its budget"
             )
         slot = self._kept.pop(name, None)
         while slot is None and (len(self._kept) + 1) * size > self.budget:

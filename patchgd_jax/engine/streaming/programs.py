@@ -1,6 +1,6 @@
-"""The device's side of streaming: an outer step cut into one program per chunk of patches.
+"""Device programs of streaming: an outer step cut into one program per chunk of patches.
 
-Each is made of the functions that `core.step.train_step` is made of, and draws from the same keys.
+They call the functions of `core.step.train_step`, and draw from the same keys.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +34,7 @@ Labels = Mapping[str, Any]
 
 
 class SplitWeights(NamedTuple):
-    """Weights of encoder and head, the frozen parameters apart (`freezing.partition_frozen`)."""
+    """Weights split into trained and frozen parameters (`freezing.partition_frozen`)."""
 
     trained: Params
     frozen: Params
@@ -41,7 +42,7 @@ class SplitWeights(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The images that travel together: a batch, or a micro-batch of it."""
+    """Images computed together: a batch, or a micro-batch of it."""
 
     labels: dict[str, Any]
     """The batch's entries of these images."""
@@ -52,21 +53,21 @@ class Part(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The patches of a part's images that travel together."""
+    """Patches of a part's images that go to the device together."""
 
     patches: Any
     """`uint8 [b, k, p, p, C]`."""
     group: PatchIds
     """`int32 [b, k]`."""
     number: Any
-    """`int32 []`, of the chunk of the fill, or of the inner step."""
+    """`int32 []`, number of the chunk of the fill, or of the inner step."""
 
 
 class Draw(NamedTuple):
-    """What an outer step draws, for the whole batch."""
+    """Random draws of an outer step, for the whole batch."""
 
     key: Array
-    """The outer step's."""
+    """Key of the outer step."""
     fill: PatchIds
     """`int32 [n, B, chunk]`."""
     inner: PatchIds
@@ -75,7 +76,7 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class PartLayout(Layout):
-    """The layout of a part: its images are some of a batch's."""
+    """The layout of a part, whose images begin at place `first` of the batch."""
 
     first: Any
 
@@ -112,20 +113,17 @@ class StreamedPrograms:
         self.inner = program(self._inner, "z total")
         self.head = program(self._head)
         self.back = program(self._back, "total")
-        # An update that is not the step's last must leave the caller's state as it is: reading
-        # what comes after it may fail.
+        # The first of several updates must not donate the caller's state: a later read may fail.
         self.first_update = program(self._update, "total")
         self.update = program(self._update, "total trained opt_state")
         self.set_entry = program(lambda row, value, index: row.at[index].set(value), "row")
         self.staleness = program(self._staleness)
         self.summary = program(self._summary)
         self.read = program(self._read)
-        self.attend = program(
-            lambda weights, z, labels: read_attention(problem, weights, z, labels)
-        )
+        self.attend = program(partial(read_attention, problem))
 
     def check(self, batch: Labels, batch_stats: Params) -> None:
-        """Raises the `ConfigError` of what `train_step` would refuse, before anything is read."""
+        """Raises the `ConfigError`s of `train_step`, before anything is read."""
         if self.exact:
             check_exact(self.problem, batch_stats)
         self._encoder_scale(batch)
@@ -168,14 +166,13 @@ class StreamedPrograms:
         filled = chunk(drawn.fill)
         lowered = {"fill": self.fill.lower(weights, z, filled, part, key, evaluate=False)}
         if self.exact:
-            head = (weights, z, part, key)
-            lowered["head"] = self.head.lower(*head)
-            gradient, dz = jax.eval_shape(self._head, *head)
+            lowered["head"] = self.head.lower(weights, z, part, key)
+            gradient, dz = lowered["head"].out_info
             lowered["back"] = self.back.lower(weights, gradient.grads, dz, filled, part, key)
         else:
             inner = (weights, z, weights.trained, chunk(drawn.inner), part, key)
             lowered["inner"] = self.inner.lower(*inner)
-            gradient, _, _ = jax.eval_shape(self._inner, *inner)
+            gradient, _, _ = lowered["inner"].out_info
         logits = struct(
             (batch["label"].shape[0], *gradient.logits.shape[1:]), gradient.logits.dtype
         )
@@ -240,7 +237,7 @@ class StreamedPrograms:
     def _inner(
         self, weights: SplitWeights, z: Array, total: Params, chunk: Chunk, part: Part, key: Array
     ) -> tuple[Gradient, Array, Array]:
-        """Makes one inner step: the gradient with `total` in it, Z, and its `squared_change`."""
+        """Runs one inner step: the gradient added to `total`, the new Z, and `squared_change`."""
         problem, both = self._closed(weights, part)
         patches = _augmented(problem, chunk, key, inner_stream(problem))
         inner_key = _of_part(jax.random.fold_in(key, chunk.number), part)
@@ -255,7 +252,7 @@ class StreamedPrograms:
     def _head(
         self, weights: SplitWeights, z: Array, part: Part, key: Array
     ) -> tuple[Gradient, Array]:
-        """Takes the head's gradient and `dL/dZ`, in mode exact."""
+        """Computes the head's gradient and `dL/dZ`, in mode exact."""
         head_key = _of_part(named_key(key, "head"), part)
         problem, both = self._closed(weights, part)
         gradient, dz = z_gradient(problem, both, z, part.labels, head_key)
@@ -280,7 +277,7 @@ class StreamedPrograms:
         logits: Array,
         batch: dict[str, Array],
     ) -> tuple[Params, PyTree, Params, Metrics]:
-        """Makes one optimizer update; the third result is zeros for the next gradient."""
+        """Runs one optimizer update; the third result is zeros for the next gradient."""
         state = TrainState(jnp.zeros((), jnp.int32), trained, {}, opt_state)
         gradient = Gradient(total, {}, losses.mean(), logits)
         scale = self._encoder_scale(batch)
@@ -297,7 +294,7 @@ class StreamedPrograms:
 
     def _summary(self, trained: Params, frozen: Params, history: dict[str, Array]) -> Metrics:
         metric = self.problem.task.training_metric
-        params = combine_frozen(trained, frozen) if self.problem.frozen else trained
+        params = combine_frozen(trained, frozen)
         return {
             "loss": history["loss"].mean(),
             metric: history[metric][-1],

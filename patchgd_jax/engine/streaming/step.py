@@ -1,4 +1,4 @@
-"""Outer steps on images that stay in host memory or on disk: only chunks of patches travel.
+"""Outer steps on images in host memory or on disk; only chunks of patches go to the device.
 
 Z, the parameters and the optimizer state stay on the device.
 """
@@ -20,11 +20,11 @@ from patchgd_jax.core.freezing import combine_frozen, partition_frozen
 from patchgd_jax.core.grid import PatchGrid
 from patchgd_jax.core.model import Params, PyTree
 from patchgd_jax.core.optimizer import Optimizer
-from patchgd_jax.core.patch_ids import PatchIds, valid_ids
+from patchgd_jax.core.patch_ids import PatchIds, valid_mask
 from patchgd_jax.core.problem import Problem, Weights
 from patchgd_jax.core.update import Gradient, Metrics, TrainState
 from patchgd_jax.engine.streaming.feed import ChunkIds, PatchFeed, PatchReader
-from patchgd_jax.engine.streaming.latent_reuse import LatentReuse, Visit
+from patchgd_jax.engine.streaming.latent_reuse import LatentReuse
 from patchgd_jax.engine.streaming.latent_store import LatentStore
 from patchgd_jax.engine.streaming.programs import (
     Chunk,
@@ -44,12 +44,12 @@ class _Fill(NamedTuple):
     """One chunk of the fill of one part."""
 
     number: int
-    """The chunk's place among all of the draw's, empty ones too: random draws depend on it."""
+    """Place among all chunks of the draw, with the empty ones: random draws depend on it."""
     chunk: ChunkIds
 
 
 class _Outer(NamedTuple):
-    """What an outer step works on."""
+    """Inputs of an outer step."""
 
     number: int
     batch: dict[str, Array]
@@ -59,7 +59,7 @@ class _Outer(NamedTuple):
 
 
 class StreamedStep:
-    """Train and eval steps on images of which no more than some chunks are in memory.
+    """Train and eval steps that keep only a few chunks of patches of an image in memory.
 
     For the same state, key and images they compute what `train_step` and `eval_step` do: the same
     draws, and the same sums. On the CPU the results are the same bit for bit, unless the compiler
@@ -78,7 +78,7 @@ class StreamedStep:
         store: keeps Z between visits; needed with `max_age`.
 
     Raises:
-        ConfigError: for settings that cannot work, or not together.
+        ConfigError: for settings that streaming does not support, or that conflict.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class StreamedStep:
             )
         if config.importance != "none":
             raise ConfigError(
-                f"patchgd.importance {config.importance} draws patches when Z is filled, but an "
-                "image that is streamed is read ahead by a plan of the whole step; keep the images "
-                "on the device, or use importance none"
+                f"patchgd.importance {config.importance} draws patches when Z is filled, but a "
+                "streamed image is read ahead by a plan of the whole step; keep the images on the "
+                "device, or use importance none"
             )
         max_age = stream.max_age
         if (max_age > 0) != (store is not None):
@@ -128,10 +128,10 @@ class StreamedStep:
         key: Array,
         names: Sequence[str] | None = None,
     ) -> tuple[TrainState, Metrics]:
-        """Makes one outer step on one batch of images.
+        """Runs one outer step on one batch of images.
 
-        Returns before the device has finished. If it raises, `state` is as it was; else it may have
-        been consumed (donated).
+        Returns before the device has finished. If it raises, `state` is unchanged; else it may have
+        been donated.
 
         Args:
             state: from `init_state` or an earlier step.
@@ -156,7 +156,7 @@ class StreamedStep:
             raise ConfigError("max_age needs the names of the images, to recognise them")
         reader, parts = self._open(images, batch, names)
         self._programs.check(batch, state.batch_stats)
-        # First of all, so that the next call finds it without waiting for the rest of this one.
+        # First of all, so that the next call does not wait for the rest of this one to read it.
         step, next_step = int(state.step), state.step + 1
         weights = self._split(state.weights)
         batch = {name: jnp.asarray(value) for name, value in batch.items()}
@@ -165,9 +165,7 @@ class StreamedStep:
         run = self._exact_step if self._programs.exact else self._inner_steps
         weights, opt_state, history, stale = run(weights, state.opt_state, outer)
         metrics = self._programs.summary(weights.trained, weights.frozen, history)
-        params = weights.trained
-        if self._frozen:
-            params = combine_frozen(params, weights.frozen)
+        params = combine_frozen(weights.trained, weights.frozen)
         return TrainState(next_step, params, weights.batch_stats, opt_state), {**metrics, **stale}
 
     def evaluate(
@@ -197,7 +195,7 @@ class StreamedStep:
     def lower(
         self, state: TrainState, batch: Labels, channels: int
     ) -> dict[str, jax.stages.Lowered]:
-        """Lowers the programs of a train step, to compile them without running any.
+        """Lowers the programs of a train step, to compile them without running them.
 
         Arrays may be `jax.ShapeDtypeStruct`. Returns `fill`, `update` and `inner`, or in mode exact
         `head` and `back` for the latter. A step needs the device memory of the largest.
@@ -213,8 +211,7 @@ class StreamedStep:
         return self._programs.lower(weights, state.opt_state, part, batch, channels)
 
     def _split(self, weights: Weights) -> SplitWeights:
-        trained, frozen = partition_frozen(weights.params, self._frozen)
-        return SplitWeights(trained, frozen, weights.batch_stats)
+        return SplitWeights(*partition_frozen(weights.params, self._frozen), weights.batch_stats)
 
     def _part_size(self, count: int) -> int:
         size = self._stream.micro_batch or count
@@ -229,8 +226,8 @@ class StreamedStep:
         names = [f"image {i} of the batch" for i in range(count)] if names is None else names
         if not count == len(names) == len(batch["label"]) or count == 0:
             raise ConfigError(
-                f"{count} images, {len(names)} names and {len(batch['label'])} labels; a batch has "
-                "as many of each, and at least one"
+                f"{count} images, {len(names)} names and {len(batch['label'])} labels; pass as "
+                "many of each, and at least one"
             )
         reader = PatchReader(images, names, grid, self._level)
         if "patches" not in batch and "size" not in batch:
@@ -247,7 +244,7 @@ class StreamedStep:
         parts = []
         for first in range(0, count, size):
             own = slice(first, first + size)
-            # Losses are means over the real examples, at least one.
+            # A loss is a mean over the real examples, at least one.
             share = max((weight[own] > 0).sum(), 1) / max((weight > 0).sum(), 1)
             labels = {k: jnp.asarray(v[own]) for k, v in batch.items()}
             parts.append(Part(labels, np.int32(first), float(share)))
@@ -349,10 +346,12 @@ class StreamedStep:
         self, weights: SplitWeights, opt_state: PyTree, outer: _Outer
     ) -> tuple[SplitWeights, PyTree, Metrics, Metrics]:
         """Runs the fill and the inner steps of the modes patchgd and accumulate."""
-        programs, (_, batch, parts, drawn, reader) = self._programs, outer
+        programs, (number, batch, parts, drawn, reader) = self._programs, outer
         z = [self._zeros(weights, part, reader.channels) for part in parts]
-        fill_ids, ages, visit = drawn.fill.ids, {}, self._visit(outer, z[0])
-        if visit is not None:
+        fill_ids, ages, visit = drawn.fill.ids, {}, None
+        if self._reuse is not None:
+            valid, width = self._valid(batch), z[0].shape[-1]
+            visit = self._reuse.begin(number, reader.names, valid, width, z[0].dtype)
             # A copy: Z is donated, and the device's array of NumPy memory may be that memory.
             z = [jnp.array(visit.z[_rows(part)]) for part in parts]
             fill_ids = self._chunk_ids(visit.missing, drawn.fill.ids.shape[-1])
@@ -378,11 +377,11 @@ class StreamedStep:
                 chunks = _chunks(feed, plans[i], drawn.fill.padded)
                 z[i], batch_stats = self._filled(feed, weights, z[i], part, chunks, drawn.key)
                 weights = weights._replace(batch_stats=batch_stats)
-            for number, ids in enumerate(drawn.inner.ids):
+            for inner, ids in enumerate(drawn.inner.ids):
                 results, moved = [], []
                 for i, part in enumerate(parts):
                     group = PatchIds(ids[_rows(part)], drawn.inner.padded)
-                    chunk = Chunk(feed.take(), group, np.int32(number))
+                    chunk = Chunk(feed.take(), group, np.int32(inner))
                     gradient, z[i], change = programs.inner(
                         weights, z[i], total, chunk, part, drawn.key
                     )
@@ -391,12 +390,12 @@ class StreamedStep:
                     weights = weights._replace(batch_stats=gradient.batch_stats)
                     results.append(gradient)
                     moved.append(change)
-                changes = self._entry(changes, sum(moved[1:], moved[0]), number, steps)
+                changes = self._entry(changes, sum(moved[1:], moved[0]), inner, steps)
                 loss, logits = _joined(results)
-                losses = self._entry(losses, loss, number % epsilon, epsilon)
-                if (number + 1) % epsilon:
+                losses = self._entry(losses, loss, inner % epsilon, epsilon)
+                if (inner + 1) % epsilon:
                     continue
-                index = number // epsilon
+                index = inner // epsilon
                 first = index == 0 and updates > 1
                 update = programs.first_update if first else programs.update
                 trained, opt_state, total, metrics = update(
@@ -405,44 +404,32 @@ class StreamedStep:
                 weights = weights._replace(trained=trained)
                 for name, value in metrics.items():
                     history[name] = self._entry(history.get(name), value, index, updates)
-        if visit is not None:
-            self._keep(outer, visit, z)
+        if self._reuse is not None and visit is not None:
+            self._keep(self._reuse, outer, visit.when, z)
         assert changes is not None
         stale = {**programs.staleness(drawn.inner.ids, changes, batch), **ages}
         return weights, opt_state, history, stale
 
-    def _visit(self, outer: _Outer, z: Array) -> Visit | None:
-        """Looks up the entries of Z that are reused; `z` has their width and dtype."""
-        if self._reuse is None:
-            return None
-        counted = self._valid(outer.batch)
-        return self._reuse.begin(outer.number, outer.reader.names, counted, z.shape[-1], z.dtype)
-
-    def _keep(self, outer: _Outer, visit: Visit, z: list[Array]) -> None:
-        """Keeps the Z of each part for later visits."""
-        assert self._reuse is not None
+    def _keep(self, reuse: LatentReuse, outer: _Outer, when: np.ndarray, z: list[Array]) -> None:
+        """Stores the Z of each part, computed in the steps `when` or this one, for later visits."""
         for group in outer.drawn.inner.ids:
-            for row, ids in zip(visit.when, group, strict=True):
+            for row, ids in zip(when, group, strict=True):
                 row[ids[ids < self._grid.num_patches]] = outer.number
         for part, part_z in zip(outer.parts, z, strict=True):
             rows = _rows(part)
-            self._reuse.finish(outer.reader.names[rows], part_z, visit.when[rows])
+            reuse.finish(outer.reader.names[rows], part_z, when[rows])
 
     def _entry(self, row: Array | None, value: Array, index: int, length: int) -> Array:
-        """Puts an entry in its place of a row that stays on the device."""
+        """Sets an entry of a row `[length, ...]` that stays on the device; None: a row of zeros."""
         if row is None:
             row = jnp.zeros((length, *value.shape), value.dtype)
         return self._programs.set_entry(row, value, np.int32(index))
 
     def _valid(self, batch: dict[str, Array]) -> np.ndarray:
         """Marks the valid patches, `bool [B, N]`."""
-        ids, shape = valid_ids(batch, self._grid), (len(batch["label"]), self._grid.num_patches)
-        if ids is None:
-            return np.ones(shape, bool)
-        valid = np.zeros(shape, bool)
-        for row, numbers in zip(valid, np.asarray(ids), strict=True):
-            row[numbers[numbers < self._grid.num_patches]] = True
-        return valid
+        shape = (len(batch["label"]), self._grid.num_patches)
+        mask = valid_mask(batch, self._grid)
+        return np.ones(shape, bool) if mask is None else np.asarray(mask).reshape(shape)
 
     def _chunk_ids(self, chosen: np.ndarray, chunk: int) -> np.ndarray:
         """Divides the patches of `bool [B, N]` into chunks `int32 [n, B, chunk]`."""

@@ -1,4 +1,4 @@
-"""The log of record of a run: one JSON object a line."""
+"""The metrics log of a run: one JSON object a line."""
 
 from __future__ import annotations
 
@@ -16,13 +16,8 @@ class MetricsLog:
     """`metrics.jsonl`: one JSON object a line, `kind` `train` or `eval`, with its `step`.
 
     Wall-clock figures stand under `perf`; everything else is the same for every run of a seed. In
-    the file, each line also has its `schema`.
-
-    Args:
-        path: the file.
-        upto: keep the lines of steps up to this one and drop the rest, which a resumed run
-            writes again.
-        writes: whether the file is written; else the lines are only kept here.
+    the file, each line also has its `schema`. Lines after step `upto` are dropped: a resumed run
+    writes them again. Without `writes` the lines are only kept in memory.
     """
 
     def __init__(self, path: Path, upto: int, *, writes: bool = True) -> None:
@@ -34,7 +29,7 @@ class MetricsLog:
         with disk_errors(f"cannot write {path}"):
             with atomic_file(path) as partial:
                 partial.write_text("".join(map(_text, self.lines)), encoding="utf-8")
-            # By line, so that whoever follows the file sees every step at once.
+            # Flushed by line, so that every step shows in the file at once.
             self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def append(self, line: dict[str, Any]) -> None:
@@ -43,7 +38,7 @@ class MetricsLog:
         self._guard(lambda file: file.write(_text(line)))
 
     def sync(self) -> None:
-        """Puts every line on disk; a checkpoint must not be ahead of its log."""
+        """Syncs every line to disk; a checkpoint must not be ahead of its log."""
         self._guard(lambda file: os.fsync(file.fileno()))
 
     def close(self) -> None:
@@ -57,7 +52,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; one that a kill cut short is left out."""
+    """Reads the lines of a metrics file, without one that a kill cut short."""
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Learning curves of a run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,13 @@ def plot_curves(
 ) -> None:
     """Draws loss and accuracy (or mean absolute error) over outer steps into a PNG file.
 
-    Args:
-        lines: of `metrics.jsonl`.
-        shortcuts: accuracies of simple guesses; the best is drawn as a line. May be empty.
-        path: the file.
+    `lines` are those of `metrics.jsonl`, `shortcuts` the accuracies of trivial baselines, of which
+    the best is drawn as a line.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     metric = "accuracy" if "accuracy" in lines[0] else "mae"
     for axis, name in zip(axes, ("loss", metric), strict=True):
         for kind, label, style in (("train", "training", "-"), ("eval", "validation", "o-")):
@@ -49,4 +45,3 @@ def plot_curves(
         axis.legend()
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

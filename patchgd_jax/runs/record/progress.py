@@ -1,4 +1,4 @@
-"""Shows how a run goes: a live line in a terminal, plain lines elsewhere, or nothing."""
+"""Displays of a run's progress: a live line in a terminal, plain lines elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ Values = Mapping[str, float]
 
 
 class Progress:
-    """What the training loop tells; this base class keeps silent."""
+    """Receives the events of a run; this base class shows nothing."""
 
     def message(self, text: str) -> None:
-        """One line of information."""
+        """Shows one line of information."""
 
     def warn(self, text: str) -> None:
-        """One line about something that went wrong but does not stop the run."""
+        """Shows one line about a problem that does not stop the run."""
+
+    def left_out(self, index: int, path: str, reason: str) -> None:
+        """Warns of an image that cannot be read; an `OnBad` callback."""
+        self.warn(f"left out: {path}: {reason}")
 
     @contextmanager
     def running(self, done: int, total: int) -> Iterator[None]:
@@ -28,26 +32,25 @@ class Progress:
         yield
 
     def log_train(self, step: int, values: Values, perf: Values) -> None:
-        """A step's `loss`, `grad_norm` and training metric, and its speed."""
+        """Shows a step's `loss`, `grad_norm` and training metric, and its speed."""
 
     def evaluating(self, done: int, total: int) -> None:
-        """Examples evaluated so far."""
+        """Shows the number of examples evaluated so far."""
 
     def log_eval(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """An evaluation's metrics."""
+        """Shows the metrics of an evaluation."""
 
     def shortcuts(self, scores: Mapping[str, float]) -> None:
-        """What simple guesses reach on this data."""
+        """Shows the accuracies of trivial baselines."""
 
     def finished(self, summary: Mapping[str, Any], folder: Path) -> None:
-        """The run's summary and where it is."""
+        """Shows the run's summary and folder."""
 
 
 class ConsoleProgress(Progress):
     """Progress on standard output: rich's live line if that is a terminal, else plain lines.
 
-    Args:
-        line_seconds: the least time between two plain lines about training steps.
+    Plain lines about training steps are at least `line_seconds` apart.
     """
 
     def __init__(self, line_seconds: float = 10.0) -> None:
@@ -57,13 +60,12 @@ class ConsoleProgress(Progress):
         self._bar: Any = None
         self._task: Any = None
         self._line_seconds = line_seconds
-        self._printed = 0.0
-        self._mean = _RunningMean()
+        self._mean: dict[str, float] = {}
         self._first = self._total = 0
-        self._begun = 0.0
+        self._begun = self._printed = 0.0
 
     def message(self, text: str) -> None:
-        # Names and paths may hold brackets, which are not meant as markup.
+        # Names and paths may hold brackets.
         self._console.print(text, markup=False)
 
     def warn(self, text: str) -> None:
@@ -82,9 +84,7 @@ class ConsoleProgress(Progress):
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
-        from rich.progress import (
-            Progress as Bar,
-        )
+        from rich.progress import Progress as Bar
 
         columns = (
             TextColumn("{task.description}"),
@@ -101,11 +101,14 @@ class ConsoleProgress(Progress):
         self._bar = None
 
     def log_train(self, step: int, values: Values, perf: Values) -> None:
-        self._mean.add({**values, **perf})
-        mean = self._mean.values
+        mean = self._mean
+        for name, value in {**values, **perf}.items():
+            # Exponential means, so that a line does not jump with every batch.
+            mean[name] = 0.95 * mean.get(name, value) + 0.05 * value
+        accuracy = "accuracy" in mean
+        metric = f"acc {100 * mean['accuracy']:.1f}%" if accuracy else f"mae {mean['mae']:.3f}"
         info = (
-            f"loss {mean['loss']:.3f}  {_describe_training(mean)}  "
-            f"{mean['images_per_s']:.1f} img/s  "
+            f"loss {mean['loss']:.3f}  {metric}  {mean['images_per_s']:.1f} img/s  "
             f"{mean['patches_per_s']:.0f} patches/s  "
             f"data wait {100 * mean['data_wait']:.0f}%  {perf['memory_mib']:.0f} MiB"
         )
@@ -151,7 +154,7 @@ class StderrProgress(Progress):
 
 
 def describe(metrics: Mapping[str, Any]) -> str:
-    """An evaluation in one line."""
+    """Formats an evaluation in one line."""
     shown = []
     for name, (short, percent) in _SHOWN.items():
         if name in metrics:
@@ -165,7 +168,11 @@ def describe(metrics: Mapping[str, Any]) -> str:
     )
 
 
-# What an evaluation shows, in this order: its short name, and whether it is a share.
+def _figure(value: float | None) -> str:
+    return "undefined" if value is None else format(value, ".3f")
+
+
+# The metrics shown, in order: short name, and whether to show a percentage.
 _SHOWN = {
     "accuracy": ("accuracy", True),
     "balanced_accuracy": ("balanced", True),
@@ -175,24 +182,3 @@ _SHOWN = {
     "mae": ("mean absolute error", False),
     "rmse": ("root mean square error", False),
 }
-
-
-def _figure(value: float | None) -> str:
-    return "undefined" if value is None else format(value, ".3f")
-
-
-def _describe_training(values: Values) -> str:
-    if "accuracy" in values:
-        return f"acc {100 * values['accuracy']:.1f}%"
-    return f"mae {values['mae']:.3f}"
-
-
-class _RunningMean:
-    """Exponential means, so that a line does not jump with every batch."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, float] = {}
-
-    def add(self, values: Values) -> None:
-        for name, value in values.items():
-            self.values[name] = 0.95 * self.values.get(name, value) + 0.05 * value

@@ -19,7 +19,7 @@ from patchgd_jax.config import SCHEMA
 from patchgd_jax.core.update import TrainState
 from patchgd_jax.engine.distributed import broadcast_from_first, is_first, raise_together
 from patchgd_jax.errors import DivergedError
-from patchgd_jax.io.files import disk_errors
+from patchgd_jax.io.files import disk_errors, write_json
 from patchgd_jax.runs.checkpoint import Checkpoints
 from patchgd_jax.runs.folder import CURVES, METRICS, SUMMARY, RunFolder
 from patchgd_jax.runs.record.metrics_log import MetricsLog
@@ -31,12 +31,7 @@ class Recorder:
     """Logs the metrics of a run, shows them, and writes its checkpoints and summary.
 
     Every process keeps the same log in memory; only process 0 writes files. Checkpoints are written
-    by all.
-
-    Args:
-        run: the run.
-        folder: its folder.
-        upto: the step that the run continues after; 0 for a new one.
+    by all. `upto` is the step after which the run continues; 0 for a new one.
     """
 
     def __init__(self, run: Run, folder: RunFolder, upto: int) -> None:
@@ -44,7 +39,7 @@ class Recorder:
         self._patches_per_image = run.data.mean_patches([p.grid for p in run.setup.problems])
         self._checkpoints = Checkpoints(folder.checkpoints, run.progress.warn)
         with raise_together():
-            # The others read the log before process 0 writes it anew.
+            # The others read the log before process 0 rewrites it.
             if not is_first():
                 self._log = MetricsLog(folder.path / METRICS, upto, writes=False)
         with raise_together():
@@ -53,7 +48,7 @@ class Recorder:
                 self._log = MetricsLog(folder.path / METRICS, upto)
         self._pending: tuple[int, np.ndarray, dict[str, jax.Array]] | None = None
         self._last = time.monotonic()
-        # The clock goes on where it stopped.
+        # The time continues from the last line of the log.
         self._begun = self._last - max((x["perf"]["seconds"] for x in self._log.lines), default=0)
         self._waited = 0.0
 
@@ -65,13 +60,13 @@ class Recorder:
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
-        """Counts the time of the body as waiting for data."""
+        """Counts the time of the body as data wait."""
         begun = time.monotonic()
         yield
         self.add_wait(time.monotonic() - begun)
 
     def add_wait(self, seconds: float) -> None:
-        """Counts seconds as waiting for data."""
+        """Counts seconds as data wait."""
         self._waited += seconds
 
     def log_train(self, step: int, ids: np.ndarray, metrics: dict[str, jax.Array]) -> None:
@@ -79,11 +74,7 @@ class Recorder:
         self._pending = (step, ids, metrics)
 
     def flush(self) -> None:
-        """Logs the pending step's metrics.
-
-        Raises:
-            DivergedError: if they are not finite.
-        """
+        """Logs the pending step's metrics; raises `DivergedError` if they are not finite."""
         if self._pending is None:
             return
         step, ids, metrics = self._pending
@@ -108,11 +99,7 @@ class Recorder:
         self._progress.log_train(step, values, perf)
 
     def log_eval(self, step: int, metrics: dict[str, Any]) -> None:
-        """Logs an evaluation.
-
-        Raises:
-            DivergedError: if its loss is not finite.
-        """
+        """Logs an evaluation; raises `DivergedError` if its loss is not finite."""
         if not math.isfinite(metrics["loss"]):
             raise self._diverged(f"step {step}: validation loss {metrics['loss']:g}")
         perf = {"seconds": round(time.monotonic() - self._begun, 3)}
@@ -132,7 +119,7 @@ class Recorder:
         return [line for line in self._log.lines if line["kind"] == "eval"]
 
     def has_score(self, step: int) -> bool:
-        """Whether that step was evaluated."""
+        """Tells whether that step was evaluated."""
         return any(line["step"] == step for line in self._evaluations())
 
     def save(self, step: int, state: TrainState) -> None:
@@ -148,24 +135,20 @@ class Recorder:
         self._last = time.monotonic()
 
     def _best(self) -> dict[str, Any] | None:
-        """The best evaluation by the task's metric, the earliest of several."""
+        """Finds the best evaluation by the task's metric, the earliest of several."""
         return max(self._evaluations(), key=self._run.setup.task.rank, default=None)
 
     def _mark_best(self) -> None:
         best = self._best()
-        # Not only when it is saved: a kill may have come before an earlier best was marked.
+        # At every save, because a kill may prevent the mark of an earlier best.
         if best is not None and best["step"] in self._checkpoints.steps():
             self._checkpoints.mark_best(best["step"])
 
     def finish(self, state: TrainState, step_bytes: int | None) -> dict[str, Any]:
-        """Writes the summary and the curves.
+        """Writes the summary and the curves, and returns the summary.
 
-        Args:
-            state: after the last step.
-            step_bytes: device memory of the compiled training step; None if not known.
-
-        Returns:
-            The summary.
+        `state` is that after the last step, `step_bytes` the device memory of the compiled training
+        step if known.
         """
         lines, shortcuts = self._log.lines, self._run.data.trivial_baselines
         best, last = (
@@ -191,7 +174,7 @@ class Recorder:
         with raise_together():
             if is_first():
                 self._mark_best()
-                self._folder.write(SUMMARY, summary)
+                write_json(self._folder.path / SUMMARY, summary)
                 curves = self._folder.path / CURVES
                 with disk_errors(f"cannot write {curves}"):
                     plot_curves(lines, shortcuts, curves)
@@ -200,13 +183,13 @@ class Recorder:
 
 
 def memory_in_use(device: jax.Device) -> int:
-    """Bytes in use: of the device's allocator where it counts them, else of this process."""
+    """Reads the bytes in use: by the device's allocator if it counts them, else by this process."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     return stats["bytes_in_use"] if stats else psutil.Process().memory_info().rss
 
 
 def peak_memory(device: jax.Device) -> int:
-    """Most bytes so far, counted as in `memory_in_use`."""
+    """Reads the peak of the bytes in use so far, counted as in `memory_in_use`."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats:
         return int(stats["peak_bytes_in_use"])
