@@ -35,19 +35,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 
-# Their tests measure what XLA makes of a program: its memory, its speed, or its rounding.
-OPTIMIZED = {
-    "test_auto_settings",
-    "test_dry_run",
-    "test_layers",
-    "test_matrix",
-    "test_memory_estimate",
-    "test_memory_plan",
-    "test_out_of_memory",
-    "test_remat",
-}
-
-
 MOST_BYTES = 1_300_000_000
 """Memory of a worker from which on it compiles again rather than keep its programs."""
 
@@ -58,8 +45,7 @@ def compiling(request):
 
     Most of the suite's time is the compiler's. Slow tests train for longer than they compile.
     """
-    slow = request.config.getoption("markexpr") == "slow"
-    quick = not slow and request.module.__name__ not in OPTIMIZED
+    quick = request.config.getoption("markexpr") != "slow"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
         jax.config.update("jax_disable_most_optimizations", quick)

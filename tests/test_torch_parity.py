@@ -297,7 +297,7 @@ def test_every_inner_step_agrees(case, passes, kind):
 @pytest.mark.parametrize(
     ("case", "mode"),
     [
-        ((18, "float32"), "patchgd"),
+        pytest.param((18, "float32"), "patchgd", marks=pytest.mark.slow),
         pytest.param((18, "float32"), "accumulate", marks=pytest.mark.slow),
         ((18, "float64"), "patchgd"),
         ((18, "float64"), "accumulate"),

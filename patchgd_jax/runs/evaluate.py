@@ -11,7 +11,7 @@ import numpy as np
 
 from patchgd_jax.core.problem import Weights
 from patchgd_jax.core.tasks import Task
-from patchgd_jax.data.loading.bad_records import OnBad
+from patchgd_jax.data.loading.bad_images import OnBad
 from patchgd_jax.data.protocols import ExampleSource
 from patchgd_jax.engine.base import Executor
 from patchgd_jax.engine.distributed import watchdog
