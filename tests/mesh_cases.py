@@ -202,6 +202,7 @@ FLIPS = AugmentConfig(flips=True, turns=True, brightness=0.2, same_draw=False)
 
 CASES = {
     **{f"toy {mode}": partial(toy, ODD, SPLITS, mode=mode) for mode in MODES},
+    "exact": partial(toy, ODD, TWO, mode="exact"),
     "even": partial(toy, EVEN, TWO, mode="accumulate"),
     "per image": partial(toy, ODD, TWO, sample_per="image", mode="patchgd", fraction=0.25),
     "epsilon": partial(toy, ODD, TWO, mode="patchgd", fraction=0.25, epsilon=2),

@@ -44,7 +44,10 @@ def residual_bytes(model, count=4):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape not in given)
 
 
-@pytest.mark.parametrize(("encoder", "norm"), [("small-cnn", "group"), ("resnet18", "batch")])
+@pytest.mark.parametrize(
+    ("encoder", "norm"),
+    [("small-cnn", "group"), pytest.param("resnet18", "batch", marks=pytest.mark.slow)],
+)
 def test_a_policy_changes_neither_tree_nor_values(encoder, norm):
     patches = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
     results = []

@@ -289,6 +289,7 @@ def test_augmentation_of_series_is_an_error(float64):
 # The experiment.
 
 
+@pytest.mark.slow
 def test_the_experiment_runs(tmp_path):
     process = subprocess.run(
         [sys.executable, ROOT / "experiments" / "series.py", "--scale", "smoke", "--out", tmp_path],

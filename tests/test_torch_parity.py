@@ -300,7 +300,7 @@ def test_every_inner_step_agrees(case, passes, kind):
         pytest.param((18, "float32"), "patchgd", marks=pytest.mark.slow),
         pytest.param((18, "float32"), "accumulate", marks=pytest.mark.slow),
         ((18, "float64"), "patchgd"),
-        ((18, "float64"), "accumulate"),
+        pytest.param((18, "float64"), "accumulate", marks=pytest.mark.slow),
         pytest.param((50, "float64"), "accumulate", marks=pytest.mark.slow),
     ],
     indirect=["case"],
