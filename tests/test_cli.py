@@ -276,6 +276,13 @@ def test_a_missing_device_is_told(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
+def test_another_device_than_the_one_in_use_is_refused(command):
+    """JAX keeps the platform that a process has used first."""
+    assert jax.devices()[0].platform == "cpu"
+    words = ["no tpu device: this process already uses JAX on cpu", "start a new process"]
+    bad(command, 8, *words, arguments=["plan", "tiny", "--device", "tpu"])
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_batch(command, tmp_path):
     arguments = ["train", *MICRO, "--optimizer.learning-rate", 1e6, "--optimizer.name", "sgd",
                  "--model.norm", "group", "--epochs", 9, "--eval-every", 100, "--save-every", 1,

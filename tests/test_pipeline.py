@@ -193,6 +193,8 @@ def test_the_rows_that_processes_read_make_the_batch(sizes, cuts):
 def test_rows_that_a_batch_has_none_of_are_named():
     with pytest.raises(ConfigError, match="a batch of 6 has no rows for this process"):
         take(Numbers(20), 1, rows=slice(6, 8))
+    with pytest.raises(ConfigError, match="a batch of 6 has no rows for this process"):
+        next(eval_batches(Numbers(20), 6, rows=slice(6, 8)))
 
 
 # Reading ahead.

@@ -63,12 +63,7 @@ class TrainBatches(
         bad_limit: int = 10,
         on_bad: OnBad = lambda *bad: None,
     ) -> None:
-        size = len(range(batch_size)[rows])
-        if size == 0:
-            raise ConfigError(
-                f"a batch of {batch_size} has no rows for this process; use fewer processes, or a "
-                "larger batch_size"
-            )
+        size = _row_count(batch_size, rows)
         self._tally = BadTally(source, policy=bad_images, limit=bad_limit, on_bad=on_bad)
         reader = Reader(source, self._tally, threads=threads, substitute=True)
         order = TrainOrder(reader.buckets, seed=seed, batch_size=batch_size)
@@ -137,11 +132,12 @@ def eval_batches(
         or unreadable, whose `id` is -1. Weights of the source itself apply to training only.
 
     Raises:
+        ConfigError: if `rows` is empty.
         RecordError: by the policy, or if nothing can be read.
     """
+    size = _row_count(batch_size, rows)
     tally = BadTally(source, policy=bad_images, limit=bad_limit, on_bad=on_bad)
     reader = Reader(source, tally, threads=threads, substitute=False)
-    size = len(range(batch_size)[rows])
     parts = (
         (number, bucket[first : first + batch_size][rows].tolist())
         for number, bucket in enumerate(reader.buckets)
@@ -168,6 +164,16 @@ def eval_batches(
             del read
     if not any_read:
         raise tally.error("no example can be read any more")
+
+
+def _row_count(batch_size: int, rows: slice) -> int:
+    count = len(range(batch_size)[rows])
+    if count == 0:
+        raise ConfigError(
+            f"a batch of {batch_size} has no rows for this process; use fewer processes, or a "
+            "larger batch_size or eval_batch_size"
+        )
+    return count
 
 
 def _labels(labels: np.ndarray) -> np.ndarray:
