@@ -25,6 +25,9 @@ if version("jaxlib").startswith("0.10."):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Most of the suite's time is the compiler's, in its processes too.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -40,16 +43,9 @@ MOST_BYTES = 1_300_000_000
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiling(request):
-    """Compiles a module's programs quickly, in its processes too, and drops them after it.
-
-    Most of the suite's time is the compiler's. Slow tests train for longer than they compile.
-    """
-    quick = request.config.getoption("markexpr") != "slow"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
-        jax.config.update("jax_disable_most_optimizations", quick)
-        yield
+def dropped_programs():
+    """Drops a module's programs after it."""
+    yield
     drop_programs()
 
 

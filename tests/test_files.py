@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 import pytest
-from micro import Stopped, config_for, sizes, stop_at, write_csv, write_images
+from micro import ENCODER, Stopped, config_for, sizes, stop_at, write_csv, write_images
 from PIL import Image
 
 from patchgd_jax import (
@@ -275,6 +275,7 @@ def test_the_commands_on_a_folder_of_images(labels, tmp_path, command):
     Image.fromarray(np.zeros((10, 12), np.uint8)).save(tmp_path / "images" / "0.png")
     data = ["--data.csv", labels, "--data.fit", "native", "--data.columns.group", "who"]
     small = ["--patchgd.patch", "16", "--patchgd.fraction", "0.5", "--model.latent-dim", "8",
+             "--model.encoder", ENCODER,
              "--batch-size", "4", "--eval-batch-size", "4"]  # fmt: skip
     checked = command("data", "check", *data, *small)
     assert checked.returncode == 0, checked.stderr

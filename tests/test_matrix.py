@@ -19,7 +19,7 @@ from patchgd_jax.models.encoders.vit import ViT
 KEY = jax.random.key(29)
 GRID = PatchGrid(64, 96, 32)
 ARCHITECTURES = {
-    "small-cnn": partial(SmallCNN, norm="batch"),
+    "small-cnn": partial(SmallCNN, widths=(16, 16), norm="batch"),
     "resnet-basic": partial(ResNet, blocks=(1, 1), block=BasicBlock, norm="batch"),
     "resnet-bottleneck": partial(ResNet, blocks=(1, 1), block=Bottleneck, norm="batch"),
     "convnext-v2": partial(ConvNeXtV2, blocks=(1, 1, 1, 1), widths=(8, 16, 32, 64)),

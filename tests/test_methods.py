@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from micro import changed
+from micro import ENCODER, changed
 from toy import init_weights, max_relative, quick, recording_sgd, toy_batch, toy_params, toy_problem
 
 from patchgd_jax import (
@@ -306,7 +306,7 @@ def test_patch_logits_of_an_image(float64):
 
 def attention_parts():
     grid = PatchGrid(8, 12, 4)
-    config = ModelConfig(latent_dim=6, norm="group")
+    config = ModelConfig(ENCODER, latent_dim=6, norm="group")
     model = build_model(config, grid=grid, channels=1, classes=3, mean=0.0, std=1.0)
     return Problem(model, grid, PatchGDConfig(mode="full")), init_weights(model, KEY)
 
@@ -563,7 +563,7 @@ def test_a_method_on_the_command_line(command, tmp_path):
     options = [
         "--data.digits", "font", "--data.size", "32", "32", "--data.train-size", "8",
         "--data.val-size", "2", "--batch-size", "4", "--eval-batch-size", "2", "--patchgd.patch",
-        "16", "--model.latent-dim", "4", "--run-dir", "run",
+        "16", "--model.encoder", ENCODER, "--model.latent-dim", "4", "--run-dir", "run",
     ]  # fmt: skip
     done = command("train", "tiny", "--method", "downscale", "--baseline.side", "16", *options)
     assert done.returncode == 0, done.stderr

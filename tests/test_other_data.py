@@ -7,7 +7,17 @@ import dataclasses
 
 import numpy as np
 import pytest
-from micro import TINY, Stopped, config_for, lines_of, sizes, stop_at, write_csv, write_images
+from micro import (
+    ENCODER,
+    TINY,
+    Stopped,
+    config_for,
+    lines_of,
+    sizes,
+    stop_at,
+    write_csv,
+    write_images,
+)
 from tiny_panda import make_tiny_panda
 
 from patchgd_jax import DataConfig, DataError, PatchGDConfig, TrainConfig
@@ -85,6 +95,7 @@ def test_a_frozen_set_trains_like_the_generator(tmp_path, command):
     assert made.returncode == 0, made.stderr
     where = made.stdout.split("--data.tfds ")[1].strip()
     small = ["--patchgd.patch", "16", "--patchgd.fraction", "0.5", "--model.latent-dim", "8",
+             "--model.encoder", ENCODER,
              "--batch-size", "8", "--eval-batch-size", "8"]  # fmt: skip
     frozen = command("train", "--data.tfds", where, "--data.size", "32", "32", *small,
                      "--run-dir", "frozen")  # fmt: skip

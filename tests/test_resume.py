@@ -12,8 +12,7 @@ import pytest
 from micro import ENCODER, Stopped, assert_same_run, lines_of, stop_at
 
 from patchgd_jax import DataConfig, ModelConfig, PatchGDConfig, TrainConfig
-from patchgd_jax.runs import checkpoint
-from patchgd_jax.runs import train as training
+from patchgd_jax.runs import checkpoint, loop
 from patchgd_jax.runs.checkpoint import Checkpoints
 from patchgd_jax.runs.train import resume, train
 
@@ -32,7 +31,7 @@ CONFIG = TrainConfig(
 OWNERS = {
     "rename": Path,
     "replace": Path,
-    "evaluate": training,
+    "evaluate": loop,
     "write_json": checkpoint,
     "mark_best": Checkpoints,
     "prune": Checkpoints,

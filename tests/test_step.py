@@ -11,6 +11,7 @@ import optax
 import pytest
 import reference
 from flax import linen as nn
+from micro import ENCODER
 from toy import (
     covering,
     init_weights,
@@ -265,8 +266,8 @@ def test_z_of_a_bright_pixel_is_where_the_pixel_is():
         np.testing.assert_array_equal(np.asarray(logits[0] > 0).reshape(wanted.shape), wanted)
 
 
-def shipped(grid, dropout=None, **names):
-    config = ModelConfig(latent_dim=16, dropout=dropout, **names)
+def shipped(grid, encoder=ENCODER, **names):
+    config = ModelConfig(encoder, latent_dim=16, **names)
     return build_model(config, grid=grid, channels=1, classes=10, mean=0.1, std=0.3)
 
 
@@ -511,7 +512,10 @@ def test_memory_grows_by_no_more_than_the_image_and_z(mode):
         grid = PatchGrid(side, side, 64)
         inner_steps = grid.num_patches // 16
         config = PatchGDConfig(inner_steps=inner_steps, mode=mode, fill_chunk=16)
-        problem, optimizer = Problem(shipped(grid, norm="group"), grid, config), optax.adam(1e-3)
+        problem, optimizer = (
+            Problem(shipped(grid, "small-cnn", norm="group"), grid, config),
+            optax.adam(1e-3),
+        )
         state = jax.eval_shape(partial(init_state, problem, optimizer), KEY)
         batch = {
             "image": jax.ShapeDtypeStruct((2, side, side, 1), np.uint8),

@@ -231,7 +231,9 @@ def test_what_the_hub_does_not_give_is_named(hub, weights, words):
         locate(weights)
 
 
-def test_a_hub_that_cannot_be_reached_is_named(hub):
+def test_a_hub_that_cannot_be_reached_is_named(hub, monkeypatch):
+    # The client waits between its attempts.
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.close()
     with pytest.raises(DataError, match=r"the hub cannot be reached.* --model\.weights"):
         locate("hf:owner/net")
