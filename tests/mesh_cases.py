@@ -154,7 +154,7 @@ def double(norm, head, splits, **settings):
 
         def build(axis_name, rows_sharded):
             encoder = SmallCNN(
-                16, norm, jnp.float64,
+                16, norm, jnp.float64, widths=(8, 8, 8),
                 axis_name=axis_name.get("encoder", ()), rows_sharded=rows_sharded,
             )  # fmt: skip
             on_mesh = isinstance(head, CNNHead) and "head" in axis_name
@@ -202,6 +202,7 @@ FLIPS = AugmentConfig(flips=True, turns=True, brightness=0.2, same_draw=False)
 
 CASES = {
     **{f"toy {mode}": partial(toy, ODD, SPLITS, mode=mode) for mode in MODES},
+    "patchgd": partial(toy, ODD, [*TWO, (4, 1), (2, 2)], mode="patchgd"),
     "exact": partial(toy, ODD, TWO, mode="exact"),
     "even": partial(toy, EVEN, TWO, mode="accumulate"),
     "per image": partial(toy, ODD, TWO, sample_per="image", mode="patchgd", fraction=0.25),

@@ -35,11 +35,11 @@ QUICK_HEADS = ("attention", "linear", "transformer", "adaptive-cnn", "cnn-origin
 
 
 def pairs():
-    """Each architecture and each kind of head once; the rest is for `-m slow`."""
+    """Each kind of head, a ResNet and a transformer; the rest is for `-m slow`."""
     for encoder in ARCHITECTURES:
         for head in HEADS_OF_ONE_SIZE if encoder in ONE_SIZE else sorted(HEADS):
             quick = (encoder == "small-cnn" and head in QUICK_HEADS) or (
-                encoder not in ONE_SIZE and head == "attention"
+                encoder in ("resnet-basic", "vit") and head == "attention"
             )
             yield pytest.param(encoder, head, marks=[] if quick else pytest.mark.slow)
 

@@ -202,7 +202,7 @@ def test_a_batch_is_proved_by_a_compile():
 
 def test_a_real_step_is_measured_in_its_own_process(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("patchgd_jax.planner.measure._PROBES", 1)
+    monkeypatch.setattr(sys.modules[Measured.__module__], "_PROBES", 1)
     device = jax.devices("cpu")[0]
     assert not calibration(device).measured
     result = measure(small(batch=16), "accumulate", platform="cpu")

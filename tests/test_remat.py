@@ -66,7 +66,9 @@ def test_a_policy_changes_neither_tree_nor_values(encoder, norm):
         assert max_relative(result, results[0][1]) < 1e-3
 
 
-@pytest.mark.parametrize("encoder", ["small-cnn", "resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    "encoder", ["small-cnn", "resnet18", pytest.param("resnet50", marks=pytest.mark.slow)]
+)
 def test_each_policy_keeps_less_than_the_one_before(encoder):
     kept = [residual_bytes(build(encoder, remat)) for remat in POLICIES]
     assert kept == sorted(kept, reverse=True)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from mesh_cases import CASES
 from virtual_devices import several_devices
 
 from patchgd_jax import (
@@ -55,17 +56,22 @@ def on_eight_devices(script, *arguments):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-# The other cases take long: `python tests/mesh_cases.py` with these variables runs them all.
-CHOSEN = ("toy patchgd", "exact", "lists", "fsdp", "rows", "importance")
+CHOSEN = ("patchgd", "exact", "lists", "fsdp", "rows", "importance", "float64 statistics")
+# Single precision: `python tests/mesh_cases.py NAME` shows how far these are from one device.
+SINGLE = ("group norm", "batch norm", "batch norm in the fill")
+REST = tuple(name for name in CASES if name not in CHOSEN + SINGLE)
 
 
-def test_a_mesh_trains_as_one_device():
+@pytest.mark.parametrize(
+    "names", [CHOSEN, pytest.param(REST, marks=pytest.mark.slow)], ids=["chosen", "rest"]
+)
+def test_a_mesh_trains_as_one_device(names):
     found = {
         name: case
-        for line in on_eight_devices("mesh_cases.py", *CHOSEN)
+        for line in on_eight_devices("mesh_cases.py", *names)
         for name, case in line.items()
     }
-    assert found.keys() == set(CHOSEN)
+    assert found.keys() == set(names)
     for name, splits in found.items():
         for split, errors in splits.items():
             for what, error in errors.items():

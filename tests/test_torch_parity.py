@@ -110,7 +110,7 @@ def one_torch_thread():
 @pytest.fixture(
     scope="module",
     params=[
-        (18, "float32"),
+        pytest.param((18, "float32"), marks=pytest.mark.slow),
         (18, "float64"),
         *(pytest.param((50, dtype), marks=pytest.mark.slow) for dtype in TOLERANCE),
     ],

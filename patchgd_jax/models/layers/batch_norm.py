@@ -19,6 +19,15 @@ def sum_over(x: Any, axes: tuple[str, ...]) -> Any:
     return lax.psum(x, axes) if axes else x
 
 
+def patch_count(x: Array, mask: Array, axes: tuple[str, ...]) -> Array:
+    """Counts the patches of `x [M, H, W, C]` that `mask bool [M]` keeps, over mesh axes."""
+    kept = mask.astype(x.dtype).sum()
+    if axes:
+        # A mask may be equal on all devices of an axis, and jax only sums what may differ.
+        kept += jnp.zeros_like(x[0, 0, 0, 0])
+    return sum_over(kept, axes)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def batch_norm(
     x: Array, scale: Array, bias: Array, mask: Array | None, axes: tuple[str, ...] = ()
@@ -75,11 +84,7 @@ def _statistics(
         counted = x
     else:
         share = mask.astype(x.dtype)[:, None, None, None]
-        kept = share.sum()
-        if axes:
-            # A mask may be equal on all devices, and jax only sums what may differ.
-            kept += jnp.zeros_like(x[0, 0, 0, 0])
-        number = jnp.maximum(sum_over(kept, axes) * x.shape[1] * x.shape[2], 1)
+        number = jnp.maximum(patch_count(x, mask, axes) * x.shape[1] * x.shape[2], 1)
         counted = x * share
     mean = sum_over(counted.sum((0, 1, 2)), axes) / number
     square = sum_over((counted * x).sum((0, 1, 2)), axes) / number

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from patchgd_jax.models.layers.batch_norm import EPSILON, batch_norm, sum_over
+from patchgd_jax.models.layers.batch_norm import EPSILON, batch_norm, patch_count
 from patchgd_jax.models.layers.dense import param_dtype
 
 Norm = Literal["group", "batch"]
@@ -63,7 +63,7 @@ class Normalize(nn.Module):
         axes = () if self.is_initializing() else self.axis_name
         some: Array | None = None
         if mask is not None:
-            some = sum_over(mask.sum(), axes) > 0
+            some = patch_count(x, mask, axes) > 0
             # Without a single patch the variance would be zero, and the maps would overflow.
             mask = mask | ~some
         y, mean, variance = batch_norm(x, scale, bias, mask, axes)
