@@ -11,6 +11,8 @@ from micro import BASE, changed
 from toy import max_relative
 
 from patchgd_jax.data.run_data import make_data
+from patchgd_jax.engine.resident import ResidentExecutor
+from patchgd_jax.runs import loop
 from patchgd_jax.runs.predict import TrainedModel
 from patchgd_jax.runs.train import train
 
@@ -61,6 +63,22 @@ def test_trained_evaluated_and_predicted(name, tmp_path):
     alone = dataclasses.replace(config, data=dataclasses.replace(config.data, val_size=first))
     model.config = alone
     np.testing.assert_allclose(-np.mean(np.log(probabilities)), model.evaluate()["loss"], rtol=1e-4)
+
+
+def test_the_clock_of_a_run_starts_after_compiling(tmp_path, monkeypatch):
+    begun = []
+
+    def noting(name, function):
+        def called(*arguments):
+            begun.append(name)
+            return function(*arguments)
+
+        return called
+
+    monkeypatch.setattr(ResidentExecutor, "compile", noting("compile", ResidentExecutor.compile))
+    monkeypatch.setattr(loop, "Recorder", noting("clock", loop.Recorder))
+    train(BASE, tmp_path / "run")
+    assert begun == ["compile", "clock"]
 
 
 def test_any_optax_transformation(tmp_path):

@@ -40,7 +40,6 @@ class Loop:
         self._agreement = StopConsensus() if is_multiprocess() else None
         self._eval_every = config.eval_every or config.steps_per_epoch(len(run.data.train))
         self._save_every = config.save_every or self._eval_every
-        self._recorder = Recorder(run, folder, step)
         self._bad_images = BadImages(folder.path, process=jax.process_index())
 
     def run(self) -> dict[str, Any]:
@@ -54,11 +53,13 @@ class Loop:
             DataError: for an image that cannot be read, after saving.
             DivergedError: if the loss or a gradient is not finite.
         """
-        run, recorder = self._run, self._recorder
+        run = self._run
         with self._stop.immediate():
             run.progress.message(run.executor.compile(self._state))
             step_bytes = run.executor.compiled_bytes()
             run.progress.shortcuts(run.data.trivial_baselines)
+        # Its clock leaves compiling out.
+        self._recorder = recorder = Recorder(run, self._folder, self._step)
         for record in self._bad_images.records:
             run.progress.warn(f"known as unreadable: {record}")
         batches = run.executor.train_batches(self._step, self._on_bad)
